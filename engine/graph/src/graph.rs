@@ -1,0 +1,234 @@
+//! The owner of the plan: puts a change of the wiring into force in one step that no request sees half done.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use crate::error::GraphError;
+use crate::perm::Access;
+use crate::plan::{NodeId, Plan, PlanRoot, RootId, Wires};
+use crate::root::Root;
+
+/// What must happen between closing the gates and the swap: the last thing that may fail, and the moment of no
+/// return. Both wirings may be used for I/O here (no gate is needed: the caller holds them all).
+#[async_trait]
+pub trait LastStep: Send {
+    /// Does it. An error leaves the old wiring in force.
+    async fn run(self: Box<Self>, old: &Wires, new: &Wires) -> Result<(), GraphError>;
+}
+
+/// A plan and what it asks of its nodes.
+#[derive(Clone, Debug, Default)]
+struct InForce {
+    plan: Arc<Plan>,
+    access: Arc<BTreeMap<NodeId, Access>>,
+}
+
+/// The graph of all nodes and the gates of all roots.
+#[derive(Debug, Default)]
+pub struct Graph {
+    /// One change at a time.
+    turn: tokio::sync::Mutex<()>,
+    /// The plan in force and what it asks of the nodes; queries read it and never wait for a change.
+    now: Mutex<InForce>,
+}
+
+impl Graph {
+    /// An empty graph.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    fn now(&self) -> MutexGuard<'_, InForce> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The plan in force.
+    pub fn plan(&self) -> Arc<Plan> {
+        self.now().plan.clone()
+    }
+
+    /// What users ask of a node now.
+    pub fn access(&self, id: NodeId) -> Access {
+        self.now().access.get(&id).copied().unwrap_or(Access::UNUSED)
+    }
+
+    /// The views of the plan in force, for reading what cannot change under the reader (headers of opened
+    /// images, lengths). Data requests go through a [`Root`].
+    pub fn wires(&self) -> Wires {
+        Wires::new(self.plan())
+    }
+
+    /// The way in for a root of the plan in force.
+    pub fn root(&self, id: RootId) -> Option<Root> {
+        self.plan().root(id).map(|root| Root { id, door: root.door.clone() })
+    }
+
+    /// Rewires the graph. See [`Graph::change_with`].
+    pub async fn change<R: Send>(
+        &self,
+        edit: impl FnOnce(&mut Plan) -> Result<R, GraphError> + Send,
+    ) -> Result<R, GraphError> {
+        self.change_with(|plan| Ok((edit(plan)?, None))).await
+    }
+
+    /// Rewires the graph in one step that no request sees half done:
+    ///
+    /// 1. `edit` changes a draft; on error nothing has happened. The draft is checked as a whole.
+    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end.
+    /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
+    /// 4. The last step runs. Any error up to here leaves the old wiring in force.
+    /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
+    pub async fn change_with<R: Send>(
+        &self,
+        edit: impl FnOnce(&mut Plan) -> Result<(R, Option<Box<dyn LastStep>>), GraphError> + Send,
+    ) -> Result<R, GraphError> {
+        let _turn = self.turn.lock().await;
+        let old = Wires::new(self.plan());
+        let old_access = self.now().access.clone();
+        let mut plan = old.plan().clone();
+        let (result, last_step) = edit(&mut plan)?;
+        plan.collect();
+        let new_access = plan.check()?;
+        let new = Wires::new(Arc::new(plan));
+
+        let roots = changed_roots(old.plan(), new.plan());
+        for (_, root) in &roots {
+            root.drained.iter().for_each(|drained| drained.begin());
+        }
+        let mut gates = Vec::with_capacity(roots.len());
+        for (_, root) in &roots {
+            gates.push(root.door.view.write().await);
+        }
+        let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access };
+        let outcome = step.run(last_step).await;
+        if outcome.is_ok() {
+            for ((id, _), gate) in roots.iter().zip(&mut gates) {
+                **gate = new.plan().root(*id).map(|root| new.view(root.node));
+            }
+            let plan = Arc::new(new.plan().clone());
+            let access = Arc::new(new_access.clone());
+            *self.now() = InForce { plan, access };
+        }
+        drop(gates);
+        for (_, root) in roots.iter().rev() {
+            root.drained.iter().for_each(|drained| drained.end());
+        }
+        if outcome.is_ok() {
+            step.give_up().await;
+        }
+        outcome.map(|()| result)
+    }
+}
+
+/// The roots whose gates must close, in the order of their ids (so that two changes could never deadlock): those
+/// that come, go or see a different wiring.
+fn changed_roots(old: &Plan, new: &Plan) -> Vec<(RootId, PlanRoot)> {
+    let same = |id: NodeId| match (old.get(id), new.get(id)) {
+        (Some(a), Some(b)) => {
+            let trackers = a.trackers.len() == b.trackers.len()
+                && a.trackers.iter().zip(&b.trackers).all(|(a, b)| Arc::ptr_eq(a, b));
+            a.children == b.children && a.options == b.options && a.read_only == b.read_only && trackers
+        }
+        _ => false,
+    };
+    let mut roots: BTreeMap<RootId, PlanRoot> = BTreeMap::new();
+    for (id, root) in old.roots() {
+        let stays = new.root(id).is_some_and(|now| now.node == root.node);
+        if !stays || old.reachable(root.node).into_iter().any(|id| !same(id)) {
+            roots.insert(id, root.clone());
+        }
+    }
+    for (id, root) in new.roots().filter(|(id, _)| old.root(*id).is_none()) {
+        roots.insert(id, root.clone());
+    }
+    roots.into_iter().collect()
+}
+
+/// One change between its check and its end.
+struct Step<'a> {
+    old: &'a Wires,
+    new: &'a Wires,
+    old_access: &'a BTreeMap<NodeId, Access>,
+    new_access: &'a BTreeMap<NodeId, Access>,
+}
+
+impl Step<'_> {
+    async fn run(&self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+        self.flush_leaving().await?;
+        let mut gained = Vec::new();
+        let mut outcome = self.gain(&mut gained).await;
+        if let (Ok(()), Some(last_step)) = (&outcome, last_step) {
+            outcome = last_step.run(self.old, self.new).await;
+        }
+        if outcome.is_err() {
+            self.undo(gained).await;
+        }
+        outcome
+    }
+
+    fn before(&self, id: NodeId) -> Access {
+        self.old_access.get(&id).copied().unwrap_or(Access::UNUSED)
+    }
+
+    fn after(&self, id: NodeId) -> Access {
+        self.new_access.get(&id).copied().unwrap_or(Access::UNUSED)
+    }
+
+    /// Flushes the nodes that were written to and will not be any more.
+    async fn flush_leaving(&self) -> Result<(), GraphError> {
+        for (id, node) in self.old.plan().nodes() {
+            let stops = !node.read_only && self.new.plan().get(id).is_none_or(|node| node.read_only);
+            if stops {
+                self.old.view(id).cx().flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the nodes for what their users need from now on, children first.
+    async fn gain(&self, gained: &mut Vec<NodeId>) -> Result<(), GraphError> {
+        for id in self.new.plan().parents_first()?.into_iter().rev() {
+            let is_new = self.old.plan().get(id).is_none();
+            let access = self.before(id).both(self.after(id));
+            if is_new || access != self.before(id) {
+                gained.push(id);
+                self.new.view(id).cx().node().set_access(&self.new.view(id).cx(), access).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn undo(&self, gained: Vec<NodeId>) {
+        for id in gained.into_iter().rev() {
+            let view = self.new.view(id);
+            let is_new = self.old.plan().get(id).is_none();
+            let undone = match is_new {
+                true => view.cx().node().close(&view.cx()).await,
+                false => view.cx().node().set_access(&view.cx(), self.before(id)).await,
+            };
+            if let Err(error) = undone {
+                tracing::error!(node = %view.name(), %error, "could not go back after a failed change");
+            }
+        }
+    }
+
+    /// Tells the nodes what is not needed any more, parents first, and closes those that are gone.
+    async fn give_up(&self) {
+        for id in self.old.plan().parents_first().unwrap_or_default() {
+            let view = self.old.view(id);
+            let done = match self.new.plan().get(id) {
+                None => view.cx().node().close(&view.cx()).await,
+                Some(_) if self.before(id).both(self.after(id)) != self.after(id) => {
+                    let view = self.new.view(id);
+                    view.cx().node().set_access(&view.cx(), self.after(id)).await
+                }
+                Some(_) => Ok(()),
+            };
+            if let Err(error) = done {
+                tracing::error!(node = %view.name(), %error, "could not be closed cleanly");
+            }
+        }
+    }
+}

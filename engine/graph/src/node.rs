@@ -1,0 +1,182 @@
+//! One layer of a disk.
+
+use std::any::Any;
+use std::fmt::Debug;
+
+use async_trait::async_trait;
+use underlay_sys::Iov;
+
+use crate::error::{IoError, Result};
+use crate::format::{Extent, Format, Place};
+use crate::info::ImageInfo;
+use crate::perm::Access;
+use crate::units::ByteRange;
+use crate::view::Cx;
+
+/// What kind of layer a node is; decides how permissions pass through it and which children it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Gets its bytes from outside the graph (file, null-co).
+    Protocol,
+    /// Interprets the bytes of its `file` child (qcow2, raw).
+    Format,
+    /// Has the content of its one child and does something on the way (throttle).
+    Filter,
+}
+
+/// How a node wants to be asked. All in bytes; powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests must start and end at multiples of this; [`Cx`] takes care of others.
+    pub request_alignment: u32,
+    /// Buffers must be aligned so in memory. Every [`Iov`] made by `underlay-sys` is aligned to 4096.
+    pub memory_alignment: u32,
+    /// Largest request, `u32::MAX` for no limit.
+    pub max_transfer: u32,
+    /// Ranges aligned so are cheapest to zero or discard (the cluster size); 0 when that does not matter.
+    pub preferred_zero: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { request_alignment: 1, memory_alignment: 1, max_transfer: u32::MAX, preferred_zero: 0 }
+    }
+}
+
+/// How to write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Store the clusters compressed. Only whole clusters, or the tail of the image.
+    pub compressed: bool,
+}
+
+/// How to zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// The space may be given back (NBD: no NO_HOLE flag).
+    pub may_unmap: bool,
+    /// Fail with ENOTSUP rather than write zeroes byte by byte (NBD: FAST_ZERO).
+    pub no_fallback: bool,
+}
+
+/// How to discard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Discard;
+
+/// What to reserve when making or growing an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The tables, not the data.
+    Metadata,
+    /// Everything, by fallocate.
+    Falloc,
+    /// Everything, by writing zeroes.
+    Full,
+}
+
+/// The backing file as an image names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingRef {
+    /// File name or `json:{…}`, as stored.
+    pub file: String,
+    /// Format name, when stored.
+    pub format: Option<String>,
+}
+
+/// One layer of a disk: a protocol (file, null-co), a format (qcow2, raw) or a filter.
+///
+/// A node owns its state but not its children: it reaches them through `cx`, so the graph can be rewired without
+/// the node taking part. Offsets are bytes in this node's address space. Requests come already checked by [`Cx`]:
+/// aligned to the node's limits, writes inside its length or allowed to grow it. A future that one of these
+/// methods returned is never dropped before its end.
+#[async_trait]
+pub trait Node: Debug + Send + Sync {
+    /// The driver's name: `qcow2`, `file`, …
+    fn driver(&self) -> &'static str;
+    /// What kind of layer this is.
+    fn kind(&self) -> Kind;
+    /// For callers that know the driver, such as the image tool.
+    fn as_any(&self) -> &dyn Any;
+    /// Current length in bytes.
+    fn length(&self, cx: &Cx<'_>) -> u64;
+    /// How the node wants to be asked.
+    fn limits(&self, _cx: &Cx<'_>) -> Limits {
+        Limits::default()
+    }
+    /// The node as a format, when it can say where a range lives.
+    fn as_format(&self) -> Option<&dyn Format> {
+        None
+    }
+
+    /// Fills `into`, `range.len()` bytes. Bytes past the end of the node read as zeroes.
+    async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()>;
+    /// Done when later reads see the data; durable only after a flush.
+    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()>;
+    /// Makes the range read as zeroes. ENOTSUP makes [`Cx`] write zeroes instead (unless `no_fallback`).
+    async fn write_zeroes(&self, _cx: &Cx<'_>, _range: ByteRange, _flags: ZeroFlags) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
+    /// Tells that nobody needs the range any more; later reads may give anything that was ever there, or zeroes.
+    async fn discard(&self, _cx: &Cx<'_>, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+    /// Makes everything durable whose write was done when the flush began.
+    async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
+        Ok(())
+    }
+    /// Where the first bytes of `range` live in this layer. The default suits a node that simply has its bytes.
+    async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        Ok(Extent::new(Place::Data(range.start()), range.len()))
+    }
+    /// Copies from the backing node what the range still borrows from there, so that it reads the same without
+    /// it. Safe beside writes to the same range: what a guest writes is never undone.
+    async fn populate(&self, _cx: &Cx<'_>, _range: ByteRange) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
+    /// Changes the length. Growth reads as zeroes.
+    async fn resize(&self, _cx: &Cx<'_>, _size: u64, _preallocation: Preallocation) -> Result<()> {
+        Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
+    }
+
+    /// Gets ready for what its users ask of it now: takes locks before writing starts, gives them up after it
+    /// ended. Called with more before a change (children first; may fail, and is then called with the old
+    /// access again), with less after it (parents first).
+    async fn set_access(&self, _cx: &Cx<'_>, _access: Access) -> Result<()> {
+        Ok(())
+    }
+    /// Before a node leaves the graph: everything written out, the image marked clean.
+    async fn close(&self, cx: &Cx<'_>) -> Result<()> {
+        self.flush(cx).await
+    }
+
+    /// Whether the node can have a backing node.
+    fn supports_backing(&self) -> bool {
+        false
+    }
+    /// The backing file as the image names it now.
+    fn backing_ref(&self) -> Option<BackingRef> {
+        None
+    }
+    /// Rewrites the image's own note of its backing file. Everything that the new note relies on must have been
+    /// flushed by the caller; the note itself is durable on return.
+    async fn set_backing_ref(&self, _cx: &Cx<'_>, _backing: Option<BackingRef>) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
+
+    /// The plain name that opens the same thing (`/images/a.qcow2`), when there is one; only protocols have it
+    /// of their own.
+    fn exact_filename(&self) -> Option<String> {
+        None
+    }
+    /// Bytes that the image takes up on its medium, if that can be told. Only protocols know.
+    fn allocated_size(&self) -> Option<u64> {
+        None
+    }
+    /// What the node tells about its image.
+    fn image_info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
+}

@@ -1,0 +1,500 @@
+//! The wiring as plain data: edited as a draft, checked as a whole, then put into force by the [`crate::Graph`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::align::Blocks;
+use crate::error::{Conflict, GraphError};
+use crate::node::{Kind, Node};
+use crate::perm::{self, Access, Perms};
+use crate::root::{Door, Drained};
+use crate::units::NodeName;
+use crate::view::{Role, Tracker, View};
+
+/// A node's place in the plan; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(u64);
+
+impl NodeId {
+    /// Of nodes that are in no plan.
+    pub const DETACHED: Self = Self(u64::MAX);
+}
+
+/// A root's place in the plan; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RootId(u64);
+
+/// What to do with writes of zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Write them.
+    #[default]
+    Off,
+    /// Make the range read as zeroes.
+    On,
+    /// The same, and give the space back.
+    Unmap,
+}
+
+/// Options that every node has, whatever its driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// `discard=unmap`: discards are passed on.
+    pub discard: bool,
+    /// `cache.direct`
+    pub cache_direct: bool,
+    /// `cache.no-flush`
+    pub cache_no_flush: bool,
+    /// `detect-zeroes`
+    pub detect_zeroes: DetectZeroes,
+    /// `force-share`
+    pub force_share: bool,
+}
+
+/// A node on its way into the plan, with everything below it that is new as well.
+#[derive(Debug)]
+pub struct NewNode {
+    /// `None`: a name is generated.
+    pub name: Option<NodeName>,
+    /// The node.
+    pub node: Arc<dyn Node>,
+    /// Not open for writing.
+    pub read_only: bool,
+    /// The options it was opened with.
+    pub options: NodeOptions,
+    /// What is below.
+    pub children: Vec<(Role, Wiring)>,
+}
+
+/// A child of a new node.
+#[derive(Debug)]
+pub enum Wiring {
+    /// A node that is in the plan.
+    Existing(NodeId),
+    /// One that comes along.
+    New(Box<NewNode>),
+}
+
+/// A node in the plan.
+#[derive(Clone, Debug)]
+pub struct PlanNode {
+    /// Its name.
+    pub name: NodeName,
+    /// The node.
+    pub node: Arc<dyn Node>,
+    /// Not open for writing.
+    pub read_only: bool,
+    /// The options it was opened with.
+    pub options: NodeOptions,
+    /// What is below, in the order in which it was wired.
+    pub children: SmallVec<[(Role, NodeId); 2]>,
+    /// Kept alive by blockdev-add until blockdev-del.
+    pub monitor_owned: bool,
+    /// A filter that a job put in without being asked for it by name: users address the node below.
+    pub implicit: bool,
+    /// Who wants to know of writes.
+    pub trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+    /// The kind of job that works on this node; other operations on it are refused.
+    pub busy: Option<&'static str>,
+    /// A job relies on the backing link.
+    pub frozen: bool,
+    blocks: Arc<Blocks>,
+}
+
+impl PlanNode {
+    /// The child in `role`.
+    pub fn child(&self, role: Role) -> Option<NodeId> {
+        self.children.iter().find(|(r, _)| *r == role).map(|(_, id)| *id)
+    }
+}
+
+/// A user of the graph: an export, one end of a job.
+#[derive(Clone, Debug)]
+pub struct PlanRoot {
+    /// Who it is, as permission conflicts name it: `block device 'x'`, `stream job 'job0'`.
+    pub user: String,
+    /// As what it uses the node: `root`, `main node`, …
+    pub role: &'static str,
+    /// The node it uses.
+    pub node: NodeId,
+    /// What it needs.
+    pub required: Perms,
+    /// What others may do meanwhile.
+    pub shared: Perms,
+    /// Stays where it is when the users of its node are moved elsewhere: the ends of jobs.
+    pub pinned: bool,
+    pub(crate) door: Arc<Door>,
+    pub(crate) drained: Option<Arc<dyn Drained>>,
+}
+
+/// A root on its way into the plan.
+#[derive(Debug)]
+pub struct NewRoot {
+    /// See [`PlanRoot`].
+    pub user: String,
+    /// See [`PlanRoot`].
+    pub role: &'static str,
+    /// See [`PlanRoot`].
+    pub node: NodeId,
+    /// See [`PlanRoot`].
+    pub required: Perms,
+    /// See [`PlanRoot`].
+    pub shared: Perms,
+    /// See [`PlanRoot`].
+    pub pinned: bool,
+    /// Wants to be told when its requests are held back.
+    pub drained: Option<Arc<dyn Drained>>,
+}
+
+/// The wiring. Cloning copies the wiring only; nodes are shared.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    nodes: BTreeMap<NodeId, PlanNode>,
+    names: HashMap<NodeName, NodeId>,
+    roots: BTreeMap<RootId, PlanRoot>,
+    next: u64,
+    generated: u64,
+}
+
+impl Plan {
+    /// All nodes, oldest first.
+    pub fn nodes(&self) -> impl DoubleEndedIterator<Item = (NodeId, &PlanNode)> {
+        self.nodes.iter().map(|(id, node)| (*id, node))
+    }
+
+    /// All roots, oldest first.
+    pub fn roots(&self) -> impl Iterator<Item = (RootId, &PlanRoot)> {
+        self.roots.iter().map(|(id, root)| (*id, root))
+    }
+
+    /// The node `id`, if it is still there.
+    pub fn get(&self, id: NodeId) -> Option<&PlanNode> {
+        self.nodes.get(&id)
+    }
+
+    /// The node `id`. Panics when it is gone; for ids that were found in this very plan.
+    pub fn node(&self, id: NodeId) -> &PlanNode {
+        self.get(id).expect("an id of this plan")
+    }
+
+    /// For editing the node's own flags.
+    pub fn node_mut(&mut self, id: NodeId) -> &mut PlanNode {
+        self.nodes.get_mut(&id).expect("an id of this plan")
+    }
+
+    /// The root `id`, if it is still there.
+    pub fn root(&self, id: RootId) -> Option<&PlanRoot> {
+        self.roots.get(&id)
+    }
+
+    /// For editing a root's permissions.
+    pub fn root_mut(&mut self, id: RootId) -> Option<&mut PlanRoot> {
+        self.roots.get_mut(&id)
+    }
+
+    /// The node with this name.
+    pub fn find(&self, name: &str) -> Option<NodeId> {
+        // Names that are not well formed cannot be in the map, except generated ones.
+        self.nodes.iter().find(|(_, node)| node.name.as_str() == name).map(|(id, _)| *id).filter(|id| {
+            debug_assert_eq!(self.names.get(&self.node(*id).name), Some(id));
+            true
+        })
+    }
+
+    /// All parents of a node with the role in which it is theirs.
+    pub fn parents(&self, id: NodeId) -> impl Iterator<Item = (NodeId, Role)> {
+        self.nodes.iter().flat_map(move |(parent, node)| {
+            node.children.iter().filter(move |(_, child)| *child == id).map(|(role, _)| (*parent, *role))
+        })
+    }
+
+    /// The roots that use a node directly.
+    pub fn roots_of(&self, id: NodeId) -> impl Iterator<Item = (RootId, &PlanRoot)> {
+        self.roots().filter(move |(_, root)| root.node == id)
+    }
+
+    /// The backing node, below filters: the next image of the chain.
+    pub fn backing(&self, id: NodeId) -> Option<NodeId> {
+        let node = self.node(self.skip_filters(id));
+        node.child(Role::Backing).map(|below| self.skip_filters(below))
+    }
+
+    /// The first node at or below `id` that is no filter.
+    pub fn skip_filters(&self, mut id: NodeId) -> NodeId {
+        while self.node(id).node.kind() == Kind::Filter {
+            let Some(&(_, below)) = self.node(id).children.first() else { break };
+            id = below;
+        }
+        id
+    }
+
+    /// The images of a chain from `top` down, filters left out.
+    pub fn chain(&self, top: NodeId) -> impl Iterator<Item = NodeId> {
+        std::iter::successors(Some(self.skip_filters(top)), |id| self.backing(*id))
+    }
+
+    /// Adds a node and the new nodes below it.
+    pub fn add(&mut self, new: NewNode) -> Result<NodeId, GraphError> {
+        let name = match new.name {
+            Some(name) if self.names.contains_key(&name) => {
+                return Err(GraphError::DuplicateName(name.to_string()));
+            }
+            Some(name) => name,
+            None => self.generate_name(),
+        };
+        let id = NodeId(self.next);
+        self.next += 1;
+        // The name is taken before the children come, so that they cannot have the same.
+        self.names.insert(name.clone(), id);
+        let mut children = SmallVec::new();
+        for (role, wiring) in new.children {
+            let child = match wiring {
+                Wiring::Existing(id) => id,
+                Wiring::New(node) => self.add(*node)?,
+            };
+            children.push((role, child));
+        }
+        self.nodes.insert(
+            id,
+            PlanNode {
+                name,
+                node: new.node,
+                read_only: new.read_only,
+                options: new.options,
+                children,
+                monitor_owned: false,
+                implicit: false,
+                trackers: SmallVec::new(),
+                busy: None,
+                frozen: false,
+                blocks: Arc::default(),
+            },
+        );
+        Ok(id)
+    }
+
+    fn generate_name(&mut self) -> NodeName {
+        loop {
+            let noise = u8::try_from(self.next.wrapping_mul(37) % 100).expect("below 100");
+            let name = NodeName::generated(self.generated, noise);
+            self.generated += 1;
+            if !self.names.contains_key(&name) {
+                return name;
+            }
+        }
+    }
+
+    /// Adds a user of a node.
+    pub fn add_root(&mut self, new: NewRoot) -> RootId {
+        let id = RootId(self.next);
+        self.next += 1;
+        let NewRoot { user, role, node, required, shared, pinned, drained } = new;
+        let door = Arc::default();
+        self.roots.insert(id, PlanRoot { user, role, node, required, shared, pinned, door, drained });
+        id
+    }
+
+    /// Takes a user away; nodes that only it kept alive go too.
+    pub fn remove_root(&mut self, id: RootId) {
+        self.roots.remove(&id);
+    }
+
+    /// Wires `parent`'s child in `role` anew.
+    pub fn set_child(&mut self, parent: NodeId, role: Role, child: Option<NodeId>) -> Result<(), GraphError> {
+        let node = self.node(parent);
+        if role == Role::Backing && node.frozen && node.child(role) != child {
+            let to = node.child(role).map_or_else(String::new, |id| self.node(id).name.to_string());
+            return Err(GraphError::Frozen { from: node.name.to_string(), to });
+        }
+        let node = self.node_mut(parent);
+        match (child, node.children.iter().position(|(r, _)| *r == role)) {
+            (Some(child), Some(at)) => node.children[at].1 = child,
+            (Some(child), None) => node.children.push((role, child)),
+            (None, Some(at)) => drop(node.children.remove(at)),
+            (None, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Moves every user of `from` to `to`: parents and roots, except pinned roots and parents for which `keep`.
+    pub fn replace(
+        &mut self,
+        from: NodeId,
+        to: NodeId,
+        keep: impl Fn(NodeId) -> bool,
+    ) -> Result<(), GraphError> {
+        let parents: Vec<_> = self.parents(from).filter(|(parent, _)| !keep(*parent)).collect();
+        for (parent, role) in parents {
+            self.set_child(parent, role, Some(to))?;
+        }
+        for root in self.roots.values_mut().filter(|root| root.node == from && !root.pinned) {
+            root.node = to;
+        }
+        Ok(())
+    }
+
+    /// Everything below and including `id`.
+    pub fn reachable(&self, id: NodeId) -> BTreeSet<NodeId> {
+        let mut seen = BTreeSet::new();
+        let mut todo = vec![id];
+        while let Some(id) = todo.pop() {
+            if seen.insert(id) {
+                todo.extend(self.node(id).children.iter().map(|(_, child)| *child));
+            }
+        }
+        seen
+    }
+
+    /// Drops the nodes that nobody keeps alive: neither the monitor, nor a root, nor a parent.
+    pub(crate) fn collect(&mut self) {
+        let mut alive = BTreeSet::new();
+        let kept = self.nodes.iter().filter(|(_, node)| node.monitor_owned).map(|(id, _)| *id);
+        let mut todo: Vec<_> = kept.chain(self.roots.values().map(|root| root.node)).collect();
+        while let Some(id) = todo.pop() {
+            if alive.insert(id) {
+                todo.extend(self.node(id).children.iter().map(|(_, child)| *child));
+            }
+        }
+        self.nodes.retain(|id, _| alive.contains(id));
+        self.names.retain(|_, id| alive.contains(id));
+    }
+
+    /// Checks the whole: no loops, every format over a file, permissions that get on. Returns what each node's
+    /// users ask of it.
+    pub(crate) fn check(&self) -> Result<BTreeMap<NodeId, Access>, GraphError> {
+        let order = self.parents_first()?;
+        let mut uses: BTreeMap<NodeId, Vec<Use>> = BTreeMap::new();
+        for root in self.roots.values() {
+            let shared = root.shared;
+            let by = Use { user: root.user.clone(), role: root.role, required: root.required, shared };
+            uses.entry(root.node).or_default().push(by);
+        }
+        let mut accesses = BTreeMap::new();
+        for id in order {
+            let node = self.node(id);
+            let uses_here = uses.remove(&id).unwrap_or_default();
+            self.check_uses(node, &uses_here)?;
+            let writable = !node.read_only;
+            let mut access = Access { writable, ..Access::UNUSED };
+            for one in &uses_here {
+                access.required = access.required | one.required;
+                access.shared = access.shared & one.shared;
+            }
+            accesses.insert(id, access);
+            for (role, child) in &node.children {
+                let (required, shared) = perm::for_child(node.node.kind(), access, *role);
+                let user = format!("node '{}'", node.name);
+                uses.entry(*child).or_default().push(Use { user, role: role.as_str(), required, shared });
+            }
+        }
+        Ok(accesses)
+    }
+
+    fn check_uses(&self, node: &PlanNode, uses: &[Use]) -> Result<(), GraphError> {
+        for one in uses {
+            let wants_to_write = !(one.required & (Perms::WRITE | Perms::WRITE_UNCHANGED)).is_empty();
+            if node.read_only && wants_to_write {
+                return Err(GraphError::ReadOnly);
+            }
+        }
+        for (at, one) in uses.iter().enumerate() {
+            for (at_other, other) in uses.iter().enumerate() {
+                let refused = one.required.without(other.shared);
+                if at != at_other && !refused.is_empty() {
+                    let conflict = Conflict {
+                        node: node.name.to_string(),
+                        perms: refused.to_string(),
+                        by: one.user.clone(),
+                        by_role: one.role.into(),
+                        against: other.user.clone(),
+                        against_role: other.role.into(),
+                    };
+                    return Err(GraphError::Conflict(Box::new(conflict)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All nodes, every parent before its children; an error if that cannot be.
+    pub(crate) fn parents_first(&self) -> Result<Vec<NodeId>, GraphError> {
+        let mut waiting: HashMap<NodeId, usize> = HashMap::new();
+        for node in self.nodes.values() {
+            for (_, child) in &node.children {
+                *waiting.entry(*child).or_default() += 1;
+            }
+        }
+        let mut order: Vec<_> = self.nodes.keys().copied().filter(|id| !waiting.contains_key(id)).collect();
+        let mut done = 0;
+        while let Some(&id) = order.get(done) {
+            done += 1;
+            for (_, child) in &self.node(id).children {
+                if let Some(count) = waiting.get_mut(child) {
+                    *count -= 1;
+                    if *count == 0 {
+                        order.push(*child);
+                    }
+                }
+            }
+        }
+        if order.len() == self.nodes.len() {
+            return Ok(order);
+        }
+        let left = self.nodes.iter().find(|(id, _)| !order.contains(id)).map(|(_, node)| node);
+        let node = left.expect("fewer were ordered than there are");
+        let (role, child) = node.children.last().copied().expect("it is part of a loop");
+        let to = self.node(child).name.to_string();
+        Err(GraphError::Cycle { from: node.name.to_string(), to, role: role.as_str() })
+    }
+}
+
+/// One use of a node: by a root or by a parent.
+struct Use {
+    user: String,
+    role: &'static str,
+    required: Perms,
+    shared: Perms,
+}
+
+/// The views of one plan, made when asked for.
+#[derive(Debug)]
+pub struct Wires {
+    plan: Arc<Plan>,
+    views: std::sync::Mutex<HashMap<NodeId, Arc<View>>>,
+}
+
+impl Wires {
+    pub(crate) fn new(plan: Arc<Plan>) -> Self {
+        Self { plan, views: std::sync::Mutex::default() }
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The view of a node of the plan.
+    pub fn view(&self, id: NodeId) -> Arc<View> {
+        let mut views = self.views.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Not recursive: chains may be thousands of nodes deep.
+        let mut todo = vec![id];
+        while let Some(&id) = todo.last() {
+            let node = self.plan.node(id);
+            let missing = node.children.iter().map(|(_, child)| *child).find(|id| !views.contains_key(id));
+            if let Some(child) = missing {
+                todo.push(child);
+                continue;
+            }
+            todo.pop();
+            let children = node.children.iter().map(|(role, id)| (*role, views[id].clone())).collect();
+            let trackers = node.trackers.clone();
+            let (options, blocks) = (node.options, node.blocks.clone());
+            views.entry(id).or_insert_with(|| {
+                View::new(id, node.name.clone(), node.node.clone(), children, trackers, options, blocks)
+            });
+        }
+        views[&id].clone()
+    }
+}

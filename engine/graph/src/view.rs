@@ -1,0 +1,284 @@
+//! The wiring as requests see it: immutable, shared, walked from the top down with a [`Cx`].
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+use underlay_sys::Iov;
+
+use crate::align::{self, Blocks};
+use crate::error::{IoError, Result};
+use crate::format::Extent;
+use crate::node::{Kind, Limits, Node, WriteFlags, ZeroFlags};
+use crate::plan::{DetectZeroes, NodeId, NodeOptions};
+use crate::units::{ByteRange, NodeName};
+
+/// What a child is to its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Where a format keeps its bytes, or what a filter filters.
+    File,
+    /// What shows where an image has nothing of its own.
+    Backing,
+}
+
+impl Role {
+    /// The child's name in options and messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Backing => "backing",
+        }
+    }
+}
+
+/// Something that wants to know which ranges of a node were written: a dirty bitmap.
+pub trait Tracker: Send + Sync + std::fmt::Debug {
+    /// A write, zeroing or discard of `range` has ended, well or badly.
+    fn touched(&self, range: ByteRange);
+}
+
+/// One node and all below it, as it was wired at some moment.
+#[derive(Debug)]
+pub struct View {
+    pub(crate) id: NodeId,
+    pub(crate) name: NodeName,
+    pub(crate) node: Arc<dyn Node>,
+    pub(crate) children: SmallVec<[(Role, Arc<View>); 2]>,
+    pub(crate) trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+    pub(crate) options: NodeOptions,
+    pub(crate) limits: Limits,
+    pub(crate) blocks: Arc<Blocks>,
+}
+
+impl View {
+    /// A view of a node that is in no plan (yet): for opening and creating images, and for tests.
+    pub fn detached(node: Arc<dyn Node>, children: impl IntoIterator<Item = (Role, Arc<View>)>) -> Arc<Self> {
+        let name = NodeName::generated(0, 0);
+        let options = NodeOptions { discard: true, ..NodeOptions::default() };
+        Self::new(
+            NodeId::DETACHED,
+            name,
+            node,
+            children.into_iter().collect(),
+            SmallVec::new(),
+            options,
+            Arc::default(),
+        )
+    }
+
+    pub(crate) fn new(
+        id: NodeId,
+        name: NodeName,
+        node: Arc<dyn Node>,
+        children: SmallVec<[(Role, Arc<View>); 2]>,
+        trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+        options: NodeOptions,
+        blocks: Arc<Blocks>,
+    ) -> Arc<Self> {
+        let mut view =
+            Self { id, name, node, children, trackers, options, limits: Limits::default(), blocks };
+        view.limits = view.node.limits(&Cx { view: &view });
+        Arc::new(view)
+    }
+
+    /// The context of a request to this node. The caller sees to it that the wiring may be used now: it holds a
+    /// gate, or is the one that changes the graph, or the node is in no plan.
+    pub fn cx(&self) -> Cx<'_> {
+        Cx { view: self }
+    }
+
+    /// The node's place in the plan.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &NodeName {
+        &self.name
+    }
+
+    /// The node itself.
+    pub fn node(&self) -> &Arc<dyn Node> {
+        &self.node
+    }
+
+    /// The child in `role`.
+    pub fn child(&self, role: Role) -> Option<&Arc<View>> {
+        self.children.iter().find(|(r, _)| *r == role).map(|(_, view)| view)
+    }
+
+    /// All children, in the order in which they were wired.
+    pub fn children(&self) -> &[(Role, Arc<View>)] {
+        &self.children
+    }
+}
+
+/// What a request carries down the graph: the node it is at and, through it, what is below.
+#[derive(Clone, Copy, Debug)]
+pub struct Cx<'a> {
+    view: &'a View,
+}
+
+/// Zeroes are written in pieces of at most this many bytes where a node cannot zero by itself.
+const ZERO_PIECE: u64 = 1 << 20;
+
+impl<'a> Cx<'a> {
+    /// The view of the node the request is at.
+    pub fn view(&self) -> &'a View {
+        self.view
+    }
+
+    /// The node the request is at.
+    pub fn node(&self) -> &'a dyn Node {
+        &*self.view.node
+    }
+
+    /// The child in `role`.
+    pub fn child(&self, role: Role) -> Option<Cx<'a>> {
+        self.view.child(role).map(|view| Cx { view })
+    }
+
+    /// The `file` child, which formats and filters always have: the plan's check has seen it.
+    pub fn below(&self) -> Cx<'a> {
+        self.child(Role::File).expect("a format or filter node has a file child")
+    }
+
+    /// The backing child.
+    pub fn backing(&self) -> Option<Cx<'a>> {
+        self.child(Role::Backing)
+    }
+
+    /// The first node at or below this one that is no filter.
+    pub fn skip_filters(self) -> Cx<'a> {
+        let mut at = self;
+        while at.node().kind() == Kind::Filter {
+            let Some(next) = at.child(Role::File).or(at.child(Role::Backing)) else { break };
+            at = next;
+        }
+        at
+    }
+
+    /// Current length of the node in bytes.
+    pub fn length(&self) -> u64 {
+        self.node().length(self)
+    }
+
+    /// How the node wants to be asked.
+    pub fn limits(&self) -> Limits {
+        self.view.limits
+    }
+
+    /// Fills `into`; bytes past the end of the node read as zeroes.
+    pub async fn read(&self, range: ByteRange, into: Iov) -> Result<()> {
+        debug_assert_eq!(range.len(), into.len() as u64);
+        if !range.is_aligned(u64::from(self.view.limits.request_alignment)) {
+            return align::read(self, range, into).await;
+        }
+        self.node().read(self, range, into).await
+    }
+
+    /// Writes `from`; done when later reads see it.
+    pub async fn write(&self, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        debug_assert_eq!(range.len(), from.len() as u64);
+        if self.view.options.detect_zeroes != DetectZeroes::Off && !flags.compressed && from.is_zero() {
+            let may_unmap = self.view.options.detect_zeroes == DetectZeroes::Unmap;
+            return self.write_zeroes(range, ZeroFlags { may_unmap, no_fallback: false }).await;
+        }
+        let result = if self.view.limits.request_alignment > 1 {
+            align::write(self, range, from, flags).await
+        } else {
+            self.node().write(self, range, from, flags).await
+        };
+        self.touched(range);
+        result
+    }
+
+    /// Makes the range read as zeroes, by writing them where the node knows no better way.
+    pub async fn write_zeroes(&self, range: ByteRange, mut flags: ZeroFlags) -> Result<()> {
+        flags.may_unmap &= self.view.options.discard;
+        let alignment = u64::from(self.view.limits.request_alignment);
+        let inner = if alignment > 1 { range.align_in(alignment) } else { range };
+        if inner.is_empty() {
+            return self.write_out_zeroes(range, flags).await;
+        }
+        let head = ByteRange::between(range.start(), inner.start());
+        let tail = ByteRange::between(inner.end(), range.end());
+        if alignment > 1 && flags.no_fallback && !(head.is_empty() && tail.is_empty()) {
+            return Err(IoError::ENOTSUP);
+        }
+        let result = {
+            let _turn = match alignment {
+                0 | 1 => None,
+                _ => Some(self.view.blocks.shared(inner).await),
+            };
+            self.node().write_zeroes(self, inner, flags).await
+        };
+        self.touched(inner);
+        match result {
+            Err(error) if error == IoError::ENOTSUP && !flags.no_fallback => {
+                self.write_out_zeroes(inner, flags).await?;
+            }
+            other => other?,
+        }
+        self.write_out_zeroes(head, flags).await?;
+        self.write_out_zeroes(tail, flags).await
+    }
+
+    async fn write_out_zeroes(&self, mut range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        if flags.no_fallback {
+            return Err(IoError::ENOTSUP);
+        }
+        let zeroes = Iov::zeroed(range.split(ZERO_PIECE).0.buffer_len());
+        while !range.is_empty() {
+            let (piece, rest) = range.split(ZERO_PIECE);
+            let from = zeroes.slice(0, piece.buffer_len());
+            let result = if self.view.limits.request_alignment > 1 {
+                align::write(self, piece, from, WriteFlags::default()).await
+            } else {
+                self.node().write(self, piece, from, WriteFlags::default()).await
+            };
+            self.touched(piece);
+            result?;
+            range = rest;
+        }
+        Ok(())
+    }
+
+    /// Tells that the range is not needed any more; nothing happens on nodes opened with `discard=ignore`.
+    pub async fn discard(&self, range: ByteRange) -> Result<()> {
+        if !self.view.options.discard {
+            return Ok(());
+        }
+        let range = range.align_in(u64::from(self.view.limits.request_alignment));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let result = self.node().discard(self, range).await;
+        self.touched(range);
+        result
+    }
+
+    /// Makes durable what was written before.
+    pub async fn flush(&self) -> Result<()> {
+        self.node().flush(self).await
+    }
+
+    /// Copies from the backing node what the range still borrows from there.
+    pub async fn populate(&self, range: ByteRange) -> Result<()> {
+        self.node().populate(self, range).await
+    }
+
+    /// Where the first bytes of `range` live in this one layer.
+    pub async fn map(&self, range: ByteRange) -> Result<Extent> {
+        self.node().map(self, range).await
+    }
+
+    fn touched(&self, range: ByteRange) {
+        for tracker in &self.view.trackers {
+            tracker.touched(range);
+        }
+    }
+}
