@@ -152,6 +152,10 @@ pub trait Node: Debug + Send + Sync {
         self.flush(cx).await
     }
 
+    /// Whether a format keeps bytes of its own in its file, which nobody else may then write to.
+    fn keeps_metadata(&self) -> bool {
+        self.kind() == Kind::Format
+    }
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {
         false

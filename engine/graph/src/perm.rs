@@ -7,7 +7,7 @@
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
-use crate::node::Kind;
+use crate::node::{Kind, Node};
 use crate::view::Role;
 
 /// A set of permissions.
@@ -104,11 +104,12 @@ impl Access {
     }
 }
 
-/// What a node with `access` requires of its child in `role`, and what it shares with the child's other users.
-pub fn for_child(kind: Kind, access: Access, role: Role) -> (Perms, Perms) {
+/// What `node` with `access` requires of its child in `role`, and what it shares with the child's other users.
+pub fn for_child(node: &dyn Node, access: Access, role: Role) -> (Perms, Perms) {
     use Perms as P;
-    match (kind, role) {
+    match (node.kind(), role) {
         (Kind::Filter, _) => (access.required, access.shared),
+        (_, Role::File) if !node.keeps_metadata() => (access.required | P::CONSISTENT_READ, access.shared),
         (_, Role::File) => {
             let mut required = access.required | P::CONSISTENT_READ;
             if required.has(P::WRITE_UNCHANGED) {

@@ -384,7 +384,7 @@ impl Plan {
             }
             accesses.insert(id, access);
             for (role, child) in &node.children {
-                let (required, shared) = perm::for_child(node.node.kind(), access, *role);
+                let (required, shared) = perm::for_child(&*node.node, access, *role);
                 let user = format!("node '{}'", node.name);
                 uses.entry(*child).or_default().push(Use { user, role: role.as_str(), required, shared });
             }
