@@ -1,2 +1,8 @@
-//! To be written.
+//! The qcow2 image format.
 #![forbid(unsafe_code)]
+
+pub mod extensions;
+pub mod features;
+pub mod header;
+
+pub use header::{Compression, Crypt, Header, HeaderError, Version};
