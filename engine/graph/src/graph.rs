@@ -126,11 +126,7 @@ impl Graph {
 /// that come, go or see a different wiring.
 fn changed_roots(old: &Plan, new: &Plan) -> Vec<(RootId, PlanRoot)> {
     let same = |id: NodeId| match (old.get(id), new.get(id)) {
-        (Some(a), Some(b)) => {
-            let trackers = a.trackers.len() == b.trackers.len()
-                && a.trackers.iter().zip(&b.trackers).all(|(a, b)| Arc::ptr_eq(a, b));
-            a.children == b.children && a.options == b.options && a.read_only == b.read_only && trackers
-        }
+        (Some(before), Some(after)) => before.is_wired_as(after),
         _ => false,
     };
     let mut roots: BTreeMap<RootId, PlanRoot> = BTreeMap::new();

@@ -100,10 +100,22 @@ pub struct PlanNode {
     pub busy: Option<&'static str>,
     /// A job relies on the backing link.
     pub frozen: bool,
+    /// Counts the times when requests had to be held back although the wiring stays: see [`Plan::touch`].
+    touched: u64,
     blocks: Arc<Blocks>,
 }
 
 impl PlanNode {
+    /// Whether requests to the node are the same under both wirings.
+    pub(crate) fn is_wired_as(&self, other: &Self) -> bool {
+        self.children == other.children
+            && self.options == other.options
+            && self.read_only == other.read_only
+            && self.touched == other.touched
+            && self.trackers.len() == other.trackers.len()
+            && self.trackers.iter().zip(&other.trackers).all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+
     /// The child in `role`.
     pub fn child(&self, role: Role) -> Option<NodeId> {
         self.children.iter().find(|(r, _)| *r == role).map(|(_, id)| *id)
@@ -333,6 +345,21 @@ impl Plan {
             root.node = to;
         }
         Ok(())
+    }
+
+    /// Makes a node read-only or writable, together with the file that it opened for itself.
+    pub fn set_read_only(&mut self, id: NodeId, read_only: bool) {
+        let node = self.node_mut(id);
+        node.read_only = read_only;
+        let file = node.child(Role::File);
+        if let Some(file) = file.filter(|file| !self.node(*file).monitor_owned) {
+            self.set_read_only(file, read_only);
+        }
+    }
+
+    /// Makes the change hold back the requests to this node although its wiring stays: it will be resized, say.
+    pub fn touch(&mut self, id: NodeId) {
+        self.node_mut(id).touched += 1;
     }
 
     /// Everything below and including `id`.
