@@ -281,6 +281,7 @@ impl Plan {
                 trackers: SmallVec::new(),
                 busy: None,
                 frozen: false,
+                touched: 0,
                 blocks: Arc::default(),
             },
         );
