@@ -108,6 +108,15 @@ pub(crate) fn find_feature_names(area: &[u8]) -> &[u8] {
     &[]
 }
 
+/// Bytes of `area` that its extensions take, end marker included.
+pub(crate) fn length(area: &[u8]) -> usize {
+    let mut at = 0;
+    while let Ok(Some((_, _, after))) = next(area, at) {
+        at = after;
+    }
+    (at + 8).min(area.len())
+}
+
 impl Extensions {
     /// Reads all extensions in `area`, the bytes from the end of the fixed header up to the backing name.
     pub(crate) fn parse(area: &[u8], around: Around) -> Result<Self, HeaderError> {

@@ -4,5 +4,6 @@
 pub mod extensions;
 pub mod features;
 pub mod header;
+pub mod update;
 
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
