@@ -1,9 +1,24 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
 
+pub mod cache;
+pub mod commit;
+pub mod compress;
+pub mod cow;
+pub mod entry;
 pub mod extensions;
 pub mod features;
+pub mod frees;
 pub mod header;
+pub mod live;
+pub mod mapping;
+pub mod metadata;
+pub mod node;
+pub mod packed;
+pub mod populate;
+pub mod refcount;
 pub mod update;
+pub mod zero;
 
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
+pub use live::{Corruption, OnCorrupt, OpenError, OpenOptions, Qcow2};

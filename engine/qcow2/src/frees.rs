@@ -1,0 +1,137 @@
+//! Clusters that lost a reference, on their way to being free.
+//!
+//! Nothing may be written into a dropped cluster while the disk still refers to it, or while a read or an in-place write that
+//! looked the cluster up before is on its way. So a drop goes through two stations:
+//!
+//! 1. *pending*: the mapping in memory does not have it any more, the disk may;
+//! 2. *quarantine*: a commit has made the drop durable. That commit also started a new epoch: whoever looks something up holds
+//!    a lease on the epoch of that moment, so when all leases of the epochs up to this one are gone nobody can
+//!    still use the old answer.
+//!
+//! Then the refcounts go down in memory (and reach the disk with the next commit), and the clusters can be given out again.
+//! After a power cut what was on its way is a leak, never an error.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use underlay_graph::{ByteRange, Cx};
+
+use crate::entry::{COMPRESSED, Entry};
+use crate::live::Qcow2;
+
+/// A run of clusters that each lose one reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Free {
+    /// Number of the first cluster.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// The guest does not need them any more: the file may give the space back.
+    pub discard: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Frees {
+    pending: Vec<Free>,
+    pending_clusters: u64,
+    quarantine: VecDeque<(Arc<()>, Vec<Free>)>,
+}
+
+impl Frees {
+    fn drop_later(&mut self, free: Free) {
+        self.pending_clusters += free.count;
+        match self.pending.last_mut() {
+            Some(last) if last.first + last.count == free.first && last.discard == free.discard => {
+                last.count += free.count;
+            }
+            _ => self.pending.push(free),
+        }
+    }
+
+    /// Drops whose change of the mapping has already happened in memory.
+    pub(crate) fn take_pending(&mut self) -> Vec<Free> {
+        self.pending_clusters = 0;
+        std::mem::take(&mut self.pending)
+    }
+
+    /// The commit that took these failed.
+    pub(crate) fn put_back(&mut self, frees: Vec<Free>) {
+        frees.into_iter().for_each(|free| self.drop_later(free));
+    }
+
+    /// A batch that nobody can use any more.
+    fn take_ready(&mut self) -> Option<Vec<Free>> {
+        let (epoch, _) = self.quarantine.front_mut()?;
+        Arc::get_mut(epoch)?;
+        self.quarantine.pop_front().map(|(_, frees)| frees)
+    }
+
+    /// Whether anything is on its way.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pending.is_empty() && self.quarantine.is_empty()
+    }
+}
+
+impl Qcow2 {
+    pub(crate) fn frees(&self) -> MutexGuard<'_, Frees> {
+        self.frees.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A lease on everything that the mapping answers from now on.
+    pub(crate) fn hold(&self) -> Arc<()> {
+        self.epoch.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// `count` clusters from `host` on lost a reference. The mapping in memory must not have it any more.
+    pub(crate) fn drop_clusters(&self, host: u64, count: u64, discard: bool) {
+        let first = host >> self.layout.cluster_bits;
+        self.frees().drop_later(Free { first, count, discard });
+    }
+
+    /// An entry is not in the mapping any more: what it referred to loses a reference.
+    pub(crate) fn drop_entry(&self, entry: Entry, discard: bool) {
+        if entry.word & COMPRESSED != 0 {
+            let packed = self.layout.packed(entry);
+            let bits = self.layout.cluster_bits;
+            let (first, last) = (packed.offset >> bits, (packed.offset + packed.len - 1) >> bits);
+            self.frees().drop_later(Free { first, count: last - first + 1, discard: false });
+        } else if self.layout.host(entry) != 0 {
+            self.drop_clusters(self.layout.host(entry), 1, discard);
+        }
+    }
+
+    /// How many clusters wait for a commit.
+    pub(crate) fn pending_clusters(&self) -> u64 {
+        self.frees().pending_clusters
+    }
+
+    /// A commit has made these drops durable.
+    pub(crate) fn quarantine(&self, frees: Vec<Free>) {
+        if frees.is_empty() {
+            return;
+        }
+        let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::take(&mut *epoch);
+        self.frees().quarantine.push_back((old, frees));
+    }
+
+    /// Gives free what nobody can use any more.
+    pub(crate) async fn reclaim(&self, cx: &Cx<'_>) {
+        loop {
+            let Some(batch) = self.frees().take_ready() else { return };
+            for free in batch {
+                if free.discard && self.options.pass_discard_request != Some(false) {
+                    let bits = self.layout.cluster_bits;
+                    let range = ByteRange::between(free.first << bits, (free.first + free.count) << bits);
+                    if let Err(error) = cx.below().discard(range).await {
+                        tracing::debug!(%error, "the file kept discarded clusters");
+                    }
+                }
+                if let Err(error) = self.lower(cx, free.first, free.count).await {
+                    tracing::warn!(%error, first = free.first, count = free.count, "clusters leaked");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! An open image: its state, how it is opened, and when it may be written to.
+//!
+//! Locks, in the order in which they are taken (a task that holds one never takes one further left):
+//!
+//! | lock | kind | held for |
+//! | --- | --- | --- |
+//! | `ranges` | guest clusters | an allocating write, zeroing, discarding or populating them, its data I/O included |
+//! | `commit` | async, one | writing metadata back ([`crate::commit`]) |
+//! | `tables` | async, per L1 entry | making an L2 table |
+//! | `refcounts.growth` | async, one | making refcount blocks and growing their table |
+//! | `loads` | async, per slice | reading a slice of a table |
+//! | `header_turn` | async, one | writing the header |
+//! | the others | plain | a few instructions, never across I/O |
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use underlay_graph::range_lock::RangeLock;
+use underlay_graph::{ByteRange, Cx, IoError, Result};
+use underlay_sys::Iov;
+
+use crate::cache::{SliceCache, to_words};
+use crate::commit::Commits;
+use crate::compress::Decoded;
+use crate::entry::Layout;
+use crate::features;
+use crate::frees::Frees;
+use crate::header::{Crypt, Header, HeaderError};
+use crate::mapping::L1;
+use crate::metadata::Metadata;
+use crate::refcount::Refcounts;
+use crate::update::write_features;
+
+/// Largest L2 cache that is used unless the user says otherwise, in bytes. QEMU's default.
+const DEFAULT_L2_CACHE: u64 = 32 << 20;
+/// Clusters of refcount blocks that are cached unless the user says otherwise. QEMU's default.
+const DEFAULT_REFCOUNT_CLUSTERS: u64 = 4;
+
+/// Something is wrong with an image's metadata; the members of the event BLOCK_IMAGE_CORRUPTED.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Corruption {
+    /// What, as QEMU says it.
+    pub message: String,
+    /// Where in the file, when that is known.
+    pub offset: Option<u64>,
+    /// For how many bytes, when that is known.
+    pub size: Option<u64>,
+    /// The image is unusable from now on.
+    pub fatal: bool,
+}
+
+/// Told about the first corruption of each kind (fatal or not).
+pub type OnCorrupt = Arc<dyn Fn(Corruption) + Send + Sync>;
+
+/// How to open an image. Sizes are in bytes.
+#[derive(Clone, Default)]
+pub struct OpenOptions {
+    /// Option `l2-cache-size`.
+    pub l2_cache_size: Option<u64>,
+    /// Option `refcount-cache-size`.
+    pub refcount_cache_size: Option<u64>,
+    /// Option `cache-size`: both together.
+    pub cache_size: Option<u64>,
+    /// Option `l2-cache-entry-size`: a power of two from 512 up to the cluster size.
+    pub l2_cache_entry_size: Option<u64>,
+    /// Option `pass-discard-request`: discarded clusters are discarded in the file too. On unless false.
+    pub pass_discard_request: Option<bool>,
+    /// Option `discard-no-unref`: discarded clusters keep their place in the file.
+    pub discard_no_unref: bool,
+    /// Accept being written to although the dirty or corrupt bit is set: for repair.
+    pub repair: bool,
+    /// Told about corruption.
+    pub on_corrupt: Option<OnCorrupt>,
+}
+
+impl fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenOptions").field("l2_cache_size", &self.l2_cache_size).finish_non_exhaustive()
+    }
+}
+
+/// Why an image cannot be opened. The texts are QEMU's where QEMU has one.
+#[derive(Clone, Debug, thiserror::Error, PartialEq)]
+pub enum OpenError {
+    /// The header is not one that we can work with.
+    #[error("{0}")]
+    Header(#[from] HeaderError),
+    /// Reading failed.
+    #[error("{what}: {error}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        error: IoError,
+    },
+    /// An option is wrong.
+    #[error("{0}")]
+    Option(String),
+    /// Something that comes later.
+    #[error("{0}")]
+    Unsupported(&'static str),
+}
+
+/// Many async locks behind numbers: two numbers may share one, which costs time but is never wrong.
+#[derive(Debug)]
+pub(crate) struct Stripes(Box<[tokio::sync::Mutex<()>]>);
+
+impl Stripes {
+    pub(crate) fn new() -> Self {
+        Self((0..64).map(|_| tokio::sync::Mutex::new(())).collect())
+    }
+
+    pub(crate) async fn lock(&self, number: u64) -> tokio::sync::MutexGuard<'_, ()> {
+        self.0[usize::try_from(number % 64).unwrap_or(0)].lock().await
+    }
+}
+
+/// An open qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2 {
+    pub(crate) layout: Layout,
+    pub(crate) options: OpenOptions,
+    /// As on disk (or about to be written there, under `header_turn`).
+    header: Mutex<Header>,
+    pub(crate) header_turn: tokio::sync::Mutex<()>,
+    /// Virtual size in bytes.
+    size: AtomicU64,
+    pub(crate) l1: RwLock<L1>,
+    pub(crate) l2: SliceCache,
+    pub(crate) loads: Stripes,
+    pub(crate) tables: Stripes,
+    pub(crate) refcounts: Refcounts,
+    pub(crate) metadata: RwLock<Metadata>,
+    pub(crate) ranges: RangeLock,
+    pub(crate) commits: Commits,
+    pub(crate) frees: Mutex<Frees>,
+    /// Held by everybody who uses an answer of the mapping; replaced whenever clusters have been dropped.
+    pub(crate) epoch: RwLock<Arc<()>>,
+    pub(crate) decoded: Mutex<Option<Decoded>>,
+    /// One compressed cluster finds its place at a time.
+    pub(crate) packing: tokio::sync::Mutex<()>,
+    writable: AtomicBool,
+    /// Something has been written since the image became writable.
+    modified: AtomicBool,
+    /// Unusable after a fatal corruption.
+    corrupt: AtomicBool,
+    warned: AtomicBool,
+}
+
+impl Qcow2 {
+    /// Opens the image in `file`, for reading; [`underlay_graph::Node::set_access`] makes it writable.
+    pub async fn open(file: &Cx<'_>, options: OpenOptions) -> std::result::Result<Self, OpenError> {
+        let header = Header::read(file).await?;
+        check_supported(&header)?;
+        let layout = layout(&header, &options)?;
+        let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
+        let l1 = read_l1(file, &header).await?;
+        let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
+        let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
+        Ok(Self {
+            layout,
+            options,
+            size: AtomicU64::new(header.virtual_size()),
+            header: Mutex::new(header),
+            header_turn: tokio::sync::Mutex::default(),
+            l1: RwLock::new(l1),
+            l2: SliceCache::new(slices(l2_cache, layout.slice_bytes())),
+            loads: Stripes::new(),
+            tables: Stripes::new(),
+            refcounts,
+            metadata: RwLock::default(),
+            ranges: RangeLock::default(),
+            commits: Commits::default(),
+            frees: Mutex::default(),
+            epoch: RwLock::default(),
+            decoded: Mutex::default(),
+            packing: tokio::sync::Mutex::default(),
+            writable: AtomicBool::new(false),
+            modified: AtomicBool::new(false),
+            corrupt: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn header_mut(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The header as it is now.
+    pub fn header(&self) -> Header {
+        self.header_mut().clone()
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The disk has another size from now on. For resizing.
+    #[allow(dead_code)]
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Whether the guest must never see what is below once the image has content of its own there.
+    pub(crate) fn has_backing(&self, cx: &Cx<'_>) -> bool {
+        cx.backing().is_some() || self.header_mut().backing_file.is_some()
+    }
+
+    /// EIO once the image is unusable.
+    pub(crate) fn usable(&self) -> Result<()> {
+        if self.corrupt.load(Ordering::Relaxed) { Err(IoError::EIO) } else { Ok(()) }
+    }
+
+    /// Whether somebody writes to the image.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Relaxed)
+    }
+
+    /// Called first by everything that changes the image.
+    pub(crate) async fn begin_change(&self, cx: &Cx<'_>) -> Result<()> {
+        self.usable()?;
+        if self.modified.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if !self.is_writable() {
+            return Err(IoError::EPERM.with("Block node is read-only"));
+        }
+        let _turn = self.header_turn.lock().await;
+        // We do not keep bitmaps up to date. The format asks of such programs to clear the bit that says the bitmaps fit the
+        // image, before the first write; the extension and the bitmaps themselves stay as they are.
+        let header = self.header();
+        if header.autoclear & features::BITMAPS != 0 {
+            let autoclear = header.autoclear & !features::BITMAPS;
+            write_features(&cx.below(), &Header { autoclear, ..header }).await?;
+            self.header_mut().autoclear = autoclear;
+        }
+        self.modified.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The image gets ready for writing.
+    pub(crate) async fn become_writable(&self, cx: &Cx<'_>) -> Result<()> {
+        if self.is_writable() {
+            return Ok(());
+        }
+        let header = self.header();
+        if header.snapshots > 0 {
+            return Err(
+                IoError::ENOTSUP.with("Writing to images with internal snapshots is not supported yet")
+            );
+        }
+        if !self.options.repair {
+            if header.has(features::CORRUPT) {
+                return Err(IoError::EACCES.with("qcow2: Image is corrupt; cannot be opened read/write"));
+            }
+            if header.has(features::DIRTY) {
+                self.repair_dirty(cx).await?;
+            }
+        }
+        self.load_refcount_table(cx).await?;
+        self.collect_metadata(cx);
+        let unknown = self.header().autoclear & !features::KNOWN_AUTOCLEAR;
+        if unknown != 0 {
+            let _turn = self.header_turn.lock().await;
+            let mut header = self.header();
+            header.autoclear &= !unknown;
+            write_features(&cx.below(), &header).await?;
+            self.header_mut().autoclear &= !unknown;
+        }
+        self.writable.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Nobody writes any more.
+    pub(crate) fn become_read_only(&self) {
+        self.writable.store(false, Ordering::Relaxed);
+        self.modified.store(false, Ordering::Release);
+    }
+
+    async fn repair_dirty(&self, _cx: &Cx<'_>) -> Result<()> {
+        let text = "The image was not closed cleanly and must be repaired first: qemu-img check -r all";
+        Err(IoError::EACCES.with(text))
+    }
+
+    /// Reports a corruption. A fatal one marks the image and makes it unusable. Gives the error for the request.
+    pub(crate) async fn corruption(&self, cx: &Cx<'_>, found: Corruption) -> IoError {
+        let first = match found.fatal {
+            true => !self.corrupt.swap(true, Ordering::SeqCst),
+            false => !self.warned.swap(true, Ordering::SeqCst),
+        };
+        if !first {
+            return IoError::EIO;
+        }
+        if found.fatal {
+            tracing::error!(
+                "qcow2: Marking image as corrupt: {}; further corruption events will be suppressed",
+                found.message
+            );
+            let _turn = self.header_turn.lock().await;
+            self.header_mut().incompatible |= features::CORRUPT;
+            let header = self.header();
+            if self.is_writable()
+                && let Err(error) = write_features(&cx.below(), &header).await
+            {
+                tracing::error!(%error, "the image could not be marked as corrupt");
+            }
+        } else {
+            tracing::error!(
+                "qcow2: Image is corrupt: {}; further non-fatal corruption events will be suppressed",
+                found.message
+            );
+        }
+        if let Some(tell) = &self.options.on_corrupt {
+            tell(found);
+        }
+        IoError::EIO
+    }
+}
+
+fn check_supported(header: &Header) -> std::result::Result<(), OpenError> {
+    let later = |what| Err(OpenError::Unsupported(what));
+    match header.crypt {
+        Crypt::None => {}
+        Crypt::Aes => return later("Images with the old AES encryption are not supported"),
+        Crypt::Luks => return later("Images with LUKS encryption are not supported yet"),
+    }
+    if header.has(features::DATA_FILE) {
+        return later("Images with an external data file are not supported yet");
+    }
+    Ok(())
+}
+
+fn layout(header: &Header, options: &OpenOptions) -> std::result::Result<Layout, OpenError> {
+    if options.discard_no_unref && header.version < crate::header::Version::V3 {
+        return Err(OpenError::Option("discard-no-unref is only supported since qcow2 version 3".into()));
+    }
+    match options.l2_cache_entry_size {
+        None => Ok(Layout::of(header)),
+        Some(size) if size.is_power_of_two() && (512..=header.cluster_size()).contains(&size) => {
+            Ok(Layout::with_slices(header, size))
+        }
+        Some(_) => Err(OpenError::Option(format!(
+            "L2 cache entry size must be a power of two between 512 and the cluster size ({})",
+            header.cluster_size()
+        ))),
+    }
+}
+
+/// Bytes for L2 slices and for refcount slices, by QEMU's rules.
+fn cache_sizes(header: &Header, options: &OpenOptions) -> std::result::Result<(u64, u64), OpenError> {
+    let err = |text: &str| Err(OpenError::Option(text.into()));
+    let cluster = header.cluster_size();
+    let whole_disk = header
+        .virtual_size()
+        .div_ceil(cluster)
+        .saturating_mul(header.l2_entry_size())
+        .next_multiple_of(cluster);
+    let least_refcounts = DEFAULT_REFCOUNT_CLUSTERS * cluster;
+    if options.cache_size.is_some()
+        && options.l2_cache_size.is_some()
+        && options.refcount_cache_size.is_some()
+    {
+        return err("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time");
+    }
+    if let Some(total) = options.cache_size {
+        if options.l2_cache_size.is_some_and(|l2| l2 > total) {
+            return err("l2-cache-size may not exceed cache-size");
+        }
+        if options.refcount_cache_size.is_some_and(|refcounts| refcounts > total) {
+            return err("refcount-cache-size may not exceed cache-size");
+        }
+        return Ok(match (options.l2_cache_size, options.refcount_cache_size) {
+            (Some(l2), _) => (l2, total - l2),
+            (None, Some(refcounts)) => (total - refcounts, refcounts),
+            (None, None) => {
+                let l2 = total.saturating_sub(least_refcounts).min(whole_disk);
+                (l2, total - l2)
+            }
+        });
+    }
+    let l2 = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE).min(whole_disk.max(cluster));
+    Ok((l2, options.refcount_cache_size.unwrap_or(least_refcounts)))
+}
+
+async fn read_l1(file: &Cx<'_>, header: &Header) -> std::result::Result<L1, OpenError> {
+    let len = header.l1_bytes();
+    let range = ByteRange::new(header.l1_offset, len)
+        .ok_or(OpenError::Io { what: "Could not read L1 table", error: IoError::EINVAL })?;
+    let buffer = Iov::scratch(range.buffer_len());
+    if !range.is_empty() {
+        let read = file.read(range, buffer.clone()).await;
+        read.map_err(|error| OpenError::Io { what: "Could not read L1 table", error })?;
+    }
+    Ok(L1::new(header.l1_offset, to_words(&buffer.to_vec()).into_vec()))
+}

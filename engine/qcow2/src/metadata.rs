@@ -1,0 +1,165 @@
+//! Which host clusters hold metadata, so that no guest write ever lands on them.
+//!
+//! In a sound image nothing points at metadata but metadata. In a damaged (or hostile) one an L2 entry may point at the header or at
+//! another table; a write through it would destroy the image, so every write to guest data asks here first.
+
+use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
+
+use underlay_graph::{Cx, IoError, Result};
+
+use crate::cache::NumberMap;
+use crate::entry::OFFSET;
+use crate::live::{Corruption, Qcow2};
+
+/// What a host cluster of metadata is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The header.
+    Header,
+    /// The active L1 table.
+    L1,
+    /// An L2 table.
+    L2,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The bitmap directory.
+    Bitmaps,
+    /// Claimed by two tables at once, or outside the file: damage.
+    Contested,
+}
+
+impl Owner {
+    /// QEMU's word for it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Header => "qcow2_header",
+            Self::L1 => "active L1 table",
+            Self::L2 => "active L2 table",
+            Self::RefcountTable => "refcount table",
+            Self::RefcountBlock => "refcount block",
+            Self::Bitmaps => "bitmap directory",
+            Self::Contested => "several tables",
+        }
+    }
+}
+
+/// All clusters of metadata, by cluster number.
+#[derive(Debug, Default)]
+pub struct Metadata {
+    clusters: NumberMap<Owner>,
+}
+
+impl Metadata {
+    /// A cluster is found to belong to `owner`. Two owners contest it.
+    fn claim(&mut self, cluster: u64, owner: Owner) {
+        let known = self.clusters.entry(cluster).or_insert(owner);
+        if *known != owner || matches!(owner, Owner::L2 | Owner::RefcountBlock) {
+            *known = Owner::Contested;
+        }
+    }
+
+    fn claim_table(&mut self, cluster: u64, owner: Owner, end: u64) {
+        match self.clusters.contains_key(&cluster) || cluster >= end {
+            true => self.clusters.insert(cluster, Owner::Contested),
+            false => self.clusters.insert(cluster, owner),
+        };
+    }
+
+    fn claim_run(&mut self, first: u64, count: u64, owner: Owner) {
+        (first..first.saturating_add(count)).for_each(|cluster| self.claim(cluster, owner));
+    }
+
+    /// A new L2 table.
+    pub(crate) fn add_table(&mut self, cluster: u64) {
+        self.clusters.insert(cluster, Owner::L2);
+    }
+
+    /// New clusters of some structure.
+    pub(crate) fn add(&mut self, first: u64, count: u64, owner: Owner) {
+        (first..first.saturating_add(count)).for_each(|cluster| {
+            self.clusters.insert(cluster, owner);
+        });
+    }
+
+    /// Clusters that hold no metadata any more.
+    pub(crate) fn remove(&mut self, first: u64, count: u64) {
+        (first..first.saturating_add(count)).for_each(|cluster| {
+            self.clusters.remove(&cluster);
+        });
+    }
+
+    /// Who owns one of these clusters, if any is metadata.
+    pub(crate) fn owner(&self, first: u64, end: u64) -> Option<(u64, Owner)> {
+        (first..end).find_map(|cluster| Some((cluster, *self.clusters.get(&cluster)?)))
+    }
+}
+
+impl Qcow2 {
+    fn metadata(&self) -> RwLockReadGuard<'_, Metadata> {
+        self.metadata.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn metadata_mut(&self) -> RwLockWriteGuard<'_, Metadata> {
+        self.metadata.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds all metadata, when the image becomes writable.
+    pub(crate) fn collect_metadata(&self, cx: &Cx<'_>) {
+        let header = self.header();
+        let cluster = header.cluster_size();
+        let end = cx.below().length().div_ceil(cluster);
+        let mut all = Metadata::default();
+        all.claim(0, Owner::Header);
+        all.claim_run(header.l1_offset / cluster, header.l1_bytes().div_ceil(cluster), Owner::L1);
+        let table = header.refcount_table_offset / cluster;
+        all.claim_run(table, u64::from(header.refcount_table_clusters), Owner::RefcountTable);
+        if let Some(bitmaps) = header.extensions.bitmaps {
+            let directory = bitmaps.directory;
+            all.claim_run(directory.offset / cluster, directory.len.div_ceil(cluster), Owner::Bitmaps);
+        }
+        for entry in &self.l1().entries {
+            if entry & OFFSET != 0 {
+                all.claim_table((entry & OFFSET) / cluster, Owner::L2, end);
+            }
+        }
+        for block in self.refcounts.blocks() {
+            all.claim_table(block / cluster, Owner::RefcountBlock, end);
+        }
+        self.refcounts.set_end(end);
+        *self.metadata_mut() = all;
+    }
+
+    /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated.
+    pub(crate) async fn check_data_place(&self, cx: &Cx<'_>, host: u64, len: u64) -> Result<()> {
+        let bits = self.layout.cluster_bits;
+        let (first, end) = (host >> bits, ((host.saturating_add(len.max(1)) - 1) >> bits) + 1);
+        let owner = self.metadata().owner(first, end);
+        let what = match owner {
+            None if end <= self.refcounts.end() => return Ok(()),
+            None => format!("Data cluster at offset {host:#x} is behind the end of the image file"),
+            Some((_, owner)) => {
+                format!("Preventing invalid write on metadata (overlaps with {})", owner.name())
+            }
+        };
+        let found = Corruption { message: what, offset: Some(host), size: Some(len), fatal: true };
+        Err(self.corruption(cx, found).await)
+    }
+
+    /// Refuses to change an L2 table that something else claims too.
+    pub(crate) async fn check_own_table(&self, cx: &Cx<'_>, index: u64) -> Result<()> {
+        let host = self.l1().get(index) & OFFSET;
+        let cluster = host >> self.layout.cluster_bits;
+        let owner = self.metadata().owner(cluster, cluster + 1);
+        if matches!(owner, Some((_, Owner::L2))) {
+            return Ok(());
+        }
+        let name = owner.map_or("nothing", |(_, owner)| owner.name());
+        let message = format!("Preventing invalid write on active L2 table (overlaps with {name})");
+        let size = Some(self.layout.cluster());
+        let found = Corruption { message, offset: Some(host), size, fatal: true };
+        let _: IoError = self.corruption(cx, found).await;
+        Err(IoError::EIO)
+    }
+}
