@@ -363,9 +363,9 @@ impl Header {
     }
 
     /// The header as QEMU writes it, up to and including the backing file's name (the rest of the cluster is zero).
-    /// Fails when it does not fit the cluster or something in it is too long.
+    /// Fails when it does not fit, or something in it is too long.
     pub fn serialise(&self) -> Result<Vec<u8>, HeaderError> {
-        let mut bytes = self.serialise_extensions(self.version == Version::V3);
+        let mut bytes = self.serialise_extensions(true);
         let name_at = bytes.len();
         bytes.extend(self.backing_file.as_deref().unwrap_or_default());
         if bytes.len() as u64 > self.cluster_size() {
@@ -382,8 +382,13 @@ impl Header {
         if self.version == Version::V3 {
             bytes[known..].copy_from_slice(&self.unknown_fields);
         }
-        bytes.extend(self.extensions.serialise(with_feature_names));
+        bytes.extend(self.extensions.serialise(with_feature_names && self.carries_feature_names()));
         bytes
+    }
+
+    /// Whether QEMU writes the feature name table: not into small clusters.
+    fn carries_feature_names(&self) -> bool {
+        self.version == Version::V3 && self.cluster_bits > 12
     }
 
     fn fixed_length(&self) -> usize {
@@ -648,6 +653,9 @@ mod tests {
     fn a_header_that_does_not_fit_its_cluster_is_refused() {
         let mut header = sample(Version::V3);
         header.cluster_bits = 9;
+        // No feature name table in small clusters.
+        assert!(header.serialise().unwrap().len() < 200);
+        header.backing_file = Some(vec![b'x'; 400]);
         assert_eq!(header.serialise(), Err(HeaderError::LongerThanCluster));
         header.cluster_bits = 16;
         header.backing_file = Some(vec![b'x'; 1024]);

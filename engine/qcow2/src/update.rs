@@ -104,7 +104,7 @@ impl State {
 
     /// What `header` looks like with its backing name at `name_at`, or right behind the extensions.
     fn of(header: &Header, cluster: usize, feature_names: bool, name_at: Option<usize>) -> Option<Self> {
-        let mut bytes = header.serialise_extensions(feature_names && header.version == Version::V3);
+        let mut bytes = header.serialise_extensions(feature_names);
         let end = bytes.len();
         let name = header.backing_file.as_deref().unwrap_or_default();
         let name_at = if name.is_empty() { end } else { name_at.unwrap_or(end) };
@@ -284,7 +284,7 @@ mod tests {
         let formats = [None, Some("raw"), Some("qcow2"), Some("fifteen--letter")];
         let names = [None, Some(5), Some(30), Some(440), Some(900), Some(1023)];
         for version in [Version::V2, Version::V3] {
-            for bits in [12, 16] {
+            for bits in [12, 13, 16] {
                 for (old_name, new_name) in names.iter().flat_map(|o| names.iter().map(move |n| (*o, *n))) {
                     for (old_format, new_format) in
                         formats.iter().flat_map(|o| formats.iter().map(move |n| (*o, *n)))
@@ -308,7 +308,7 @@ mod tests {
         let plan = plan(&disk, &new).unwrap();
         assert_eq!(plan.steps.len(), 2);
         assert_eq!(plan.steps[1][0].at, 0);
-        let unfit = header(Version::V3, 9, Some(100), None);
+        let unfit = header(Version::V3, 9, Some(500), None);
         assert!(super::plan(&disk[..512], &unfit).is_err());
     }
 }
