@@ -19,6 +19,8 @@ pub mod node;
 pub mod packed;
 pub mod populate;
 pub mod refcount;
+#[cfg(test)]
+mod tests;
 pub mod update;
 pub mod zero;
 

@@ -1,0 +1,106 @@
+//! Counts all references of an image and compares them with its refcounts.
+
+use crate::cache::to_words;
+use crate::entry::{COMPRESSED, COPIED, Layout, OFFSET};
+use crate::header::Header;
+
+fn position(order: u32, index: u64) -> (usize, u32) {
+    let bit = index << order;
+    (usize::try_from(bit / 8).unwrap(), u32::try_from(bit % 8).unwrap())
+}
+
+pub fn put_count(block: &mut [u8], order: u32, index: u64, count: u64) {
+    let (byte, bit) = position(order, index);
+    if order < 3 {
+        let mask = (1u8 << (1 << order)) - 1;
+        block[byte] = block[byte] & !(mask << bit) | u8::try_from(count).unwrap() << bit;
+    } else {
+        let width = 1 << (order - 3);
+        block[byte..byte + width].copy_from_slice(&count.to_be_bytes()[8 - width..]);
+    }
+}
+
+fn get_count(block: &[u8], order: u32, index: u64) -> u64 {
+    let (byte, bit) = position(order, index);
+    if order < 3 {
+        return u64::from(block[byte] >> bit & ((1 << (1 << order)) - 1));
+    }
+    block[byte..byte + (1 << (order - 3))].iter().fold(0, |all, b| all << 8 | u64::from(*b))
+}
+
+/// Errors (each said), and the number of leaked clusters.
+pub fn check(image: &[u8]) -> (Vec<String>, u64) {
+    let header = Header::parse(&image[..image.len().min(1 << 21)]).unwrap();
+    let layout = Layout::of(&header);
+    let cluster = header.cluster_size();
+    let mut errors = Vec::new();
+    let bytes = |at: u64, len: u64| {
+        let at = usize::try_from(at).unwrap();
+        let len = usize::try_from(len).unwrap();
+        let mut out = image.get(at..(at + len).min(image.len())).unwrap_or_default().to_vec();
+        out.resize(len, 0);
+        out
+    };
+    let clusters = (image.len() as u64).div_ceil(cluster);
+    let mut refs = vec![0u64; usize::try_from(clusters + 4096).unwrap()];
+    let mut own: Vec<u64> = Vec::new();
+    {
+        let mut claim = |at: u64, len: u64, what: &str| {
+            if at + len > (clusters + 1) * cluster {
+                errors.push(format!("{what} {at:#x} is outside"));
+            }
+            for i in at / cluster..(at + len).div_ceil(cluster) {
+                if let Some(count) = refs.get_mut(usize::try_from(i).unwrap()) {
+                    *count += 1;
+                }
+            }
+        };
+        claim(0, cluster, "header");
+        claim(header.l1_offset, header.l1_bytes(), "l1");
+        let table_len = u64::from(header.refcount_table_clusters) * cluster;
+        claim(header.refcount_table_offset, table_len, "table");
+        for block in to_words(&bytes(header.refcount_table_offset, table_len)).iter().filter(|b| **b != 0) {
+            claim(*block, cluster, "block");
+            own.push(*block);
+        }
+        for l1 in to_words(&bytes(header.l1_offset, header.l1_bytes())).iter().filter(|e| **e & OFFSET != 0) {
+            claim(l1 & OFFSET, cluster, "l2");
+            own.push(l1 & OFFSET);
+            assert!(l1 & COPIED != 0);
+            let words = to_words(&bytes(l1 & OFFSET, cluster));
+            for i in 0..1usize << layout.l2_bits {
+                let entry = layout.get(&words, i);
+                layout.check(entry).unwrap();
+                if entry.word & COMPRESSED != 0 {
+                    let packed = layout.packed(entry);
+                    claim(packed.offset, packed.len.min(cluster * clusters - packed.offset), "packed");
+                } else if layout.host(entry) != 0 {
+                    assert!(entry.word & COPIED != 0);
+                    claim(layout.host(entry), cluster, "data");
+                    own.push(layout.host(entry));
+                }
+            }
+        }
+    }
+    let mut leaks = 0;
+    let table =
+        to_words(&bytes(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * cluster));
+    for (i, refs) in refs.iter().enumerate() {
+        let i = i as u64;
+        let block =
+            table.get(usize::try_from(i / header.refcounts_per_block()).unwrap()).copied().unwrap_or(0);
+        let count = match block {
+            0 => 0,
+            _ => get_count(&bytes(block, cluster), header.refcount_order, i % header.refcounts_per_block()),
+        };
+        if count < *refs {
+            errors.push(format!("cluster {i}: refcount {count}, references {refs}"));
+        }
+        leaks += u64::from(count > *refs);
+    }
+    own.sort_unstable();
+    for pair in own.windows(2).filter(|pair| pair[0] == pair[1]) {
+        errors.push(format!("{:#x} is used twice", pair[0]));
+    }
+    (errors, leaks)
+}
