@@ -116,7 +116,11 @@ impl Disk {
         left
     }
     async fn pause(&self) {
-        let mut polls = self.lock().rng.below(4);
+        let mut polls = {
+            let rng = &mut self.lock().rng;
+            // Mostly quick, sometimes slow enough for everything else to happen meanwhile.
+            if rng.below(12) == 0 { rng.below(120) } else { rng.below(4) }
+        };
         std::future::poll_fn(move |_| {
             polls = polls.saturating_sub(1);
             if polls == 0 { Poll::Ready(()) } else { Poll::Pending }

@@ -145,15 +145,16 @@ fn a_power_cut_at_any_moment_leaves_a_sound_image_with_every_flushed_write() {
             .collect();
         let (disk, base, shape, may) = (&disk, &base, &shape, &may);
         work.push(Box::pin(async move {
-            for cut in 0..6 {
-                let mut polls = 7 + seed % 5 * 3 + cut * 5;
+            let mut rng = Rng::new(seed + 77);
+            for cut in 0..8 {
+                let mut polls = 1 + rng.below(80);
                 std::future::poll_fn(move |_| {
                     polls -= 1;
                     if polls == 0 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
                 })
                 .await;
-                for again in 0..2 {
-                    let left = disk.power_cut(seed * 100 + cut * 10 + again);
+                {
+                    let left = disk.power_cut(seed * 100 + cut);
                     assert_left(
                         left,
                         base.clone(),
