@@ -66,6 +66,8 @@ struct Bytes {
     /// Writes until everything fails.
     fail_after: Option<u64>,
     flushes: u64,
+    /// What power cuts just before each flush may leave, when somebody wants to know.
+    cuts: Option<Vec<Vec<u8>>>,
 }
 
 /// A disk in memory.
@@ -83,6 +85,7 @@ impl Disk {
             rng,
             fail_after: None,
             flushes: 0,
+            cuts: None,
         })))
     }
     fn lock(&self) -> MutexGuard<'_, Bytes> {
@@ -96,6 +99,12 @@ impl Disk {
     }
     pub fn fail_after(&self, writes: Option<u64>) {
         self.lock().fail_after = writes;
+    }
+    pub fn record_cuts(&self) {
+        self.lock().cuts = Some(Vec::new());
+    }
+    pub fn take_cuts(&self) -> Vec<Vec<u8>> {
+        self.lock().cuts.take().unwrap_or_default()
     }
     /// What a power cut now may leave: each sector that was not flushed in any of its versions.
     pub fn power_cut(&self, seed: u64) -> Vec<u8> {
@@ -184,6 +193,13 @@ impl Node for Disk {
         self.put(at + middle, &data[middle..])
     }
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
+        if self.lock().cuts.is_some() {
+            for _ in 0..4 {
+                let seed = self.lock().rng.next();
+                let cut = self.power_cut(seed);
+                self.lock().cuts.iter_mut().for_each(|cuts| cuts.push(cut.clone()));
+            }
+        }
         {
             let mut bytes = self.lock();
             if bytes.fail_after == Some(0) {

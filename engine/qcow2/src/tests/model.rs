@@ -252,9 +252,6 @@ fn clusters_are_not_reused_under_a_read_or_write() {
                     let mine = cluster(guest);
                     cx.write(mine, fill(guest), WriteFlags::default()).await?;
                     let parts: Vec<Work<'_>> = vec![
-                        Box::pin(async move {
-                            if round % 2 == 0 { cx.discard(mine).await } else { cx.flush().await }
-                        }),
                         Box::pin(async move { cx.write(mine, fill(guest), WriteFlags::default()).await }),
                         Box::pin(async move {
                             let into = Iov::scratch(4096);
@@ -264,6 +261,9 @@ fn clusters_are_not_reused_under_a_read_or_write() {
                             let foreign = seen.iter().find(|b| **b != 0 && **b != own);
                             foreign
                                 .map_or(Ok(()), |b| Err(IoError::EIO.with(format!("guest {guest} saw {b}"))))
+                        }),
+                        Box::pin(async move {
+                            if round % 2 == 0 { cx.discard(mine).await } else { cx.flush().await }
                         }),
                         Box::pin(async move { cx.flush().await }),
                     ];
