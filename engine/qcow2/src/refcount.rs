@@ -215,8 +215,12 @@ impl Refcounts {
             }
         }
         let slices = first >> self.slice_bits..=(end - 1) >> self.slice_bits;
-        if let Some(slice) = slices.clone().find(|&slice| self.cache.view(slice, |_| ()).is_none()) {
-            return Try::Load(slice);
+        for slice in slices.clone() {
+            // Dirty slices stay in the cache, however small it is, until all of them are there.
+            if self.cache.update(slice, |_| ()).is_none() {
+                state.stopped = Some((state.hint, wanted, first, end));
+                return Try::Load(slice);
+            }
         }
         for slice in slices {
             let from = first.max(slice << self.slice_bits);
