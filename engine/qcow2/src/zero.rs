@@ -3,7 +3,7 @@
 //! | | version 3 | version 2 |
 //! | --- | --- | --- |
 //! | zero | zero flag; the host cluster stays, or goes when it may be unmapped | without backing file: as discard; else refused, so that zeroes are written |
-//! | discard | zero flag without host cluster; what is unallocated without a backing file stays so | unallocated |
+//! | discard | zero flag without host cluster; what is unallocated without a backing file stays so | without backing file: unallocated; else nothing happens |
 //!
 //! A part of a (sub)cluster is zeroed with it when the rest of it reads as zero already; otherwise zeroes are written there.
 //! Discards leave parts of clusters alone.
@@ -136,6 +136,10 @@ impl Qcow2 {
 
     /// Tells that nobody needs the range.
     pub(crate) async fn forget(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        if !self.layout.v3 && self.has_backing(cx) {
+            // Old content of the backing file would show again. Source: QEMU 10.0, observed.
+            return Ok(());
+        }
         let to = match self.layout.v3 {
             true if self.options.discard_no_unref => To::Kept,
             true => To::Hidden,

@@ -47,7 +47,6 @@ fn range(rng: &mut Rng, shape: &Shape) -> ByteRange {
 
 struct Model {
     now: Vec<u8>,
-    below: Vec<u8>,
 }
 
 impl Model {
@@ -78,12 +77,8 @@ fn step(setup: &Setup, shape: &Shape, model: &mut Model, rng: &mut Rng, backing:
             let size = shape.size;
             let end = if range.end() == size { size.next_multiple_of(1 << shape.bits) } else { range.end() };
             let inner = ByteRange::between(range.start(), end).align_in(1 << shape.bits).before(size);
-            for at in inner.start()..inner.end() {
-                let at = usize::try_from(at).unwrap();
-                model.now[at] = match shape.v3 || !backing {
-                    true => 0,
-                    false => model.below.get(at).copied().unwrap_or(0),
-                };
+            if shape.v3 || !backing {
+                model.part(inner).fill(0);
             }
         }
         8 => {
@@ -127,9 +122,9 @@ fn requests_one_after_another_on_images_of_all_shapes() {
             let below = if backing { noise(&mut rng, shape.size * 3 / 4) } else { Vec::new() };
             let base = backing.then(|| view_of(Disk::new(below.clone(), 7)));
             let disk = Disk::new(shape.image(backing && shape.bits > 9), i as u64);
-            let mut now = below.clone();
+            let mut now = below;
             now.resize(usize::try_from(shape.size).unwrap(), 0);
-            let mut model = Model { now, below };
+            let mut model = Model { now };
             for _ in 0..2 {
                 let options = if i % 2 == 0 { small_caches() } else { OpenOptions::default() };
                 let setup = open(disk.clone(), base.clone(), options, true);
