@@ -37,6 +37,9 @@ const DEFAULT_L2_CACHE: u64 = 32 << 20;
 /// Clusters of refcount blocks that are cached unless the user says otherwise. QEMU's default.
 const DEFAULT_REFCOUNT_CLUSTERS: u64 = 4;
 
+/// What QEMU answers once an image is unusable: ENOMEDIUM.
+const NO_MEDIUM: IoError = IoError::new(123);
+
 /// Something is wrong with an image's metadata; the members of the event BLOCK_IMAGE_CORRUPTED.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Corruption {
@@ -48,6 +51,28 @@ pub struct Corruption {
     pub size: Option<u64>,
     /// The image is unusable from now on.
     pub fatal: bool,
+}
+
+impl fmt::Display for Corruption {
+    /// The line that QEMU prints on stderr.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = &self.message;
+        match self.fatal {
+            true => write!(
+                f,
+                "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
+            ),
+            false => write!(
+                f,
+                "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
+            ),
+        }
+    }
+}
+
+/// A number as C's `%#x` prints it.
+pub(crate) fn hex(number: u64) -> String {
+    if number == 0 { "0".into() } else { format!("{number:#x}") }
 }
 
 /// Told about the first corruption of each kind (fatal or not).
@@ -208,9 +233,9 @@ impl Qcow2 {
         cx.backing().is_some() || self.header_mut().backing_file.is_some()
     }
 
-    /// EIO once the image is unusable.
+    /// An error once the image is unusable.
     pub(crate) fn usable(&self) -> Result<()> {
-        if self.corrupt.load(Ordering::Relaxed) { Err(IoError::EIO) } else { Ok(()) }
+        if self.corrupt.load(Ordering::Relaxed) { Err(NO_MEDIUM) } else { Ok(()) }
     }
 
     /// Whether somebody writes to the image.
@@ -284,8 +309,10 @@ impl Qcow2 {
         Err(IoError::EACCES.with(text))
     }
 
-    /// Reports a corruption. A fatal one marks the image and makes it unusable. Gives the error for the request.
-    pub(crate) async fn corruption(&self, cx: &Cx<'_>, found: Corruption) -> IoError {
+    /// Reports a corruption. A fatal one marks the image and makes it unusable; nothing is fatal for an image that nobody writes
+    /// to. Gives the error for the request.
+    pub(crate) async fn corruption(&self, cx: &Cx<'_>, mut found: Corruption) -> IoError {
+        found.fatal &= self.is_writable();
         let first = match found.fatal {
             true => !self.corrupt.swap(true, Ordering::SeqCst),
             false => !self.warned.swap(true, Ordering::SeqCst),
@@ -293,24 +320,14 @@ impl Qcow2 {
         if !first {
             return IoError::EIO;
         }
+        tracing::error!("{found}");
         if found.fatal {
-            tracing::error!(
-                "qcow2: Marking image as corrupt: {}; further corruption events will be suppressed",
-                found.message
-            );
             let _turn = self.header_turn.lock().await;
             self.header_mut().incompatible |= features::CORRUPT;
             let header = self.header();
-            if self.is_writable()
-                && let Err(error) = write_features(&cx.below(), &header).await
-            {
+            if let Err(error) = write_features(&cx.below(), &header).await {
                 tracing::error!(%error, "the image could not be marked as corrupt");
             }
-        } else {
-            tracing::error!(
-                "qcow2: Image is corrupt: {}; further non-fatal corruption events will be suppressed",
-                found.message
-            );
         }
         if let Some(tell) = &self.options.on_corrupt {
             tell(found);

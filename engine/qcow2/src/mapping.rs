@@ -12,7 +12,7 @@ use underlay_sys::Iov;
 
 use crate::cache::{to_bytes, to_words};
 use crate::entry::{Bad, COPIED, Entry, Layout, OFFSET, Sub};
-use crate::live::{Corruption, Qcow2};
+use crate::live::{Corruption, Qcow2, hex};
 
 /// Entries in a sector of the L1 table: what is written as one piece.
 const SECTOR_ENTRIES: usize = 64;
@@ -171,13 +171,14 @@ impl Qcow2 {
     pub(crate) async fn bad_l2_entry(&self, cx: &Cx<'_>, guest: u64, bad: Bad) -> IoError {
         let layout = &self.layout;
         let table = self.l1().get(guest >> layout.table_reach_bits()) & OFFSET;
-        let index = (guest >> layout.cluster_bits) & ((1 << layout.l2_bits) - 1);
+        let index = hex((guest >> layout.cluster_bits) & ((1 << layout.l2_bits) - 1));
         let message = match bad {
             Bad::Unaligned(host) => format!(
-                "Cluster allocation offset {host:#x} unaligned (L2 offset: {table:#x}, L2 index: {index:#x})"
+                "Cluster allocation offset {host:#x} unaligned (L2 offset: {table:#x}, L2 index: {index})"
             ),
             Bad::Map => {
-                format!("Invalid subcluster bitmap (L2 offset: {table:#x}, L2 index: {index:#x})")
+                // Two blanks, as QEMU has them.
+                format!("Invalid cluster entry found  (L2 offset: {table:#x}, L2 index: {index})")
             }
         };
         self.corruption(cx, Corruption { message, offset: None, size: None, fatal: true }).await
@@ -191,7 +192,7 @@ impl Qcow2 {
             return Ok(None);
         }
         if table & (self.layout.cluster() - 1) != 0 {
-            let message = format!("L2 table offset {table:#x} unaligned (L1 index: {index:#x})");
+            let message = format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(index));
             let found = Corruption { message, offset: None, size: None, fatal: true };
             return Err(self.corruption(cx, found).await);
         }

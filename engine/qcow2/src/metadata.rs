@@ -156,7 +156,7 @@ impl Qcow2 {
             return Ok(());
         }
         let name = owner.map_or("nothing", |(_, owner)| owner.name());
-        let message = format!("Preventing invalid write on active L2 table (overlaps with {name})");
+        let message = format!("Preventing invalid write on metadata (overlaps with {name})");
         let size = Some(self.layout.cluster());
         let found = Corruption { message, offset: Some(host), size, fatal: true };
         let _: IoError = self.corruption(cx, found).await;

@@ -16,7 +16,7 @@ use underlay_sys::Iov;
 use crate::cache::{SliceCache, to_bytes, to_words};
 use crate::entry::MAX_HOST;
 use crate::header::Header;
-use crate::live::{Corruption, Qcow2, Stripes};
+use crate::live::{Corruption, Qcow2, Stripes, hex};
 use crate::metadata::Owner;
 
 /// Bits of a refcount table entry that hold an offset.
@@ -410,8 +410,8 @@ impl Qcow2 {
         let bytes = 1u64 << (refcounts.slice_bits + refcounts.order - 3);
         let block = at - (slice & ((1 << per_block) - 1)) * bytes;
         if block & (cluster - 1) != 0 {
-            let index = slice >> per_block;
-            let message = format!("Refblock offset {block:#x} unaligned (reftable index: {index:#x})");
+            let index = hex(slice >> per_block);
+            let message = format!("Refblock offset {block:#x} unaligned (reftable index: {index})");
             let found = Corruption { message, offset: None, size: None, fatal: true };
             return Err(self.corruption(cx, found).await);
         }

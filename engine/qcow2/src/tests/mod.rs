@@ -2,6 +2,7 @@
 //! on it, and a check of all their references.
 
 mod check;
+mod hostile;
 mod model;
 mod power;
 
