@@ -1,5 +1,7 @@
 //! Images made here equal those that qemu-img makes, byte for byte; and where it refuses, so do we, in its words.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Memory, have_qemu_img, qemu_img, run};

@@ -1,5 +1,5 @@
 //! What the comparisons with qemu-img share: a disk in memory, and ways to run both sides.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::any::Any;
 use std::collections::BTreeMap;
