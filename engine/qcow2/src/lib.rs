@@ -1,9 +1,13 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
 
+pub mod bitmaps;
 pub mod cache;
+pub mod check;
 pub mod commit;
 pub mod compress;
+mod copied;
+mod counts;
 pub mod cow;
 pub mod create;
 pub mod entry;
@@ -18,12 +22,17 @@ pub mod metadata;
 pub mod node;
 pub mod packed;
 pub mod populate;
+mod rebuild;
+mod refblocks;
 pub mod refcount;
+pub mod snapshots;
 #[cfg(test)]
 mod tests;
 pub mod update;
+mod walk;
 pub mod zero;
 
+pub use check::{CheckError, Finding, Fix, Outcome, check};
 pub use create::{CreateError, CreateOptions, create};
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
 pub use live::{Corruption, OnCorrupt, OpenError, OpenOptions, Qcow2};

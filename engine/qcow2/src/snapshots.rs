@@ -1,0 +1,119 @@
+//! The table of internal snapshots, read only: their clusters must be counted, and be left alone.
+//! Source: qcow2.rst, "Snapshots".
+
+use underlay_graph::{ByteRange, Cx, IoError};
+use underlay_sys::Iov;
+
+use crate::header::{Header, Version};
+
+/// Bytes of an entry's fixed part.
+const FIXED: u64 = 40;
+/// Most extra data of an entry in bytes. QEMU's limit.
+const MAX_EXTRA: u32 = 1024;
+/// Bytes of extra data that version 3 asks for.
+const V3_EXTRA: u32 = 16;
+/// Largest table in bytes. QEMU's limit.
+const MAX_TABLE: u64 = 64 << 20;
+
+/// What matters of one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Where its L1 table is.
+    pub l1_offset: u64,
+    /// How many entries that has.
+    pub l1_entries: u32,
+    /// Its id, decimal.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// When it was taken, seconds since 1970.
+    pub seconds: u32,
+    /// And nanoseconds.
+    pub nanoseconds: u32,
+    /// How long the guest had run, nanoseconds.
+    pub clock: u64,
+    /// Bytes of VM state.
+    pub vm_state_size: u64,
+    /// Size of the disk then; that of the image where the entry does not say.
+    pub disk_size: u64,
+    /// Instruction count of the guest, if known.
+    pub icount: Option<u64>,
+    /// Version 3 asks for more extra data than there is.
+    pub incomplete: bool,
+}
+
+/// The table, and how long it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// All snapshots, in the table's order.
+    pub snapshots: Vec<Snapshot>,
+    /// Bytes of the table.
+    pub len: u64,
+}
+
+/// Why the table cannot be used. The texts are QEMU's.
+#[derive(Clone, Debug, thiserror::Error, PartialEq)]
+#[allow(missing_docs)]
+pub enum SnapshotError {
+    #[error("{0}")]
+    Io(IoError),
+    #[error(
+        "Too much extra metadata in snapshot table entry {0}\nYou can force-remove this extra metadata with qemu-img check -r all"
+    )]
+    Extra(u32),
+    #[error("Snapshot table is too big")]
+    TooBig,
+}
+
+async fn bytes_at(file: &Cx<'_>, at: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
+    let range = ByteRange::new(at, len).ok_or(SnapshotError::Io(IoError::EIO))?;
+    let into = Iov::scratch(range.buffer_len());
+    file.read(range, into.clone()).await.map_err(SnapshotError::Io)?;
+    Ok(into.to_vec())
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn quad(bytes: &[u8], at: usize) -> u64 {
+    u64::from(word(bytes, at)) << 32 | u64::from(word(bytes, at + 4))
+}
+
+/// Reads the snapshot table.
+pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError> {
+    let mut table = Table::default();
+    let mut at = header.snapshots_offset;
+    for number in 0..header.snapshots {
+        let fixed = bytes_at(file, at, FIXED).await?;
+        let extra_len = word(&fixed, 36);
+        if extra_len > MAX_EXTRA {
+            return Err(SnapshotError::Extra(number));
+        }
+        let (id_len, name_len) = (word(&fixed, 12) >> 16, word(&fixed, 12) & 0xffff);
+        let rest = u64::from(extra_len) + u64::from(id_len) + u64::from(name_len);
+        let bytes = bytes_at(file, at + FIXED, rest).await?;
+        let (extra, names) = bytes.split_at(usize::try_from(extra_len).unwrap_or(0));
+        let (id, name) = names.split_at(usize::try_from(id_len).unwrap_or(0));
+        table.snapshots.push(Snapshot {
+            l1_offset: quad(&fixed, 0),
+            l1_entries: word(&fixed, 8),
+            id: String::from_utf8_lossy(id).into_owned(),
+            name: String::from_utf8_lossy(name).into_owned(),
+            seconds: word(&fixed, 16),
+            nanoseconds: word(&fixed, 20),
+            clock: quad(&fixed, 24),
+            vm_state_size: if extra.len() >= 8 { quad(extra, 0) } else { u64::from(word(&fixed, 32)) },
+            disk_size: if extra.len() >= 16 { quad(extra, 8) } else { header.virtual_size() },
+            icount: (extra.len() >= 24).then(|| quad(extra, 16)).filter(|count| *count != u64::MAX),
+            incomplete: header.version == Version::V3 && extra_len < V3_EXTRA,
+        });
+        let len = (FIXED + rest).next_multiple_of(8);
+        at += len;
+        table.len += if number + 1 == header.snapshots { FIXED + rest } else { len };
+        if table.len > MAX_TABLE {
+            return Err(SnapshotError::TooBig);
+        }
+    }
+    Ok(table)
+}

@@ -1,0 +1,290 @@
+//! Counting what an image refers to: a walk over all its tables.
+
+use crate::bitmaps;
+use crate::check::{CheckError, Checker, Fix, words};
+use crate::entry::{COMPRESSED, COPIED, OFFSET, ZERO};
+use crate::features;
+use crate::header::{Crypt, MAX_L1_BYTES};
+use crate::snapshots::{Snapshot, Table};
+
+/// Bits of an L1 entry that must be zero.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bits of an uncompressed L2 entry that must be zero.
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Bits of a refcount table entry that must be zero.
+const TABLE_RESERVED: u64 = 0x1ff;
+
+/// One L2 entry, and how to speak of it.
+#[derive(Clone, Copy)]
+struct L2Entry {
+    index: u64,
+    word: u64,
+    /// Subcluster bits; 0 without extended entries.
+    map: u64,
+}
+
+impl Checker<'_, '_> {
+    /// Counts everything, in QEMU's order.
+    pub(crate) async fn count_all(&mut self, snapshots: &Table) -> Result<(), CheckError> {
+        for (i, snapshot) in snapshots.snapshots.iter().enumerate() {
+            if snapshot.incomplete {
+                self.wrong(format!("ERROR snapshot table entry {i} is incomplete"));
+            }
+        }
+        let cluster = self.header.cluster_size();
+        self.count(0, cluster)?;
+        self.count_tree(self.header.l1_offset, self.header.l1_entries, true).await?;
+        for snapshot in &snapshots.snapshots {
+            self.count_snapshot(snapshot).await?;
+        }
+        self.count(self.header.snapshots_offset, snapshots.len)?;
+        let table_bytes = u64::from(self.header.refcount_table_clusters) * cluster;
+        self.count(self.header.refcount_table_offset, table_bytes)?;
+        if let (Crypt::Luks, Some(region)) = (self.header.crypt, self.header.extensions.crypto) {
+            self.count(region.offset, region.len)?;
+        }
+        self.count_bitmaps().await?;
+        self.count_refcount_blocks(table_bytes).await
+    }
+
+    /// Counts every cluster that the region touches.
+    fn count(&mut self, offset: u64, len: u64) -> Result<(), CheckError> {
+        if len == 0 {
+            return Ok(());
+        }
+        let cluster = self.header.cluster_size();
+        let end = offset.saturating_add(len);
+        if end > self.file_len && end - self.file_len >= cluster {
+            self.wrong(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{len:x}"
+            ));
+            return Ok(());
+        }
+        // Less than a cluster behind the end still counts.
+        self.clusters = self.clusters.max(end.div_ceil(cluster));
+        for at in offset / cluster..end.div_ceil(cluster) {
+            self.count_cluster(at)?;
+        }
+        Ok(())
+    }
+
+    fn count_cluster(&mut self, at: u64) -> Result<(), CheckError> {
+        if !self.counts.add(at, self.header.max_refcount())? {
+            self.wrong(format!(
+                "ERROR: overflow cluster offset=0x{:x}\nUse qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing",
+                at * self.header.cluster_size()
+            ));
+        }
+        Ok(())
+    }
+
+    async fn count_snapshot(&mut self, snapshot: &Snapshot) -> Result<(), CheckError> {
+        let Snapshot { l1_offset, l1_entries, id, name, .. } = snapshot;
+        if !l1_offset.is_multiple_of(self.header.cluster_size()) {
+            self.wrong(format!(
+                "ERROR snapshot {id} ({name}) l1_offset=0x{l1_offset:x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+            ));
+            return Ok(());
+        }
+        if u64::from(*l1_entries) * 8 > MAX_L1_BYTES {
+            self.wrong(format!(
+                "ERROR snapshot {id} ({name}) l1_size=0x{l1_entries:x}: L1 table is too large; snapshot table entry corrupted"
+            ));
+            return Ok(());
+        }
+        self.count_tree(*l1_offset, *l1_entries, false).await
+    }
+
+    /// Counts an L1 table and everything below it.
+    async fn count_tree(&mut self, offset: u64, entries: u32, active: bool) -> Result<(), CheckError> {
+        if entries == 0 {
+            return Ok(());
+        }
+        let len = u64::from(entries) * 8;
+        self.count(offset, len)?;
+        let bytes = self.read(offset, len).await?;
+        for entry in words(&bytes).filter(|entry| *entry != 0) {
+            if entry & L1_RESERVED != 0 {
+                self.wrong(format!("ERROR found L1 entry with reserved bits set: {entry:x}"));
+            }
+            let table = entry & OFFSET;
+            self.count(table, self.header.cluster_size())?;
+            if !table.is_multiple_of(self.header.cluster_size()) {
+                self.wrong(format!(
+                    "ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"
+                ));
+            }
+            self.count_l2(table, active).await?;
+        }
+        Ok(())
+    }
+
+    async fn count_l2(&mut self, table: u64, active: bool) -> Result<(), CheckError> {
+        if table >= self.file_len {
+            return Ok(());
+        }
+        let bytes = self.read(table, self.header.cluster_size()).await?;
+        let stride = usize::try_from(self.header.l2_entry_size()).unwrap_or(8);
+        // Where the next data cluster would be if the disk were laid out in order.
+        let mut expected = 0;
+        for (index, slot) in (0..).zip(bytes.chunks_exact(stride)) {
+            let mut slot = words(slot);
+            let entry = L2Entry { index, word: slot.next().unwrap_or(0), map: slot.next().unwrap_or(0) };
+            if entry.word == 0 && entry.map == 0 {
+                continue;
+            }
+            if entry.word & COMPRESSED != 0 {
+                self.count_compressed(entry, active)?;
+            } else {
+                self.count_normal(table, entry, active, &mut expected).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count_compressed(&mut self, entry: L2Entry, active: bool) -> Result<(), CheckError> {
+        let offset_bits = 62 - (self.header.cluster_bits - 8);
+        let offset = entry.word & ((1 << offset_bits) - 1);
+        if entry.word & COPIED != 0 {
+            self.wrong(format!(
+                "ERROR: coffset=0x{offset:x}: copied flag must never be set for compressed clusters"
+            ));
+        }
+        if self.header.extended_l2() && entry.map != 0 {
+            self.wrong(format!(
+                "ERROR compressed cluster {} with non-zero subcluster allocation bitmap, entry=0x{:x}",
+                entry.index,
+                entry.word & !COPIED
+            ));
+            return Ok(());
+        }
+        let sectors = ((entry.word & !(COPIED | COMPRESSED)) >> offset_bits) + 1;
+        self.count(offset, sectors * 512 - (offset & 511))?;
+        if active {
+            self.outcome.allocated_clusters += 1;
+            self.outcome.compressed_clusters += 1;
+            // Compressed clusters are fragmented by nature.
+            self.outcome.fragmented_clusters += 1;
+        }
+        Ok(())
+    }
+
+    async fn count_normal(
+        &mut self,
+        table: u64,
+        entry: L2Entry,
+        active: bool,
+        expected: &mut u64,
+    ) -> Result<(), CheckError> {
+        let cluster = self.header.cluster_size();
+        let extended = self.header.extended_l2();
+        if entry.word & L2_RESERVED != 0 {
+            self.wrong(format!("ERROR found l2 entry with reserved bits set: {:x}", entry.word));
+        }
+        let offset = entry.word & OFFSET;
+        let (data, zero) = (entry.map & 0xffff_ffff, entry.map >> 32);
+        if offset == 0 {
+            if data != 0 {
+                self.wrong("ERROR: Unallocated cluster has non-zero subcluster allocation map");
+            }
+            return Ok(());
+        }
+        if data & zero != 0 {
+            self.wrong(format!(
+                "ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+            ));
+        }
+        if !offset.is_multiple_of(cluster) {
+            let holds_data = if extended { data != 0 } else { entry.word & ZERO == 0 };
+            if holds_data {
+                self.wrong(format!(
+                    "ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."
+                ));
+            } else if self.fix == Fix::All {
+                return self.drop_preallocation(table, entry, offset).await;
+            } else {
+                self.wrong(format!(
+                    "ERROR offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+                ));
+            }
+        }
+        if active {
+            self.outcome.allocated_clusters += 1;
+            if *expected != 0 && offset != *expected {
+                self.outcome.fragmented_clusters += 1;
+            }
+            *expected = offset + cluster;
+        }
+        self.count(offset, cluster)
+    }
+
+    /// A cluster that reads as zeroes has a place that it cannot have: it loses it.
+    async fn drop_preallocation(
+        &mut self,
+        table: u64,
+        entry: L2Entry,
+        offset: u64,
+    ) -> Result<(), CheckError> {
+        self.say(format!(
+            "Repairing offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+        ));
+        let word = if self.header.extended_l2() { 0 } else { ZERO };
+        let at = table + entry.index * self.header.l2_entry_size();
+        self.write(at, &u64::to_be_bytes(word)).await?;
+        self.outcome.corruptions_fixed += 1;
+        Ok(())
+    }
+
+    async fn count_bitmaps(&mut self) -> Result<(), CheckError> {
+        if self.header.autoclear & features::BITMAPS == 0 {
+            return Ok(());
+        }
+        let Some(extension) = self.header.extensions.bitmaps else { return Ok(()) };
+        let all = bitmaps::read(self.file, &self.header).await?;
+        self.count(extension.directory.offset, extension.directory.len)?;
+        for bitmap in all {
+            self.count(bitmap.table_offset, bitmap.table_bytes())?;
+            if bitmap.table_offset >= self.file_len {
+                continue;
+            }
+            for cluster in bitmaps::data_clusters(self.file, &bitmap, &self.header).await? {
+                self.count(cluster, self.header.cluster_size())?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn count_refcount_blocks(&mut self, table_bytes: u64) -> Result<(), CheckError> {
+        let cluster = self.header.cluster_size();
+        let bytes = self.read(self.header.refcount_table_offset, table_bytes).await?;
+        for (i, entry) in words(&bytes).enumerate() {
+            let offset = entry & !TABLE_RESERVED;
+            if entry & TABLE_RESERVED != 0 {
+                self.wrong(format!("ERROR refcount table entry {i} has reserved bits set"));
+                self.rebuild = true;
+            } else if !offset.is_multiple_of(cluster) {
+                self.wrong(format!(
+                    "ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted"
+                ));
+                self.rebuild = true;
+            } else if offset / cluster >= self.clusters {
+                // QEMU would make the file so long that the block is inside; it is of no use, though.
+                self.outside(i);
+            } else if offset != 0 {
+                self.count(offset, cluster)?;
+                let count = self.counts.get(offset / cluster);
+                if count != 1 {
+                    self.wrong(format!("ERROR refcount block {i} refcount={count}"));
+                    self.rebuild = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn outside(&mut self, block: usize) {
+        let what = if self.fix == Fix::All { "Repairing" } else { "ERROR" };
+        self.wrong(format!("{what} refcount block {block} is outside image"));
+        self.rebuild |= self.fix == Fix::All;
+    }
+}
