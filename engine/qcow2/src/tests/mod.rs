@@ -69,6 +69,7 @@ struct Bytes {
     flushes: u64,
     /// What power cuts just before each flush may leave, when somebody wants to know.
     cuts: Option<Vec<Vec<u8>>>,
+    forget: bool,
 }
 
 /// A disk in memory.
@@ -87,6 +88,7 @@ impl Disk {
             fail_after: None,
             flushes: 0,
             cuts: None,
+            forget: false,
         })))
     }
     fn lock(&self) -> MutexGuard<'_, Bytes> {
@@ -100,6 +102,11 @@ impl Disk {
     }
     pub fn fail_after(&self, writes: Option<u64>) {
         self.lock().fail_after = writes;
+    }
+    /// Nobody will ask what a power cut leaves.
+    pub fn forget_cuts(self: Arc<Self>) -> Arc<Self> {
+        self.lock().forget = true;
+        self
     }
     pub fn record_cuts(&self) {
         self.lock().cuts = Some(Vec::new());
@@ -150,6 +157,9 @@ impl Disk {
             bytes.now.resize(at + data.len(), 0);
         }
         bytes.now[at..at + data.len()].copy_from_slice(data);
+        if bytes.forget {
+            return Ok(());
+        }
         let (first, end) = (at / SECTOR, (at + data.len()).div_ceil(SECTOR));
         for sector in first..end {
             let to = bytes.now.len().min((sector + 1) * SECTOR);
@@ -206,8 +216,10 @@ impl Node for Disk {
             if bytes.fail_after == Some(0) {
                 return Err(IoError::EIO);
             }
-            bytes.durable = bytes.now.clone();
-            bytes.versions.clear();
+            if !bytes.forget {
+                bytes.durable = bytes.now.clone();
+                bytes.versions.clear();
+            }
             bytes.flushes += 1;
         }
         self.pause().await;

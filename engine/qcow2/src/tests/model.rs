@@ -121,14 +121,14 @@ fn requests_one_after_another_on_images_of_all_shapes() {
             let mut rng = Rng::new(i as u64 * 2 + u64::from(backing) + 1);
             let below = if backing { noise(&mut rng, shape.size * 3 / 4) } else { Vec::new() };
             let base = backing.then(|| view_of(Disk::new(below.clone(), 7)));
-            let disk = Disk::new(shape.image(backing && shape.bits > 9), i as u64);
+            let disk = Disk::new(shape.image(backing && shape.bits > 9), i as u64).forget_cuts();
             let mut now = below;
             now.resize(usize::try_from(shape.size).unwrap(), 0);
             let mut model = Model { now };
             for _ in 0..2 {
                 let options = if i % 2 == 0 { small_caches() } else { OpenOptions::default() };
                 let setup = open(disk.clone(), base.clone(), options, true);
-                for _ in 0..(if shape.bits > 17 { 12 } else { 60 }) {
+                for _ in 0..(if shape.bits > 16 { 14 } else { 60 }) {
                     step(&setup, &shape, &mut model, &mut rng, backing);
                 }
                 setup.close();
