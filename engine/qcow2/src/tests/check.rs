@@ -85,14 +85,15 @@ pub fn check(image: &[u8]) -> (Vec<String>, u64) {
     let mut leaks = 0;
     let table =
         to_words(&bytes(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * cluster));
+    let mut block = Vec::new();
     for (i, refs) in refs.iter().enumerate() {
-        let i = i as u64;
-        let block =
-            table.get(usize::try_from(i / header.refcounts_per_block()).unwrap()).copied().unwrap_or(0);
-        let count = match block {
-            0 => 0,
-            _ => get_count(&bytes(block, cluster), header.refcount_order, i % header.refcounts_per_block()),
-        };
+        let (number, index) =
+            (i as u64 / header.refcounts_per_block(), i as u64 % header.refcounts_per_block());
+        let at = table.get(usize::try_from(number).unwrap()).copied().unwrap_or(0);
+        if index == 0 {
+            block = if at == 0 { Vec::new() } else { bytes(at, cluster) };
+        }
+        let count = if block.is_empty() { 0 } else { get_count(&block, header.refcount_order, index) };
         if count < *refs {
             errors.push(format!("cluster {i}: refcount {count}, references {refs}"));
         }
