@@ -225,6 +225,12 @@ impl Qcow2 {
             around(tail, tail_len, &mut all);
         }
         let range = ByteRange::new(at, all.len() as u64).ok_or(IoError::EFBIG)?;
+        if whole != part && cx.below().limits().memory_alignment > 1 {
+            // Pieces of any length do not go with O_DIRECT.
+            let together = Iov::scratch(all.len());
+            together.copy_from(&all);
+            all = together;
+        }
         cx.below().write(range, all, WriteFlags::default()).await
     }
 

@@ -8,6 +8,7 @@
 //! cache, or a refcount block that does not exist, it says so, and starts again when that has been provided.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use underlay_graph::{ByteRange, Cx, IoError, Result, WriteFlags};
@@ -46,6 +47,8 @@ pub(crate) struct Refcounts {
     slice_bits: u32,
     pub(crate) cache: SliceCache,
     state: Mutex<State>,
+    /// No cluster from here on was ever used.
+    end: AtomicU64,
     /// Held while blocks are made or the table grows.
     growth: tokio::sync::Mutex<()>,
     loads: Stripes,
@@ -60,8 +63,6 @@ pub(crate) struct State {
     dirty: BTreeSet<usize>,
     /// No free cluster below this is looked for.
     hint: u64,
-    /// No cluster from here on was ever used.
-    end: u64,
     /// One bit for each slice: no free cluster in it.
     full: Vec<u64>,
     /// Where a search stopped for a slice to be loaded: hint, clusters wanted, start of the free run, position.
@@ -117,6 +118,7 @@ impl Refcounts {
             slice_bits: slice.ilog2() + 3 - header.refcount_order,
             cache: SliceCache::new(slices(slice)),
             state: Mutex::default(),
+            end: AtomicU64::new(0),
             growth: tokio::sync::Mutex::default(),
             loads: Stripes::new(),
         }
@@ -133,13 +135,12 @@ impl Refcounts {
 
     /// Number of the first cluster that was never used.
     pub(crate) fn end(&self) -> u64 {
-        self.state().end
+        self.end.load(Ordering::Acquire)
     }
 
     /// The file ends in front of this cluster.
     pub(crate) fn set_end(&self, end: u64) {
-        let mut state = self.state();
-        state.end = state.end.max(end);
+        self.end.fetch_max(end, Ordering::AcqRel);
     }
 
     /// Largest count that can be stored.
@@ -236,8 +237,7 @@ impl Refcounts {
         }
         state.hint = end;
         state.stopped = None;
-        let fresh = first >= state.end;
-        state.end = state.end.max(end);
+        let fresh = first >= self.end.fetch_max(end, Ordering::AcqRel);
         Try::Done(Allocated { host: first << self.cluster_bits, fresh })
     }
 
@@ -317,8 +317,7 @@ impl Qcow2 {
     #[allow(dead_code)]
     pub(crate) async fn reload_refcounts(&self, cx: &Cx<'_>) -> Result<()> {
         self.refcounts.cache.clear();
-        let end = self.refcounts.end();
-        *self.refcounts.state() = State { end, ..State::default() };
+        *self.refcounts.state() = State::default();
         self.load_refcount_table(cx).await
     }
 

@@ -289,3 +289,56 @@ fn the_walk_over_nothing_is_short() {
     assert_eq!(first.len, 1 << 39);
     let _: Arc<dyn Node> = setup.image;
 }
+
+/// The same image from several threads at once, as several I/O threads use it.
+#[test]
+fn threads_share_an_image() {
+    for (seed, bits) in [(1u64, 9), (2, 12), (3, 16)] {
+        let extended = bits == 16;
+        let shape = Shape { bits, order: 4, extended, v3: true, zstd: false, size: 96 << bits };
+        let disk = Disk::new(shape.image(false), seed).forget_cuts();
+        let setup = open(disk.clone(), None, small_caches(), true);
+        let grain = 1u64 << (bits - 3);
+        let slots = shape.size / grain / 4;
+        let expected: Vec<std::collections::BTreeMap<u64, u8>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4u64)
+                .map(|thread| {
+                    let view = &setup.view;
+                    scope.spawn(move || {
+                        let mut mine = std::collections::BTreeMap::new();
+                        let mut rng = Rng::new(seed * 10 + thread);
+                        let cx = view.cx();
+                        for step in 0..300u32 {
+                            let at = (rng.below(slots) * 4 + thread) * grain;
+                            let range = ByteRange::between(at, at + grain);
+                            let byte = u8::try_from(step % 250 + 1).unwrap();
+                            match rng.below(12) {
+                                0 => run(cx.flush()).unwrap(),
+                                1 | 2 => {
+                                    let flags = ZeroFlags { may_unmap: true, no_fallback: false };
+                                    run(cx.write_zeroes(range, flags)).unwrap();
+                                    mine.insert(at, 0);
+                                }
+                                _ => {
+                                    let from = Iov::filled(range.buffer_len(), byte);
+                                    run(cx.write(range, from, WriteFlags::default())).unwrap();
+                                    mine.insert(at, byte);
+                                }
+                            }
+                        }
+                        mine
+                    })
+                })
+                .collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+        });
+        let found = setup.read(0, shape.size);
+        for (at, byte) in expected.iter().flatten() {
+            let part = &found[usize::try_from(*at).unwrap()..usize::try_from(at + grain).unwrap()];
+            assert!(part.iter().all(|b| b == byte), "seed {seed}: {at:#x}");
+        }
+        setup.close();
+        let (errors, leaks) = check(&disk.content());
+        assert!(errors.is_empty() && leaks == 0, "seed {seed}: {leaks} leaks, {errors:?}");
+    }
+}
