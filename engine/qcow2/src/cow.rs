@@ -5,14 +5,20 @@
 //! clusters, writes the data together with what must be copied around it, and only then links them: until that moment
 //! readers see the old content, and a failure leaves it in place. Writes to different clusters run in parallel.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 
+use underlay_graph::format::join;
 use underlay_graph::range_lock::Mode;
 use underlay_graph::{ByteRange, Cx, IoError, Place, Result, WriteFlags};
 use underlay_sys::Iov;
 
 use crate::entry::{COMPRESSED, Entry, Layout, Sub, sub_mask};
 use crate::live::Qcow2;
+
+/// In-place writes of one request that are under way at once.
+const PARALLEL: usize = 16;
 
 /// How a part of a write gets to the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,27 +99,26 @@ fn with_copies(layout: &Layout, how: How, entries: &[Entry], part: ByteRange) ->
 }
 
 impl Qcow2 {
-    /// Where all of `range` may be written in place, if that is known without I/O.
-    pub(crate) fn own_now(&self, range: ByteRange) -> Option<u64> {
-        if self.in_slice(range) != range {
-            return None;
-        }
+    /// Where the first bytes of `range` may be written in place, and how many, if that is known without I/O.
+    fn own_now(&self, range: ByteRange) -> Option<(u64, u64)> {
         let layout = &self.layout;
+        let range = self.in_slice(range);
         self.l2.view(layout.slice_of(range.start()), |words| {
-            let (mut rest, mut first) = (range, None);
+            let cluster = layout.cluster();
+            let (mut rest, mut found) = (range, None);
             while !rest.is_empty() {
-                let cluster = layout.cluster();
                 let (here, later) = rest.split(cluster - (rest.start() & (cluster - 1)));
                 let entry = layout.get(words, layout.entry_in_slice(here.start()));
                 layout.check(entry).ok()?;
-                let How::InPlace(host) = how(layout, entry, here) else { return None };
-                let first = *first.get_or_insert(host);
-                if host != first + (here.start() - range.start()) {
-                    return None;
+                let How::InPlace(host) = how(layout, entry, here) else { return found };
+                let (first, len) = *found.get_or_insert((host, 0));
+                if host != first + len {
+                    return found;
                 }
+                found = Some((first, len + here.len()));
                 rest = later;
             }
-            first
+            found
         })?
     }
 
@@ -300,11 +305,33 @@ impl Qcow2 {
         .await
     }
 
-    /// The fast way of a write, if it may go.
+    /// The fast way of a write, if all of it may go so: in place, runs that are apart side by side.
     pub(crate) async fn write_fast(&self, cx: &Cx<'_>, range: ByteRange, from: &Iov) -> Option<Result<()>> {
         let _lease: Arc<()> = self.hold();
-        let host = self.own_now(range)?;
-        Some(self.write_in_place(cx, host, from.clone()).await)
+        let (host, len) = self.own_now(range)?;
+        if len == range.len() {
+            return Some(self.write_in_place(cx, host, from.clone()).await);
+        }
+        let mut runs = vec![(host, len)];
+        let mut rest = range.split(len).1;
+        while !rest.is_empty() {
+            let (host, len) = self.own_now(rest)?;
+            runs.push((host, len));
+            rest = rest.split(len).1;
+        }
+        let mut done = 0;
+        let mut write = |(host, len): (u64, u64)| -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let data = from.slice(done, len);
+            done += len;
+            Box::pin(self.write_in_place(cx, host, data))
+        };
+        for group in runs.chunks(PARALLEL) {
+            if let Err(error) = join(group.iter().map(|run| write(*run)).collect()).await {
+                return Some(Err(error));
+            }
+        }
+        Some(Ok(()))
     }
 
     /// Writes data that is known to belong to clusters that are still below, as [`Qcow2::write_allocating`] without

@@ -72,7 +72,8 @@ impl Qcow2 {
     }
 
     fn zero_to(&self, flags: ZeroFlags) -> To {
-        if self.layout.v3 { To::Zero { unmap: flags.may_unmap } } else { To::Unallocated }
+        let unmap = flags.may_unmap && !self.options.discard_no_unref;
+        if self.layout.v3 { To::Zero { unmap } } else { To::Unallocated }
     }
 
     /// The part of `range` that consists of whole units; the unit at the end of the disk counts as whole.

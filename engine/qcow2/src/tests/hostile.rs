@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use underlay_graph::{ByteRange, WriteFlags};
 use underlay_sys::Iov;
 
-use super::{Disk, Rng, Setup, Shape, open, run};
+use super::{Disk, Rng, Setup, Shape, check::check, open, run};
 use crate::features;
 use crate::header::Header;
 use crate::live::{Corruption, OpenOptions};
@@ -127,6 +127,33 @@ fn unknown_autoclear_bits_go_at_once_and_the_bitmaps_bit_with_the_first_write() 
     let range = ByteRange::between(0, 512);
     run(setup.view.cx().write(range, Iov::zeroed(512), WriteFlags::default())).unwrap();
     assert_eq!(setup.image.header().autoclear, 0);
+}
+
+/// Snapshots and other programs leave clusters that are shared, or not known to be unshared: they are copied.
+#[test]
+fn clusters_without_the_copied_flag_are_never_written_to() {
+    let l1 = 4 << 16;
+    let entry = |i: u64| (L2 + usize::try_from(i).unwrap() * 8, (5 + i) << 16);
+    let bytes = damaged(SHAPE, &[(L1, l1), entry(0), entry(1), entry(2), entry(3)]);
+    let before = bytes.clone();
+    let (disk, setup, told) = watched(bytes, true);
+    setup.write(100, &[7; 70_000]).unwrap();
+    run(setup.view.cx().write_zeroes(ByteRange::between(2 << 16, 3 << 16), Default::default())).unwrap();
+    setup.write((2 << 16) + 5, &[8; 5]).unwrap();
+    setup.write(3 << 16, &[9; 65536]).unwrap();
+    assert!(
+        disk.content()[L2..9 << 16] == before[L2..9 << 16],
+        "the old table and clusters are as they were"
+    );
+    setup.close();
+    let mut expected = vec![1; 256 << 10];
+    expected[100..70_100].fill(7);
+    expected[2 << 16..3 << 16].fill(0);
+    expected[(2 << 16) + 5..(2 << 16) + 10].fill(8);
+    expected[3 << 16..].fill(9);
+    assert!(setup.read(0, 256 << 10) == expected);
+    let (errors, leaks) = check(&disk.content());
+    assert!(errors.is_empty() && leaks == 0 && told.lock().unwrap().is_empty(), "{leaks} leaks, {errors:?}");
 }
 
 /// Random damage to the metadata: requests may fail, nothing panics or hangs.
