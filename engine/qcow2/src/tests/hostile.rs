@@ -172,7 +172,7 @@ fn no_damage_makes_it_panic() {
             let value = match rng.below(3) {
                 0 => rng.next() << 16 | rng.next(),
                 1 => 1 << 63 | rng.below(20) << bits,
-                _ => rng.below(3) << 62 | rng.next() % (1 << 40),
+                _ => (rng.below(3) << 62) | (rng.next() % (1 << 40)),
             };
             bytes[at / 8 * 8..at / 8 * 8 + 8].copy_from_slice(&value.to_be_bytes());
         }
