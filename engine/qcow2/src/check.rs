@@ -42,7 +42,7 @@ pub enum Finding {
 }
 
 /// Takes the findings as they come.
-pub type Report<'a> = &'a mut (dyn FnMut(Finding) + Send);
+pub type Report<'a> = &'a mut (dyn FnMut(Finding) + Send + Sync);
 
 /// The sums.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -35,4 +35,4 @@ pub mod zero;
 pub use check::{CheckError, Finding, Fix, Outcome, check};
 pub use create::{CreateError, CreateOptions, create};
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
-pub use live::{Corruption, OnCorrupt, OpenError, OpenOptions, Qcow2};
+pub use live::{Corruption, OnCorrupt, OnRepair, OpenError, OpenOptions, Qcow2};

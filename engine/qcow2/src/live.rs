@@ -21,6 +21,7 @@ use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
 
 use crate::cache::{SliceCache, to_words};
+use crate::check::{Finding, Fix, check};
 use crate::commit::Commits;
 use crate::compress::Decoded;
 use crate::entry::Layout;
@@ -78,6 +79,9 @@ pub(crate) fn hex(number: u64) -> String {
 /// Told about the first corruption of each kind (fatal or not).
 pub type OnCorrupt = Arc<dyn Fn(Corruption) + Send + Sync>;
 
+/// Told what a repair does, line by line.
+pub type OnRepair = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// How to open an image. Sizes are in bytes.
 #[derive(Clone, Default)]
 pub struct OpenOptions {
@@ -97,6 +101,8 @@ pub struct OpenOptions {
     pub repair: bool,
     /// Told about corruption.
     pub on_corrupt: Option<OnCorrupt>,
+    /// Told the lines of the repair that an image needs which was not closed cleanly; QEMU prints them on stderr.
+    pub on_repair: Option<OnRepair>,
 }
 
 impl fmt::Debug for OpenOptions {
@@ -304,9 +310,35 @@ impl Qcow2 {
         self.modified.store(false, Ordering::Release);
     }
 
-    async fn repair_dirty(&self, _cx: &Cx<'_>) -> Result<()> {
-        let text = "The image was not closed cleanly and must be repaired first: qemu-img check -r all";
-        Err(IoError::EACCES.with(text))
+    /// Repairs an image that was not closed cleanly, so that its refcounts can be relied on.
+    async fn repair_dirty(&self, cx: &Cx<'_>) -> Result<()> {
+        let failed =
+            |error: &dyn fmt::Display| IoError::EIO.with(format!("Could not repair dirty image: {error}"));
+        let tell = |finding: Finding| {
+            let (Finding::Line(line) | Finding::Error(line)) = finding;
+            match &self.options.on_repair {
+                Some(tell) => tell(&line),
+                None => tracing::warn!("{line}"),
+            }
+        };
+        let file = cx.below();
+        check(&file, Fix::All, &mut |finding| tell(finding)).await.map_err(|error| failed(&error))?;
+        let left = check(&file, Fix::None, &mut |_| ()).await.map_err(|error| failed(&error))?;
+        if left.corruptions > 0 || left.check_errors > 0 {
+            return Err(failed(&"some errors could not be repaired"));
+        }
+        self.read_again(cx).await
+    }
+
+    /// Takes everything from the disk that somebody else has changed there. Nothing may be waiting to be written.
+    pub(crate) async fn read_again(&self, cx: &Cx<'_>) -> Result<()> {
+        let file = cx.below();
+        let header = Header::read(&file).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
+        let l1 = read_l1(&file, &header).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
+        *self.header_mut() = header;
+        *self.l1_mut() = l1;
+        self.l2.clear();
+        self.reload_refcounts(cx).await
     }
 
     /// Reports a corruption. A fatal one marks the image and makes it unusable; nothing is fatal for an image that nobody writes

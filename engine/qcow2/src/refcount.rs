@@ -313,8 +313,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Forgets all that is known about refcounts: the next use reads them anew. For repair.
-    #[allow(dead_code)]
+    /// Forgets all that is known about refcounts: the table is read anew. For repair.
     pub(crate) async fn reload_refcounts(&self, cx: &Cx<'_>) -> Result<()> {
         self.refcounts.cache.clear();
         *self.refcounts.state() = State::default();

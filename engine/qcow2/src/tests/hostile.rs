@@ -8,7 +8,7 @@ use underlay_sys::Iov;
 use super::{Disk, Rng, Setup, Shape, check::check, open, run};
 use crate::features;
 use crate::header::Header;
-use crate::live::{Corruption, OpenOptions};
+use crate::live::{Corruption, OnRepair, OpenOptions};
 
 const SHAPE: Shape = Shape { bits: 16, order: 4, extended: false, v3: true, zstd: false, size: 4 << 20 };
 const L2: usize = 4 << 16;
@@ -154,6 +154,28 @@ fn clusters_without_the_copied_flag_are_never_written_to() {
     assert!(setup.read(0, 256 << 10) == expected);
     let (errors, leaks) = check(&disk.content());
     assert!(errors.is_empty() && leaks == 0 && told.lock().unwrap().is_empty(), "{leaks} leaks, {errors:?}");
+}
+
+/// An image that QEMU left behind with its dirty bit set: references without counts.
+#[test]
+fn a_dirty_image_is_repaired_before_it_is_written_to() {
+    let mut bytes = damaged(SHAPE, &[(72, features::DIRTY)]);
+    bytes[(2 << 16) + 10..(2 << 16) + 18].fill(0);
+    assert!(!check(&bytes).0.is_empty());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = told.clone();
+    let on_repair = Some(Arc::new(move |line: &str| tell.lock().unwrap().push(line.to_owned())) as OnRepair);
+    let disk = Disk::new(bytes.clone(), 1);
+    open(disk.clone(), None, OpenOptions::default(), false);
+    assert!(disk.content() == bytes, "reading leaves it alone");
+    let setup = open(disk.clone(), None, OpenOptions { on_repair, ..OpenOptions::default() }, true);
+    assert!(!Header::parse(&disk.content()).unwrap().has(features::DIRTY));
+    setup.write(1 << 20, &[3; 65536]).unwrap();
+    assert!(setup.read(0, 256 << 10).iter().all(|b| *b == 1));
+    setup.close();
+    let (errors, leaks) = check(&disk.content());
+    assert!(errors.is_empty() && leaks == 0, "{leaks} leaks, {errors:?}");
+    assert!(!told.lock().unwrap().is_empty());
 }
 
 /// Random damage to the metadata: requests may fail, nothing panics or hangs.
