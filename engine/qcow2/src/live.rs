@@ -341,6 +341,11 @@ impl Qcow2 {
         self.reload_refcounts(cx).await
     }
 
+    /// Nothing can be relied on any more: every request fails from now on. What is on disk is sound.
+    pub(crate) fn give_up(&self) {
+        self.corrupt.store(true, Ordering::SeqCst);
+    }
+
     /// Reports a corruption. A fatal one marks the image and makes it unusable; nothing is fatal for an image that nobody writes
     /// to. Gives the error for the request.
     pub(crate) async fn corruption(&self, cx: &Cx<'_>, mut found: Corruption) -> IoError {

@@ -147,6 +147,20 @@ impl Qcow2 {
         Err(self.corruption(cx, found).await)
     }
 
+    /// Refuses to use a refcount block, which may be changed then, that something else claims too or that is not in the file.
+    pub(crate) async fn check_refcount_block(&self, cx: &Cx<'_>, block: u64) -> Result<()> {
+        let cluster = block >> self.layout.cluster_bits;
+        let owner = self.metadata().owner(cluster, cluster + 1);
+        if matches!(owner, Some((_, Owner::RefcountBlock))) {
+            return Ok(());
+        }
+        let name = owner.map_or("nothing", |(_, owner)| owner.name());
+        let message = format!("Preventing invalid write on metadata (overlaps with {name})");
+        let found =
+            Corruption { message, offset: Some(block), size: Some(self.layout.cluster()), fatal: true };
+        Err(self.corruption(cx, found).await)
+    }
+
     /// Refuses to change an L2 table that something else claims too.
     pub(crate) async fn check_own_table(&self, cx: &Cx<'_>, index: u64) -> Result<()> {
         let host = self.l1().get(index) & OFFSET;

@@ -413,6 +413,7 @@ impl Qcow2 {
             let found = Corruption { message, offset: None, size: None, fatal: true };
             return Err(self.corruption(cx, found).await);
         }
+        self.check_refcount_block(cx, block).await?;
         let range = ByteRange::new(at, bytes).ok_or(IoError::EIO)?;
         let buffer = Iov::scratch(range.buffer_len());
         cx.below().read(range, buffer.clone()).await?;
@@ -467,8 +468,8 @@ impl Qcow2 {
             }
             return Err(error);
         }
-        refcounts.add_block(block, cluster, own);
         self.metadata_mut().add(cluster, 1, Owner::RefcountBlock);
+        refcounts.add_block(block, cluster, own);
         Ok(())
     }
 
@@ -502,18 +503,18 @@ impl Qcow2 {
             refcounts.cache.settle(*slice, outcome.is_ok());
         }
         outcome?;
-        {
-            let mut state = refcounts.state();
-            state.table = table;
-            state.offset = place.table() << bits;
-            state.dirty.clear();
-        }
         let old_clusters = (old_table.len() as u64 * 8) >> bits;
         {
             let mut metadata = self.metadata_mut();
             metadata.add(place.first, place.blocks, Owner::RefcountBlock);
             metadata.add(place.table(), place.clusters, Owner::RefcountTable);
             metadata.remove(old_offset >> bits, old_clusters);
+        }
+        {
+            let mut state = refcounts.state();
+            state.table = table;
+            state.offset = place.table() << bits;
+            state.dirty.clear();
         }
         // The header on disk does not know the old table any more, and nobody else ever looks at it.
         self.free_unused(cx, old_offset, old_clusters).await;
@@ -555,13 +556,18 @@ impl Qcow2 {
         cx.below().flush().await?;
         let _turn = self.header_turn.lock().await;
         let clusters = u32::try_from(place.clusters).map_err(|_| IoError::EFBIG)?;
-        let mut fields = (place.table() << bits).to_be_bytes().to_vec();
-        fields.extend(clusters.to_be_bytes());
-        write(48, fields).await?;
-        cx.below().flush().await?;
-        let mut header = self.header_mut();
+        let mut header = self.header();
+        if let Err(error) = point_to_table(cx, place.table() << bits, clusters).await {
+            // The disk may know the one or the other table now. It must be the old one, or nothing may be written any more.
+            let old = (header.refcount_table_offset, header.refcount_table_clusters);
+            if point_to_table(cx, old.0, old.1).await.is_err() {
+                self.give_up();
+            }
+            return Err(error);
+        }
         header.refcount_table_offset = place.table() << bits;
         header.refcount_table_clusters = clusters;
+        *self.header_mut() = header;
         Ok(())
     }
 }
@@ -639,6 +645,15 @@ impl Refcounts {
         self.cache.update(slice, |words| self.set(words, cluster, count + 1))?;
         Some(true)
     }
+}
+
+/// Makes the header on disk say where the refcount table is: a part of one sector.
+async fn point_to_table(cx: &Cx<'_>, offset: u64, clusters: u32) -> Result<()> {
+    let mut fields = offset.to_be_bytes().to_vec();
+    fields.extend(clusters.to_be_bytes());
+    let range = ByteRange::between(48, 60);
+    cx.below().write(range, Iov::copy_of(&fields), WriteFlags::default()).await?;
+    cx.below().flush().await
 }
 
 /// Where a larger refcount table goes: from cluster `first` on, the blocks that count it all, then the table.

@@ -44,7 +44,9 @@ fn read(setup: &Setup, at: u64) -> underlay_graph::Result<()> {
 
 #[test]
 fn writes_never_reach_metadata() {
-    let cases: [(usize, u64, u64, &str); 7] = [
+    let cases: [(usize, u64, u64, &str); 9] = [
+        (1 << 16, 4 << 16, 1 << 20, "Preventing invalid write on metadata (overlaps with several tables)"),
+        (1 << 16, 1 << 40, 1 << 20, "Preventing invalid write on metadata (overlaps with several tables)"),
         (L2, 1 << 63 | 3 << 16, 0, "Preventing invalid write on metadata (overlaps with active L1 table)"),
         (L2, 1 << 63 | 2 << 16, 0, "Preventing invalid write on metadata (overlaps with refcount block)"),
         (L2, 1 << 63 | 4 << 16, 0, "Preventing invalid write on metadata (overlaps with active L2 table)"),
