@@ -92,6 +92,8 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
     let mut at = *layer;
     let mut here = ByteRange::between(offset, offset.saturating_add(range.len()));
     let mut recurse = recurse;
+    // A format with an allocation of its own still says data for what is a hole in its file, as QEMU's does.
+    let allocates = layer.node().supports_backing();
     while at.node().kind() != Kind::Protocol {
         let Some(below) = at.child(Role::File) else { break };
         at = below;
@@ -103,7 +105,7 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
         }
         let length = at.length();
         if here.start() >= length {
-            return Ok(Status { zero: true, data: false, file: Some(at.view().id()), ..status });
+            return Ok(Status { zero: true, data: allocates, file: Some(at.view().id()), ..status });
         }
         here = here.before(length);
         let extent = at.map(here).await?;
@@ -117,7 +119,7 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
             }
             Place::Zero => {
                 status.zero = true;
-                status.data = false;
+                status.data = allocates;
                 break;
             }
             Place::Below | Place::Encoded => {

@@ -14,7 +14,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
@@ -171,6 +171,8 @@ pub struct Qcow2 {
     pub(crate) decoded: Mutex<Option<Decoded>>,
     /// One compressed cluster finds its place at a time.
     pub(crate) packing: tokio::sync::Mutex<()>,
+    /// Whether the file has holes below the image's data; see [`crate::mapping`].
+    pub(crate) preallocated: OnceLock<bool>,
     writable: AtomicBool,
     /// Something has been written since the image became writable.
     modified: AtomicBool,
@@ -207,6 +209,7 @@ impl Qcow2 {
             epoch: RwLock::default(),
             decoded: Mutex::default(),
             packing: tokio::sync::Mutex::default(),
+            preallocated: OnceLock::new(),
             writable: AtomicBool::new(false),
             modified: AtomicBool::new(false),
             corrupt: AtomicBool::new(false),

@@ -74,7 +74,7 @@ impl Node for Qcow2 {
     }
 
     async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
-        self.map_slow(cx, range).await
+        self.map_fully(cx, range).await
     }
 
     async fn populate(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {

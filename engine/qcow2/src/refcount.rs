@@ -307,10 +307,33 @@ impl Qcow2 {
             .await
             .map_err(|e| e.context("Could not read refcount table"))?;
         let mut state = self.refcounts.state();
+        if state.loaded {
+            return Ok(());
+        }
         state.offset = range.start();
         state.table = to_words(&buffer.to_vec()).into_vec();
         state.loaded = true;
         Ok(())
+    }
+
+    /// How many clusters are in use, as the disk says. `None` if that takes more than `limit` bytes to find out.
+    pub(crate) async fn used_clusters(&self, cx: &Cx<'_>, limit: u64) -> Result<Option<u64>> {
+        self.load_refcount_table(cx).await?;
+        let blocks = self.refcounts.blocks();
+        if blocks.len() as u64 * self.layout.cluster() > limit {
+            return Ok(None);
+        }
+        let (width, max) = (1u32 << self.refcounts.order, self.refcounts.max());
+        let mut used = 0;
+        for block in blocks {
+            let range = ByteRange::new(block, self.layout.cluster()).ok_or(IoError::EIO)?;
+            let buffer = Iov::scratch(range.buffer_len());
+            cx.below().read(range, buffer.clone()).await?;
+            let in_word =
+                |word: &u64| (0..64 / width).filter(|i| word >> (i * width) & max != 0).count() as u64;
+            used += to_words(&buffer.to_vec()).iter().map(in_word).sum::<u64>();
+        }
+        Ok(Some(used))
     }
 
     /// Forgets all that is known about refcounts: the table is read anew. For repair.
