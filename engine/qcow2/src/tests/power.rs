@@ -8,7 +8,7 @@ use underlay_graph::{ByteRange, View, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
 
 use super::{Disk, Rng, Shape, Work, check::check, open, run, view_of};
-use crate::live::OpenOptions;
+use crate::live::{OpenOptions, Qcow2};
 
 /// What each sector may read as after a cut: the last flushed value and everything written since.
 #[derive(Debug, Default)]
@@ -46,6 +46,13 @@ fn options(seed: u64) -> OpenOptions {
     }
 }
 
+/// The first whole cluster from `range` on that is the guest's own.
+fn whole_cluster(view: &View, range: ByteRange, sectors: &std::ops::Range<u64>) -> Option<ByteRange> {
+    let cluster = view.node().as_any().downcast_ref::<Qcow2>()?.header().cluster_size();
+    let start = range.start().next_multiple_of(cluster);
+    (start + cluster <= sectors.end * 512).then(|| ByteRange::between(start, start + cluster))
+}
+
 /// One guest writes, zeroes, discards and flushes sectors of its own, and notes what may be read of them.
 async fn guest(
     view: &View,
@@ -60,7 +67,16 @@ async fn guest(
         let first = sectors.start + rng.below(span);
         let count = (1 + rng.below(20)).min(sectors.end - first);
         let range = ByteRange::between(first * 512, (first + count) * 512);
-        match rng.below(10) {
+        match rng.below(11) {
+            10 => {
+                // One whole cluster, compressed.
+                let Some(range) = whole_cluster(view, range, &sectors) else { continue };
+                let (first, count) = (range.start() / 512, range.len() / 512);
+                let value = seed << 20 | step << 8 | 2;
+                (first..first + count).for_each(|s| may.lock().unwrap().begin(s, value));
+                let bytes = stamp(value).repeat(usize::try_from(count).unwrap());
+                cx.write(range, Iov::copy_of(&bytes), WriteFlags { compressed: true }).await?;
+            }
             0..=5 => {
                 let value = seed << 20 | step << 8 | 1;
                 (first..first + count).for_each(|s| may.lock().unwrap().begin(s, value));
