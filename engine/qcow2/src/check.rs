@@ -199,7 +199,7 @@ impl<'a, 'r> Checker<'a, 'r> {
     }
 
     /// Reads `len` bytes; what is behind the end of the file is zero.
-    pub async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, IoError> {
+    pub async fn read(&mut self, at: u64, len: u64) -> Result<Vec<u8>, IoError> {
         let range = ByteRange::new(at, len).ok_or(IoError::EIO)?;
         if range.start() >= self.file_len {
             return Ok(vec![0; range.buffer_len()]);
@@ -209,7 +209,7 @@ impl<'a, 'r> Checker<'a, 'r> {
         Ok(into.to_vec())
     }
 
-    pub async fn write(&self, at: u64, bytes: &[u8]) -> Result<(), IoError> {
+    pub async fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), IoError> {
         let range = ByteRange::new(at, bytes.len() as u64).ok_or(IoError::EIO)?;
         self.file.write(range, Iov::copy_of(bytes), WriteFlags::default()).await
     }

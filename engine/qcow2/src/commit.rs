@@ -40,7 +40,7 @@ const MAX_DROPPED: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub struct Commits {
     /// The number of the last flush request that a finished commit covers.
-    turn: tokio::sync::Mutex<u64>,
+    pub(crate) turn: tokio::sync::Mutex<u64>,
     arrivals: AtomicU64,
     /// Held while refcounts are on their way to the disk.
     pub(crate) refcounts: tokio::sync::Mutex<()>,
@@ -77,7 +77,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn commit_now(&self, cx: &Cx<'_>) -> Result<()> {
+    pub(crate) async fn commit_now(&self, cx: &Cx<'_>) -> Result<()> {
         let frees = self.frees().take_pending();
         let l2 = self.l2.take_dirty();
         let l1 = self.l1_mut().take_dirty();

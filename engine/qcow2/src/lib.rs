@@ -15,6 +15,7 @@ pub mod extensions;
 pub mod features;
 pub mod frees;
 pub mod header;
+pub mod info;
 mod layout;
 pub mod live;
 pub mod mapping;
@@ -25,6 +26,7 @@ pub mod populate;
 mod rebuild;
 mod refblocks;
 pub mod refcount;
+pub mod resize;
 pub mod snapshots;
 #[cfg(test)]
 mod tests;

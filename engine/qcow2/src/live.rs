@@ -20,6 +20,7 @@ use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
 
+use crate::bitmaps::{BitmapError, StoredBitmap};
 use crate::cache::{SliceCache, to_words};
 use crate::check::{Finding, Fix, check};
 use crate::commit::Commits;
@@ -117,6 +118,9 @@ pub enum OpenError {
     /// The header is not one that we can work with.
     #[error("{0}")]
     Header(#[from] HeaderError),
+    /// The bitmap directory is not one that we can work with.
+    #[error("{0}")]
+    Bitmaps(#[from] BitmapError),
     /// Reading failed.
     #[error("{what}: {error}")]
     Io {
@@ -173,6 +177,10 @@ pub struct Qcow2 {
     pub(crate) packing: tokio::sync::Mutex<()>,
     /// Whether the file has holes below the image's data; see [`crate::mapping`].
     pub(crate) preallocated: OnceLock<bool>,
+    /// One change of the size at a time.
+    pub(crate) resizing: tokio::sync::Mutex<()>,
+    /// The bitmaps that the image had when it was opened.
+    pub(crate) bitmaps: Vec<StoredBitmap>,
     writable: AtomicBool,
     /// Something has been written since the image became writable.
     modified: AtomicBool,
@@ -189,6 +197,7 @@ impl Qcow2 {
         let layout = layout(&header, &options)?;
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
         let l1 = read_l1(file, &header).await?;
+        let bitmaps = crate::bitmaps::read(file, &header).await?;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
         Ok(Self {
@@ -210,6 +219,8 @@ impl Qcow2 {
             decoded: Mutex::default(),
             packing: tokio::sync::Mutex::default(),
             preallocated: OnceLock::new(),
+            resizing: tokio::sync::Mutex::default(),
+            bitmaps,
             writable: AtomicBool::new(false),
             modified: AtomicBool::new(false),
             corrupt: AtomicBool::new(false),
@@ -231,8 +242,7 @@ impl Qcow2 {
         self.size.load(Ordering::Acquire)
     }
 
-    /// The disk has another size from now on. For resizing.
-    #[allow(dead_code)]
+    /// The disk has another size from now on.
     pub(crate) fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
     }

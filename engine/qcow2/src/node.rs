@@ -4,12 +4,15 @@ use std::any::Any;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use underlay_graph::info::ImageInfo;
 use underlay_graph::perm::Access;
 use underlay_graph::{
-    BackingRef, ByteRange, Cx, Extent, Format, Kind, Limits, Node, Result, WriteFlags, ZeroFlags,
+    BackingRef, ByteRange, Cx, Extent, Format, Kind, Limits, Node, Preallocation, Result, WriteFlags,
+    ZeroFlags,
 };
 use underlay_sys::Iov;
 
+use crate::info::image_info;
 use crate::live::Qcow2;
 use crate::update::write_header;
 
@@ -96,6 +99,14 @@ impl Node for Qcow2 {
 
     async fn close(&self, cx: &Cx<'_>) -> Result<()> {
         if self.is_writable() && self.usable().is_ok() { self.settle(cx).await } else { Ok(()) }
+    }
+
+    async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
+        self.change_size(cx, size, preallocation).await
+    }
+
+    fn image_info(&self) -> ImageInfo {
+        image_info(&self.header(), &self.bitmaps)
     }
 
     fn supports_backing(&self) -> bool {

@@ -70,8 +70,8 @@ pub(crate) fn set(block: &mut [u8], index: u64, order: u32, count: u64) {
 
 impl RefcountBlocks {
     /// Reads the refcount table and the blocks that it names.
-    pub async fn read(checker: &Checker<'_, '_>) -> Result<Self, IoError> {
-        let header = &checker.header;
+    pub async fn read(checker: &mut Checker<'_, '_>) -> Result<Self, IoError> {
+        let header = checker.header.clone();
         let cluster = header.cluster_size();
         let per_block = header.refcounts_per_block();
         let mut all = Self::empty(header.refcount_order, per_block);

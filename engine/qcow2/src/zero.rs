@@ -149,6 +149,11 @@ impl Qcow2 {
         self.change_range(cx, self.inner(range, self.layout.cluster()), to, true).await
     }
 
+    /// Removes the mapping of whole clusters, so that even the backing file would show: for what is behind the end of the disk.
+    pub(crate) async fn unmap(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        self.change_range(cx, range, To::Unallocated, true).await
+    }
+
     /// Whether a change makes entries where there are none.
     fn needs_table(&self, cx: &Cx<'_>, to: To) -> bool {
         match to {
