@@ -40,8 +40,8 @@ impl Counts {
         u64::from(found.unwrap_or(0))
     }
 
-    /// Sets the count of a cluster; EFBIG far behind the end that [`Counts::new`] was told.
-    pub fn set(&mut self, cluster: u64, count: u64) -> Result<(), IoError> {
+    /// The count of a cluster, for changing it; EFBIG far behind the end that [`Counts::new`] was told.
+    fn count_mut(&mut self, cluster: u64) -> Result<&mut u32, IoError> {
         let (page, slot) = Self::place(cluster).ok_or(IoError::EFBIG)?;
         let entry = self.index.get_mut(page).ok_or(IoError::EFBIG)?;
         if *entry == 0 {
@@ -50,18 +50,21 @@ impl Counts {
             *entry = u32::try_from(self.pages.len()).map_err(|_| IoError::EFBIG)?;
         }
         let at = usize::try_from(*entry - 1).map_err(|_| IoError::EFBIG)?;
-        self.pages[at].1[slot] = u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(&mut self.pages[at].1[slot])
+    }
+
+    /// Sets the count of a cluster; EFBIG far behind the end.
+    pub fn set(&mut self, cluster: u64, count: u64) -> Result<(), IoError> {
+        *self.count_mut(cluster)? = u32::try_from(count).unwrap_or(u32::MAX);
         Ok(())
     }
 
     /// Adds one, unless the count is `max` already: `false` then.
     pub fn add(&mut self, cluster: u64, max: u64) -> Result<bool, IoError> {
-        let count = self.get(cluster);
-        if count >= max.min(u64::from(u32::MAX)) {
-            return Ok(false);
-        }
-        self.set(cluster, count + 1)?;
-        Ok(true)
+        let count = self.count_mut(cluster)?;
+        let room = u64::from(*count) < max.min(u64::from(u32::MAX));
+        *count += u32::from(room);
+        Ok(room)
     }
 
     /// Makes room for clusters behind the end.

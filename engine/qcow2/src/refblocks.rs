@@ -1,6 +1,6 @@
 //! The refcounts on disk, compared with the references found, and corrected in place.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
 use underlay_sys::Iov;
@@ -24,10 +24,20 @@ struct Block {
 #[derive(Debug)]
 pub(crate) struct RefcountBlocks {
     order: u32,
-    per_block: u64,
-    blocks: BTreeMap<u64, Block>,
-    /// Blocks that are where no block can be: index and offset.
-    unusable: BTreeMap<u64, u64>,
+    /// log2 of the refcounts in a block.
+    block_bits: u32,
+    /// For each block of the file, what is known of it.
+    slots: Vec<Slot>,
+}
+
+/// What is known of a refcount block.
+#[derive(Debug)]
+enum Slot {
+    /// Not there, or nothing but zeroes.
+    Empty,
+    Block(Block),
+    /// It would be at this offset, where no block can be.
+    Unusable(u64),
 }
 
 /// A refcount of a block.
@@ -75,59 +85,77 @@ impl RefcountBlocks {
         let cluster = header.cluster_size();
         let per_block = header.refcounts_per_block();
         let mut all = Self::empty(header.refcount_order, per_block);
+        all.slots.reserve(usize::try_from(checker.clusters.div_ceil(per_block).min(1 << 20)).unwrap_or(0));
         let len = u64::from(header.refcount_table_clusters) * cluster;
         let table = checker.read(header.refcount_table_offset, len).await?;
-        for (index, entry) in (0..checker.clusters.div_ceil(per_block)).zip(words(&table)) {
+        for (_, entry) in (0..checker.clusters.div_ceil(per_block)).zip(words(&table)) {
             let offset = entry & !511;
-            if !offset.is_multiple_of(cluster) {
-                all.unusable.insert(index, offset);
+            let slot = if !offset.is_multiple_of(cluster) {
+                Slot::Unusable(offset)
             } else if offset != 0 && offset < checker.file_len {
                 let bytes = checker.read(offset, cluster).await?;
-                if !is_zero(&bytes) {
-                    all.blocks.insert(index, Block { offset, bytes, raised: false, lowered: false });
+                match is_zero(&bytes) {
+                    true => Slot::Empty,
+                    false => Slot::Block(Block { offset, bytes, raised: false, lowered: false }),
                 }
-            }
+            } else {
+                Slot::Empty
+            };
+            all.slots.push(slot);
         }
         Ok(all)
     }
 
     /// No block at all.
     pub fn empty(order: u32, per_block: u64) -> Self {
-        Self { order, per_block, blocks: BTreeMap::new(), unusable: BTreeMap::new() }
+        Self { order, block_bits: per_block.ilog2(), slots: Vec::new() }
+    }
+
+    fn slot(&self, cluster: u64) -> &Slot {
+        let index = usize::try_from(cluster >> self.block_bits).unwrap_or(usize::MAX);
+        self.slots.get(index).unwrap_or(&Slot::Empty)
+    }
+
+    fn in_block(&self, cluster: u64) -> u64 {
+        cluster & ((1 << self.block_bits) - 1)
     }
 
     /// The refcount of a cluster, or `None` when its block cannot be used.
     pub fn get(&self, cluster: u64) -> Option<u64> {
-        let index = cluster / self.per_block;
-        if self.unusable.contains_key(&index) {
-            return None;
+        match self.slot(cluster) {
+            Slot::Empty => Some(0),
+            Slot::Block(block) => Some(get(&block.bytes, self.in_block(cluster), self.order)),
+            Slot::Unusable(_) => None,
         }
-        let block = self.blocks.get(&index);
-        Some(block.map_or(0, |block| get(&block.bytes, cluster % self.per_block, self.order)))
     }
 
     /// Changes a refcount in memory. Its block exists: a count to be raised from zero means that all are made anew.
     fn set(&mut self, cluster: u64, count: u64) {
-        let index = cluster / self.per_block;
-        if let Some(block) = self.blocks.get_mut(&index) {
-            let slot = cluster % self.per_block;
-            let old = get(&block.bytes, slot, self.order);
+        let (at, order) = (self.in_block(cluster), self.order);
+        let index = usize::try_from(cluster >> self.block_bits).unwrap_or(usize::MAX);
+        if let Some(Slot::Block(block)) = self.slots.get_mut(index) {
+            let old = get(&block.bytes, at, order);
             block.raised |= count > old;
             block.lowered |= count < old;
-            set(&mut block.bytes, slot, self.order, count);
+            set(&mut block.bytes, at, order, count);
         }
     }
 
     /// A block made by somebody else, which is on disk already.
     pub fn insert(&mut self, index: u64, offset: u64, bytes: Vec<u8>) {
-        self.blocks.insert(index, Block { offset, bytes, raised: false, lowered: false });
+        let Ok(index) = usize::try_from(index) else { return };
+        if index >= self.slots.len() {
+            self.slots.resize_with(index + 1, || Slot::Empty);
+        }
+        self.slots[index] = Slot::Block(Block { offset, bytes, raised: false, lowered: false });
     }
 
     /// Writes the changed blocks: first those where a count went up, durably.
     pub async fn write_back(&mut self, file: &Cx<'_>, cluster: u64) -> Result<(), IoError> {
         for up in [true, false] {
             let mut any = false;
-            for block in self.blocks.values_mut() {
+            for slot in &mut self.slots {
+                let Slot::Block(block) = slot else { continue };
                 if if up { block.raised } else { block.lowered } {
                     let range = ByteRange::new(block.offset, cluster).ok_or(IoError::EIO)?;
                     file.write(range, Iov::copy_of(&block.bytes), WriteFlags::default()).await?;
@@ -144,9 +172,10 @@ impl RefcountBlocks {
 
     /// Pages of clusters in which there may be a count.
     fn pages(&self, clusters: u64) -> impl Iterator<Item = u64> + '_ {
-        self.blocks.keys().chain(self.unusable.keys()).flat_map(move |index| {
-            let first = index * self.per_block;
-            let end = (first + self.per_block).min(clusters);
+        let known = (0..).zip(&self.slots).filter(|(_, slot)| !matches!(slot, Slot::Empty));
+        known.flat_map(move |(index, _)| {
+            let first: u64 = index << self.block_bits;
+            let end = (first + (1 << self.block_bits)).min(clusters);
             first / PAGE..end.div_ceil(PAGE)
         })
     }
@@ -211,8 +240,8 @@ impl Checker<'_, '_> {
 
     fn unreadable(&mut self, blocks: &RefcountBlocks, cluster: u64, told: &mut bool) {
         if !std::mem::replace(told, true) {
-            let index = cluster / blocks.per_block;
-            let offset = blocks.unusable.get(&index).copied().unwrap_or(0);
+            let index = cluster >> blocks.block_bits;
+            let Slot::Unusable(offset) = blocks.slot(cluster) else { return };
             let (begin, end) = match self.fix {
                 Fix::None => ("Image is corrupt", "further non-fatal corruption"),
                 _ => ("Marking image as corrupt", "further corruption"),
