@@ -15,6 +15,8 @@ use crate::layout::Layout;
 
 /// The refcount of exactly one, in L1 and L2 entries.
 const COPIED: u64 = 1 << 63;
+/// What a disk writes whole or not at all.
+const SECTOR: usize = 512;
 /// Tables are written in pieces of at most this many bytes.
 const PIECE: u64 = 1 << 20;
 
@@ -265,9 +267,14 @@ pub async fn create(file: &Cx<'_>, options: &CreateOptions) -> Result<(), Create
     out.refcounts(&layout, header.refcount_order).await?;
     out.l2_tables(options, &tables).await?;
     out.l1_table(l1 * cluster, &tables).await?;
-    file.flush().await?;
     let mut first = options.serialise(&header)?;
     first.resize(usize::try_from(cluster).map_err(|_| IoError::EINVAL)?, 0);
+    // The first sector, which makes it an image, only when all the rest is there: a disk may tear what is longer.
+    let rest = first.split_off(SECTOR.min(first.len()));
+    if !rest.is_empty() {
+        out.write(SECTOR as u64, &rest).await?;
+    }
+    file.flush().await?;
     out.write(0, &first).await?;
     file.flush().await?;
     Ok(())

@@ -4,6 +4,7 @@
 mod check;
 mod hostile;
 mod model;
+mod offline;
 mod power;
 
 use std::any::Any;
