@@ -38,6 +38,8 @@ enum Slot {
     Block(Block),
     /// It would be at this offset, where no block can be.
     Unusable(u64),
+    /// Where no file can have anything.
+    Unreadable,
 }
 
 /// A refcount of a block.
@@ -92,6 +94,8 @@ impl RefcountBlocks {
             let offset = entry & !511;
             let slot = if !offset.is_multiple_of(cluster) {
                 Slot::Unusable(offset)
+            } else if offset > i64::MAX as u64 - cluster {
+                Slot::Unreadable
             } else if offset != 0 && offset < checker.file_len {
                 let bytes = checker.read(offset, cluster).await?;
                 match is_zero(&bytes) {
@@ -125,7 +129,7 @@ impl RefcountBlocks {
         match self.slot(cluster) {
             Slot::Empty => Some(0),
             Slot::Block(block) => Some(get(&block.bytes, self.in_block(cluster), self.order)),
-            Slot::Unusable(_) => None,
+            Slot::Unusable(_) | Slot::Unreadable => None,
         }
     }
 
@@ -239,9 +243,10 @@ impl Checker<'_, '_> {
     }
 
     fn unreadable(&mut self, blocks: &RefcountBlocks, cluster: u64, told: &mut bool) {
-        if !std::mem::replace(told, true) {
+        if let Slot::Unusable(offset) = blocks.slot(cluster)
+            && !std::mem::replace(told, true)
+        {
             let index = cluster >> blocks.block_bits;
-            let Slot::Unusable(offset) = blocks.slot(cluster) else { return };
             let (begin, end) = match self.fix {
                 Fix::None => ("Image is corrupt", "further non-fatal corruption"),
                 _ => ("Marking image as corrupt", "further corruption"),
