@@ -9,6 +9,8 @@
 //! where the refcount structures themselves are unusable, new ones in unused clusters, to which the header then
 //! changes over in one sector ([`crate::rebuild`]).
 
+use std::ops::Range;
+
 use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
 use underlay_sys::Iov;
 
@@ -17,7 +19,7 @@ use crate::counts::Counts;
 use crate::features;
 use crate::header::{Header, HeaderError};
 use crate::refblocks::RefcountBlocks;
-use crate::snapshots::SnapshotError;
+use crate::snapshots::{self, SnapshotError};
 use crate::update::write_features;
 
 /// What to repair.
@@ -115,7 +117,9 @@ pub(crate) struct Checker<'a, 'r> {
     /// References found.
     pub counts: Counts,
     /// The refcount structures can only be made anew.
-    pub rebuild: bool,
+    pub unusable: bool,
+    /// Metadata other than L2 tables, sorted: repairs of L2 tables must not touch it, whatever an L1 entry says. Bytes.
+    reserved: Vec<Range<u64>>,
 }
 
 impl<'a, 'r> Checker<'a, 'r> {
@@ -127,11 +131,22 @@ impl<'a, 'r> Checker<'a, 'r> {
             total_clusters: header.virtual_size().div_ceil(header.cluster_size()),
             ..Outcome::default()
         };
-        Ok(Self { file, header, fix, report, outcome, file_len, clusters, counts, rebuild: false })
+        Ok(Self {
+            file,
+            header,
+            fix,
+            report,
+            outcome,
+            file_len,
+            clusters,
+            counts,
+            unusable: false,
+            reserved: Vec::new(),
+        })
     }
 
     async fn run(&mut self) -> Result<(), CheckError> {
-        let snapshots = match crate::snapshots::read(self.file, &self.header).await {
+        let snapshots = match snapshots::read(self.file, &self.header).await {
             Ok(table) => table,
             Err(SnapshotError::Io(error)) => return Err(error.into()),
             Err(error) => {
@@ -140,9 +155,12 @@ impl<'a, 'r> Checker<'a, 'r> {
                 return Err(IoError::EFBIG.into());
             }
         };
+        if self.fix != Fix::None {
+            self.reserve(&snapshots).await?;
+        }
         self.count_all(&snapshots).await?;
         let mut blocks = RefcountBlocks::read(self).await?;
-        self.compare_and_repair(&mut blocks).await?;
+        self.compare_and_repair(&mut blocks, &snapshots).await?;
         if self.outcome.check_errors == 0 {
             self.check_copied(&mut blocks).await?;
         }
@@ -152,31 +170,86 @@ impl<'a, 'r> Checker<'a, 'r> {
         Ok(())
     }
 
-    async fn compare_and_repair(&mut self, blocks: &mut RefcountBlocks) -> Result<(), CheckError> {
+    /// Notes where metadata is that must not be taken for an L2 table.
+    async fn reserve(&mut self, snapshots: &snapshots::Table) -> Result<(), CheckError> {
+        let cluster = self.header.cluster_size();
+        let table = self.header.refcount_table_offset;
+        let table_len = u64::from(self.header.refcount_table_clusters) * cluster;
+        let mut all = vec![(0, cluster), (self.header.l1_offset, self.header.l1_bytes())];
+        all.push((self.header.snapshots_offset, snapshots.len));
+        all.push((table, table_len));
+        all.extend(snapshots.snapshots.iter().map(|s| (s.l1_offset, u64::from(s.l1_entries) * 8)));
+        all.extend(self.header.extensions.bitmaps.map(|b| (b.directory.offset, b.directory.len)));
+        let entries = self.read(table, table_len).await?;
+        all.extend(words(&entries).filter(|entry| *entry != 0).map(|entry| (entry & !511, cluster)));
+        self.reserved =
+            all.into_iter().filter(|r| r.1 > 0).map(|(at, len)| at..at.saturating_add(len)).collect();
+        self.reserved.sort_unstable_by_key(|range| range.start);
+        // So that ends are sorted too.
+        let mut highest = 0;
+        for range in &mut self.reserved {
+            highest = highest.max(range.end);
+            range.end = highest;
+        }
+        Ok(())
+    }
+
+    /// Whether the cluster at `table` can be written to as an L2 table without damage to anything else.
+    pub fn may_repair(&self, table: u64) -> bool {
+        let cluster = self.header.cluster_size();
+        let before = self.reserved.partition_point(|range| range.start < table.saturating_add(cluster));
+        let hit = before.checked_sub(1).is_some_and(|i| self.reserved[i].end > table);
+        table.is_multiple_of(cluster) && !hit
+    }
+
+    async fn compare_and_repair(
+        &mut self,
+        blocks: &mut RefcountBlocks,
+        snapshots: &snapshots::Table,
+    ) -> Result<(), CheckError> {
         let before = self.outcome;
         self.compare(blocks, Fix::None);
         if self.fix == Fix::None {
             return Ok(());
         }
-        if self.rebuild && self.fix == Fix::Leaks {
+        if self.unusable && self.fix == Fix::Leaks {
             self.say("ERROR need to rebuild refcount structures");
             return Err(IoError::EIO.into());
         }
-        if self.rebuild {
+        if self.unusable {
             self.say("Rebuilding refcount structure");
-            *blocks = self.rebuild_refcounts().await?;
-            self.outcome.leaks_fixed += self.outcome.leaks;
-            self.outcome.corruptions_fixed += self.outcome.corruptions;
-            (self.outcome.leaks, self.outcome.corruptions, self.outcome.check_errors) = (0, 0, 0);
-            // What is wrong with other tables has been counted as repaired here; the second check tells.
+            *blocks = self.rebuild(snapshots).await?;
             return Ok(());
         }
-        if self.outcome.leaks != before.leaks || self.outcome.corruptions != before.corruptions {
+        if self.outcome.leaks > 0 || self.outcome.corruptions > 0 {
             self.outcome = before;
             self.compare(blocks, self.fix);
             blocks.write_back(self.file, self.header.cluster_size()).await?;
         }
         Ok(())
+    }
+
+    /// Makes the refcount structures anew, and counts again: what is still wrong then, is not repaired.
+    async fn rebuild(&mut self, snapshots: &snapshots::Table) -> Result<RefcountBlocks, CheckError> {
+        let (blocks, freed) = self.rebuild_refcounts().await?;
+        let found = self.outcome;
+        self.outcome = Outcome { total_clusters: found.total_clusters, ..Outcome::default() };
+        self.file_len = self.file.length();
+        self.clusters = self.file_len.div_ceil(self.header.cluster_size());
+        self.counts = Counts::new(self.clusters)?;
+        self.reserve(snapshots).await?;
+        self.count_all(snapshots).await?;
+        for (at, before) in freed {
+            let now = self.counts.get(at);
+            if now < before {
+                self.say(format!("Repairing cluster {at} refcount={before} reference={now}"));
+            }
+        }
+        self.outcome.image_end_offset = self.counts.end() * self.header.cluster_size();
+        self.outcome.leaks_fixed = found.leaks_fixed + found.leaks;
+        let left = self.outcome.corruptions;
+        self.outcome.corruptions_fixed += found.corruptions_fixed + found.corruptions.saturating_sub(left);
+        Ok(blocks)
     }
 
     async fn mark_clean(&mut self) -> Result<(), CheckError> {

@@ -54,6 +54,7 @@ impl Checker<'_, '_> {
         table: u64,
         repair: bool,
     ) -> Result<(), IoError> {
+        let repair = repair && self.may_repair(table);
         let cluster = self.header.cluster_size();
         let stride = usize::try_from(self.header.l2_entry_size()).map_err(|_| IoError::EIO)?;
         let mut bytes = self.read(table, cluster).await?;

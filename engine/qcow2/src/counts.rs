@@ -80,6 +80,15 @@ impl Counts {
         Ok(())
     }
 
+    /// Behind the last cluster with a count; at least 1.
+    pub fn end(&self) -> u64 {
+        let last = |(page, counts): &(u64, Box<[u32]>)| {
+            let at = counts.iter().rposition(|count| *count != 0)?;
+            Some(page * PAGE + at as u64 + 1)
+        };
+        self.pages.iter().filter_map(last).max().unwrap_or(1)
+    }
+
     /// The pages that were touched, in no order.
     pub fn pages(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.iter().map(|(page, _)| *page)

@@ -16,6 +16,9 @@ use crate::refblocks::{RefcountBlocks, set};
 /// Where the fields are that say where the refcount table is: offset u64, clusters u32.
 const TABLE_FIELDS: u64 = 48;
 
+/// Clusters of structures that are not used any more, and what their refcounts were.
+pub(crate) type Freed = BTreeMap<u64, u64>;
+
 /// New structures being planned. Positions in clusters.
 #[derive(Debug, Default)]
 struct Plan {
@@ -25,8 +28,8 @@ struct Plan {
 }
 
 impl Checker<'_, '_> {
-    /// Writes new refcount structures, and changes over to them.
-    pub(crate) async fn rebuild_refcounts(&mut self) -> Result<RefcountBlocks, CheckError> {
+    /// Writes new refcount structures, and changes over to them. Also tells what the old ones were.
+    pub(crate) async fn rebuild_refcounts(&mut self) -> Result<(RefcountBlocks, Freed), CheckError> {
         let freed = self.forget_old_structures().await?;
         let plan = self.plan(&freed)?;
         let blocks = self.write_structures(&plan).await?;
@@ -39,20 +42,11 @@ impl Checker<'_, '_> {
         let range = ByteRange::between(TABLE_FIELDS, TABLE_FIELDS + 12);
         self.file.write(range, Iov::copy_of(&fields), WriteFlags::default()).await?;
         self.file.flush().await?;
-        for (at, before) in freed {
-            let now = self.counts.get(at);
-            if now < before {
-                self.say(format!("Repairing cluster {at} refcount={before} reference={now}"));
-            }
-        }
-        let end = self.counts.pages().map(|page| page * PAGE).max().unwrap_or(0);
-        let last = (end..end + PAGE).rev().find(|at| self.counts.get(*at) != 0).unwrap_or(0);
-        self.outcome.image_end_offset = (last + 1) * cluster;
-        Ok(blocks)
+        Ok((blocks, freed))
     }
 
     /// Takes the old table and blocks out of the count: clusters, and what their count was.
-    async fn forget_old_structures(&mut self) -> Result<BTreeMap<u64, u64>, CheckError> {
+    async fn forget_old_structures(&mut self) -> Result<Freed, CheckError> {
         let cluster = self.header.cluster_size();
         let table_bytes = u64::from(self.header.refcount_table_clusters) * cluster;
         let first = self.header.refcount_table_offset / cluster;
@@ -73,14 +67,14 @@ impl Checker<'_, '_> {
         Ok(freed)
     }
 
-    fn forget(&mut self, at: u64, freed: &mut BTreeMap<u64, u64>) -> Result<(), IoError> {
+    fn forget(&mut self, at: u64, freed: &mut Freed) -> Result<(), IoError> {
         let count = self.counts.get(at);
         freed.entry(at).or_insert(count);
         self.counts.set(at, count.saturating_sub(1))
     }
 
     /// Finds clusters for everything, until all is counted by something.
-    fn plan(&mut self, freed: &BTreeMap<u64, u64>) -> Result<Plan, CheckError> {
+    fn plan(&mut self, freed: &Freed) -> Result<Plan, CheckError> {
         let per_block = self.header.refcounts_per_block();
         let cluster = self.header.cluster_size();
         // Nothing of the old structures may be overwritten before the header has changed over: they are not free yet.
@@ -149,7 +143,6 @@ impl Checker<'_, '_> {
             table[slot..slot + 8].copy_from_slice(&(at * cluster).to_be_bytes());
         }
         self.write(plan.table * cluster, &table).await?;
-        self.clusters = self.clusters.max(self.file.length().div_ceil(cluster));
         Ok(blocks)
     }
 }

@@ -223,7 +223,7 @@ impl Checker<'_, '_> {
             Fix::Leaks => leak,
             Fix::All => true,
         };
-        self.rebuild |= refcount == 0;
+        self.unusable |= refcount == 0;
         let what = match (repair, leak) {
             (true, _) => "Repairing",
             (false, true) => "Leaked",

@@ -200,7 +200,7 @@ impl Checker<'_, '_> {
                 self.wrong(format!(
                     "ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."
                 ));
-            } else if self.fix == Fix::All {
+            } else if self.fix == Fix::All && self.may_repair(table) {
                 return self.drop_preallocation(table, entry, offset).await;
             } else {
                 self.wrong(format!(
@@ -261,12 +261,12 @@ impl Checker<'_, '_> {
             let offset = entry & !TABLE_RESERVED;
             if entry & TABLE_RESERVED != 0 {
                 self.wrong(format!("ERROR refcount table entry {i} has reserved bits set"));
-                self.rebuild = true;
+                self.unusable = true;
             } else if !offset.is_multiple_of(cluster) {
                 self.wrong(format!(
                     "ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted"
                 ));
-                self.rebuild = true;
+                self.unusable = true;
             } else if offset / cluster >= self.clusters {
                 // QEMU would make the file so long that the block is inside; it is of no use, though.
                 self.outside(i);
@@ -275,7 +275,7 @@ impl Checker<'_, '_> {
                 let count = self.counts.get(offset / cluster);
                 if count != 1 {
                     self.wrong(format!("ERROR refcount block {i} refcount={count}"));
-                    self.rebuild = true;
+                    self.unusable = true;
                 }
             }
         }
@@ -285,6 +285,6 @@ impl Checker<'_, '_> {
     fn outside(&mut self, block: usize) {
         let what = if self.fix == Fix::All { "Repairing" } else { "ERROR" };
         self.wrong(format!("{what} refcount block {block} is outside image"));
-        self.rebuild |= self.fix == Fix::All;
+        self.unusable |= self.fix == Fix::All;
     }
 }
