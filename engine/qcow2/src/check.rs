@@ -9,6 +9,7 @@
 //! where the refcount structures themselves are unusable, new ones in unused clusters, to which the header then
 //! changes over in one sector ([`crate::rebuild`]).
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
@@ -21,6 +22,10 @@ use crate::header::{Header, HeaderError};
 use crate::refblocks::RefcountBlocks;
 use crate::snapshots::{self, SnapshotError};
 use crate::update::write_features;
+use crate::walk::KnownTable;
+
+/// Table entries that are looked at, at most: 8 PiB of 2 KiB clusters, or some minutes.
+const BUDGET: u64 = 1 << 32;
 
 /// What to repair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,6 +125,10 @@ pub(crate) struct Checker<'a, 'r> {
     pub unusable: bool,
     /// Metadata other than L2 tables, sorted: repairs of L2 tables must not touch it, whatever an L1 entry says. Bytes.
     reserved: Vec<Range<u64>>,
+    /// L2 tables met so far.
+    pub tables: HashMap<u64, KnownTable>,
+    /// Table entries that may still be looked at.
+    budget: u64,
 }
 
 impl<'a, 'r> Checker<'a, 'r> {
@@ -142,6 +151,8 @@ impl<'a, 'r> Checker<'a, 'r> {
             counts,
             unusable: false,
             reserved: Vec::new(),
+            tables: HashMap::new(),
+            budget: BUDGET,
         })
     }
 
@@ -258,6 +269,15 @@ impl<'a, 'r> Checker<'a, 'r> {
             self.header.incompatible &= !(features::DIRTY | features::CORRUPT);
             write_features(self.file, &self.header).await?;
         }
+        Ok(())
+    }
+
+    /// Accounts for looking at table entries. EFBIG when a hostile image has us look at far too many.
+    pub fn spend(&mut self, entries: u64) -> Result<(), IoError> {
+        self.budget = self
+            .budget
+            .checked_sub(entries)
+            .ok_or_else(|| IoError::EFBIG.with("The image refers to more tables than can be checked"))?;
         Ok(())
     }
 

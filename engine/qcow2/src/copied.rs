@@ -1,5 +1,7 @@
 //! The COPIED flags of the active tables: set exactly where the refcount is one.
 
+use std::collections::HashSet;
+
 use underlay_graph::IoError;
 
 use crate::check::{CheckError, Checker, Fix, words};
@@ -21,6 +23,7 @@ impl Checker<'_, '_> {
         }
         let mut l1 = self.read(at, u64::from(entries) * 8).await?;
         let mut changed = false;
+        let mut sound = HashSet::new();
         for index in 0..l1.len() / 8 {
             let slot = &mut l1[index * 8..index * 8 + 8];
             let entry = words(slot).next().unwrap_or(0);
@@ -37,8 +40,12 @@ impl Checker<'_, '_> {
                 slot.copy_from_slice(&with_flag(entry, refcount == 1).to_be_bytes());
                 changed = true;
             }
-            if table < self.file_len {
-                self.check_copied_l2(blocks, table, repair).await?;
+            // One that was in order, or is now, need not be looked at again.
+            if table < self.file_len
+                && !sound.contains(&table)
+                && self.check_copied_l2(blocks, table, repair).await?
+            {
+                sound.insert(table);
             }
         }
         if changed && repair {
@@ -48,12 +55,14 @@ impl Checker<'_, '_> {
         Ok(())
     }
 
+    /// Looks at one table; whether all its flags are right now.
     async fn check_copied_l2(
         &mut self,
         blocks: &RefcountBlocks,
         table: u64,
         repair: bool,
-    ) -> Result<(), IoError> {
+    ) -> Result<bool, IoError> {
+        self.spend(self.header.l2_entries())?;
         let repair = repair && self.may_repair(table);
         let cluster = self.header.cluster_size();
         let stride = usize::try_from(self.header.l2_entry_size()).map_err(|_| IoError::EIO)?;
@@ -78,7 +87,7 @@ impl Checker<'_, '_> {
         if changed && repair {
             self.write(table, &bytes).await?;
         }
-        Ok(())
+        Ok(repair || !changed)
     }
 
     fn flag(&mut self, repair: bool, what: &str) {

@@ -14,6 +14,15 @@ const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits of a refcount table entry that must be zero.
 const TABLE_RESERVED: u64 = 0x1ff;
 
+/// An L2 table with nothing wrong in it.
+#[derive(Debug)]
+pub(crate) struct KnownTable {
+    /// How often it was met again.
+    again: u64,
+    /// Clusters allocated, fragmented, compressed.
+    sums: (u64, u64, u64),
+}
+
 /// One L2 entry, and how to speak of it.
 #[derive(Clone, Copy)]
 struct L2Entry {
@@ -37,6 +46,7 @@ impl Checker<'_, '_> {
         for snapshot in &snapshots.snapshots {
             self.count_snapshot(snapshot).await?;
         }
+        self.count_again().await?;
         self.count(self.header.snapshots_offset, snapshots.len)?;
         let table_bytes = u64::from(self.header.refcount_table_clusters) * cluster;
         self.count(self.header.refcount_table_offset, table_bytes)?;
@@ -62,6 +72,7 @@ impl Checker<'_, '_> {
         }
         // Less than a cluster behind the end still counts.
         self.clusters = self.clusters.max(end.div_ceil(cluster));
+        self.spend(len / cluster)?;
         for at in offset / cluster..end.div_ceil(cluster) {
             self.count_cluster(at)?;
         }
@@ -70,12 +81,16 @@ impl Checker<'_, '_> {
 
     fn count_cluster(&mut self, at: u64) -> Result<(), CheckError> {
         if !self.counts.add(at, self.header.max_refcount())? {
-            self.wrong(format!(
-                "ERROR: overflow cluster offset=0x{:x}\nUse qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing",
-                at * self.header.cluster_size()
-            ));
+            self.overflow(at);
         }
         Ok(())
+    }
+
+    fn overflow(&mut self, at: u64) {
+        self.wrong(format!(
+            "ERROR: overflow cluster offset=0x{:x}\nUse qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing",
+            at * self.header.cluster_size()
+        ));
     }
 
     async fn count_snapshot(&mut self, snapshot: &Snapshot) -> Result<(), CheckError> {
@@ -100,6 +115,7 @@ impl Checker<'_, '_> {
         if entries == 0 {
             return Ok(());
         }
+        self.spend(u64::from(entries))?;
         let len = u64::from(entries) * 8;
         self.count(offset, len)?;
         let bytes = self.read(offset, len).await?;
@@ -119,10 +135,74 @@ impl Checker<'_, '_> {
         Ok(())
     }
 
+    /// Counts what an L2 table refers to. A table that was in order when it was first met is not walked again each time
+    /// (snapshots share theirs, and a hostile image may name one a million times): see [`Checker::count_again`].
     async fn count_l2(&mut self, table: u64, active: bool) -> Result<(), CheckError> {
         if table >= self.file_len {
             return Ok(());
         }
+        if let Some(known) = self.tables.get_mut(&table) {
+            known.again += 1;
+            let (allocated, fragmented, compressed) = known.sums;
+            if active {
+                self.outcome.allocated_clusters += allocated;
+                self.outcome.fragmented_clusters += fragmented;
+                self.outcome.compressed_clusters += compressed;
+            }
+            return Ok(());
+        }
+        let before = self.outcome;
+        self.walk_l2(table, active).await?;
+        let now = self.outcome;
+        let clean =
+            (now.corruptions, now.corruptions_fixed) == (before.corruptions, before.corruptions_fixed);
+        // Narrow refcounts overflow soon, and each time is told.
+        if clean && self.header.refcount_order >= 4 {
+            let sums = (
+                now.allocated_clusters - before.allocated_clusters,
+                now.fragmented_clusters - before.fragmented_clusters,
+                now.compressed_clusters - before.compressed_clusters,
+            );
+            self.tables.insert(table, KnownTable { again: 0, sums });
+        }
+        Ok(())
+    }
+
+    /// Counts the further references through tables that were met more than once.
+    async fn count_again(&mut self) -> Result<(), CheckError> {
+        let cluster = self.header.cluster_size();
+        let stride = usize::try_from(self.header.l2_entry_size()).unwrap_or(8);
+        let shared: Vec<(u64, u64)> = self
+            .tables
+            .iter()
+            .filter(|(_, known)| known.again > 0)
+            .map(|(at, known)| (*at, known.again))
+            .collect();
+        self.tables.clear();
+        for (table, again) in shared {
+            let bytes = self.read(table, cluster).await?;
+            for slot in bytes.chunks_exact(stride) {
+                let word = words(slot).next().unwrap_or(0);
+                let region = if word & COMPRESSED != 0 {
+                    self.packed(word)
+                } else {
+                    (word & OFFSET, if word & OFFSET == 0 { 0 } else { cluster })
+                };
+                for at in region.0 / cluster..(region.0 + region.1).div_ceil(cluster) {
+                    let max = self.header.max_refcount();
+                    let count = self.counts.get(at).saturating_add(again);
+                    self.counts.set(at, count.min(max))?;
+                    if count > max {
+                        self.overflow(at);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn walk_l2(&mut self, table: u64, active: bool) -> Result<(), CheckError> {
+        self.spend(self.header.l2_entries())?;
         let bytes = self.read(table, self.header.cluster_size()).await?;
         let stride = usize::try_from(self.header.l2_entry_size()).unwrap_or(8);
         // Where the next data cluster would be if the disk were laid out in order.
@@ -142,9 +222,16 @@ impl Checker<'_, '_> {
         Ok(())
     }
 
-    fn count_compressed(&mut self, entry: L2Entry, active: bool) -> Result<(), CheckError> {
+    /// Where a compressed cluster is, and how long.
+    fn packed(&self, word: u64) -> (u64, u64) {
         let offset_bits = 62 - (self.header.cluster_bits - 8);
-        let offset = entry.word & ((1 << offset_bits) - 1);
+        let offset = word & ((1 << offset_bits) - 1);
+        let sectors = ((word & !(COPIED | COMPRESSED)) >> offset_bits) + 1;
+        (offset, sectors * 512 - (offset & 511))
+    }
+
+    fn count_compressed(&mut self, entry: L2Entry, active: bool) -> Result<(), CheckError> {
+        let (offset, len) = self.packed(entry.word);
         if entry.word & COPIED != 0 {
             self.wrong(format!(
                 "ERROR: coffset=0x{offset:x}: copied flag must never be set for compressed clusters"
@@ -158,8 +245,7 @@ impl Checker<'_, '_> {
             ));
             return Ok(());
         }
-        let sectors = ((entry.word & !(COPIED | COMPRESSED)) >> offset_bits) + 1;
-        self.count(offset, sectors * 512 - (offset & 511))?;
+        self.count(offset, len)?;
         if active {
             self.outcome.allocated_clusters += 1;
             self.outcome.compressed_clusters += 1;

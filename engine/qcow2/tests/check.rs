@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::{Memory, have_qemu_img, qemu_img, qemu_io, run};
-use underlay_qcow2::{CheckError, Finding, Fix, Outcome, check};
+use underlay_graph::Preallocation;
+use underlay_qcow2::{CheckError, CreateOptions, Finding, Fix, Outcome, check, create};
 
 const COPIED: u64 = 1 << 63;
 const FAR: u64 = 1 << 40;
@@ -434,4 +435,30 @@ fn findings_on_random_damage_are_those_of_qemu_img() {
         differences.extend(compare_modes(dir.path(), &format!("{name}, seed {seed}"), &image, &READ_ONLY));
     }
     assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+}
+
+#[test]
+fn four_million_names_for_one_table_cost_one_walk() {
+    let (memory, view) = Memory::default().view();
+    run(create(
+        &view.cx(),
+        &CreateOptions { preallocation: Preallocation::Metadata, ..CreateOptions::new(256 << 20) },
+    ))
+    .unwrap();
+    let mut image = Image { bytes: memory.to_vec() };
+    let entry = image.quad(image.l1());
+    let at = (image.bytes.len() as u64).next_multiple_of(65536);
+    let entries: u32 = 4 << 20;
+    image.bytes.resize(at as usize, 0);
+    image.bytes.extend(entry.to_be_bytes().repeat(entries as usize));
+    let image = image.put32(36, entries).put(40, at);
+    let (_, view) = Memory::from_bytes(&image.bytes).view();
+    let mut lines = 0;
+    let outcome = run(check(&view.cx(), Fix::None, &mut |_| lines += 1)).unwrap();
+    // The table's count overflows time and again, those of its clusters once; then none of them is right on disk, and the
+    // new L1 table's 512 clusters are not counted there.
+    let overflows = u64::from(entries) - 65535 + 4096;
+    assert_eq!(outcome.corruptions, overflows + 1 + 4096 + 512);
+    assert_eq!(outcome.corruptions, lines - outcome.leaks);
+    assert_eq!(outcome.allocated_clusters, 4096 * u64::from(entries));
 }
