@@ -1,2 +1,4 @@
-//! To be written.
+//! QMP without sockets: JSON, the options that look like it, commands, events and sessions.
 #![forbid(unsafe_code)]
+
+pub mod json;
