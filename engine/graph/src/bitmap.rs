@@ -143,16 +143,26 @@ impl DirtyBitmap {
         }
     }
 
-    /// The first dirty run at or behind `from`, at most `max` bytes of it; clears it. Whoever takes it copies it.
+    /// The first dirty run at or behind `from`, at most `max` bytes of it (at least a granule).
+    pub fn peek(&self, from: u64, max: u64) -> Option<ByteRange> {
+        let run = self.run(&self.bits(), from, max)?;
+        Some(ByteRange::between(run.start * self.granularity, (run.end * self.granularity).min(self.size)))
+    }
+
+    /// As [`DirtyBitmap::peek`], and clears it. Whoever takes it copies it.
     pub fn take(&self, from: u64, max: u64) -> Option<ByteRange> {
         let mut bits = self.bits();
-        let first = bits.next(from / self.granularity, true)?;
-        let most = (max / self.granularity).max(1);
-        let end = bits.next(first, false).unwrap_or(bits.granules).min(first.saturating_add(most));
-        for bit in first..end {
+        let run = self.run(&bits, from, max)?;
+        for bit in run.clone() {
             bits.put(bit, false);
         }
-        Some(ByteRange::between(first * self.granularity, (end * self.granularity).min(self.size)))
+        Some(ByteRange::between(run.start * self.granularity, (run.end * self.granularity).min(self.size)))
+    }
+
+    fn run(&self, bits: &Bits, from: u64, max: u64) -> Option<std::ops::Range<u64>> {
+        let first = bits.next(from / self.granularity, true)?;
+        let most = (max / self.granularity).max(1);
+        Some(first..bits.next(first, false).unwrap_or(bits.granules).min(first.saturating_add(most)))
     }
 }
 

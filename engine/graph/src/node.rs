@@ -156,6 +156,11 @@ pub trait Node: Debug + Send + Sync {
     fn keeps_metadata(&self) -> bool {
         self.kind() == Kind::Format
     }
+    /// Whether a filter keeps the needs of its users away from its child: above the top of a commit, whose images
+    /// below are not consistent by themselves.
+    fn shields_child(&self) -> bool {
+        false
+    }
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {
         false
