@@ -1,2 +1,40 @@
-//! To be written.
+//! Long work on disks: streaming a chain into its top, committing it into its base.
+//!
+//! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`]); they share the frame
+//! ([`job`]: states, verbs, pausing, speed, errors) and the one copy engine ([`copy`]). Jobs know nodes and their
+//! wiring, not formats; names and QMP are the caller's.
+//!
+//! ```text
+//!   a command ──► Jobs::stream ──► (Arc<Job>, JobTask)       the caller spawns the task on an I/O thread
+//!   a command ──► Job::pause, … ──► flags ◄── checkpoint ── the task, between two chunks
+//!                                   events ──► EventSink
+//! ```
 #![forbid(unsafe_code)]
+
+pub mod active;
+pub mod chain;
+pub mod commit;
+pub mod copy;
+pub mod error;
+pub mod event;
+pub mod filter;
+pub mod job;
+pub mod jobs;
+pub mod pace;
+pub mod status;
+pub mod stream;
+#[cfg(test)]
+mod tests;
+
+pub use commit::CommitArgs;
+pub use error::JobError;
+pub use event::{Action, EventSink, JobEvent, Progress};
+pub use job::{IoStatus, Job, JobInfo, Kind, OnError, Settings};
+pub use jobs::{JobTask, Jobs, Started};
+pub use status::{Status, Verb};
+pub use stream::{StreamArgs, StreamEnd};
+
+use underlay_graph::View;
+
+/// How an image (first) must call another (second) in its header, so that it will be found again.
+pub type BackingNames = std::sync::Arc<dyn Fn(&View, &View) -> String + Send + Sync>;

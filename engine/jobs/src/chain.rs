@@ -1,0 +1,100 @@
+//! What jobs have to know about chains: which images lie between two, who works on them, and the marks that keep
+//! everybody else's hands off.
+
+use underlay_graph::{GraphError, NodeId, Plan};
+
+use crate::error::JobError;
+use crate::job::Kind;
+
+/// The images from `top` down to (not including) `base`; to the lowest one without a base. `None` when `base` is not
+/// below `top`. Filters are left out.
+pub fn above(plan: &Plan, top: NodeId, base: Option<NodeId>) -> Option<Vec<NodeId>> {
+    let base = base.map(|base| plan.skip_filters(base));
+    let mut images = Vec::new();
+    for image in plan.chain(top) {
+        if Some(image) == base {
+            return (!images.is_empty()).then_some(images);
+        }
+        images.push(image);
+    }
+    base.is_none().then_some(images)
+}
+
+/// Refuses when a job works on one of `nodes`.
+pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError> {
+    for id in nodes {
+        let node = plan.get(*id).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
+        if let Some(job) = node.busy {
+            return Err(GraphError::Busy { node: node.name.to_string(), job });
+        }
+    }
+    Ok(())
+}
+
+/// The nodes that a job works on, as it has marked them, with what has to be put back.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Claim {
+    /// Refuse other operations.
+    nodes: Vec<NodeId>,
+    /// Keep their backing links.
+    frozen: Vec<NodeId>,
+    /// Were read-only before.
+    reopened: Vec<NodeId>,
+}
+
+impl Claim {
+    /// Marks `nodes` as busy with a job of this kind, and keeps the backing links of `frozen`.
+    pub(crate) fn take(
+        plan: &mut Plan,
+        kind: Kind,
+        nodes: Vec<NodeId>,
+        frozen: Vec<NodeId>,
+    ) -> Result<Self, GraphError> {
+        check_free(plan, &nodes)?;
+        for id in &nodes {
+            plan.node_mut(*id).busy = Some(kind.as_str());
+        }
+        for id in &frozen {
+            plan.node_mut(*id).frozen = true;
+        }
+        Ok(Self { nodes, frozen, reopened: Vec::new() })
+    }
+
+    /// Makes a node writable, until the claim is released.
+    pub(crate) fn make_writable(&mut self, plan: &mut Plan, id: NodeId) {
+        if plan.node(id).read_only {
+            plan.set_read_only(id, false);
+            self.reopened.push(id);
+        }
+    }
+
+    /// The node stays writable after the claim.
+    pub(crate) fn leave_writable(&mut self, id: NodeId) {
+        self.reopened.retain(|other| *other != id);
+    }
+
+    /// Takes all marks away again.
+    pub(crate) fn release(&self, plan: &mut Plan) {
+        for id in self.nodes.iter().chain(&self.frozen) {
+            if plan.get(*id).is_some() {
+                let node = plan.node_mut(*id);
+                node.busy = None;
+                node.frozen = false;
+            }
+        }
+        for id in &self.reopened {
+            if plan.get(*id).is_some() {
+                plan.set_read_only(*id, true);
+            }
+        }
+    }
+}
+
+/// The user in a permission conflict.
+pub(crate) fn user(kind: Kind, id: &str) -> String {
+    format!("{} job '{id}'", kind.as_str())
+}
+
+pub(crate) fn wrong(text: String) -> JobError {
+    JobError::Chain(text)
+}

@@ -1,0 +1,116 @@
+//! The filters that jobs put above the nodes they work on: they pass everything through.
+//!
+//! `commit_top` also keeps the needs of the nodes above away from what is below, so that a commit may write to
+//! the base although the images between are not consistent by themselves meanwhile.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use underlay_graph::{
+    ByteRange, Cx, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, Plan, Result, Role, Wiring,
+    WriteFlags, ZeroFlags,
+};
+use underlay_sys::Iov;
+
+/// Which one it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Above the top of a commit.
+    CommitTop,
+    /// Above the top of a stream.
+    CopyOnRead,
+    /// Above the active layer that is being committed.
+    MirrorTop,
+}
+
+#[async_trait]
+impl Node for Pass {
+    fn driver(&self) -> &'static str {
+        match self {
+            Self::CommitTop => "commit_top",
+            Self::CopyOnRead => "copy-on-read",
+            Self::MirrorTop => "mirror_top",
+        }
+    }
+    fn kind(&self) -> Kind {
+        Kind::Filter
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn length(&self, cx: &Cx<'_>) -> u64 {
+        self.child(cx).length()
+    }
+    fn limits(&self, cx: &Cx<'_>) -> Limits {
+        self.child(cx).limits()
+    }
+    fn shields_child(&self) -> bool {
+        *self == Self::CommitTop
+    }
+    async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        self.child(cx).read(range, into).await
+    }
+    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        self.child(cx).write(range, from, flags).await
+    }
+    async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        self.child(cx).write_zeroes(range, flags).await
+    }
+    async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        self.child(cx).discard(range).await
+    }
+    async fn flush(&self, cx: &Cx<'_>) -> Result<()> {
+        self.child(cx).flush().await
+    }
+    async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Pass {
+    fn role(self) -> Role {
+        match self {
+            Self::CopyOnRead => Role::File,
+            Self::CommitTop | Self::MirrorTop => Role::Backing,
+        }
+    }
+
+    fn child<'a>(self, cx: &Cx<'a>) -> Cx<'a> {
+        cx.child(self.role()).expect("a job's filter has its child as long as it exists")
+    }
+
+    /// Puts the filter between `node` and its users; without a name it is implicit.
+    pub(crate) fn insert(
+        self,
+        plan: &mut Plan,
+        node: NodeId,
+        name: Option<&str>,
+    ) -> std::result::Result<NodeId, GraphError> {
+        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
+        let named = match name {
+            Some(name) if name.len() > NodeName::MAX => return Err(failed(GraphError::NameTooLong)),
+            Some(name) => {
+                Some(NodeName::new(name).ok_or_else(|| failed(GraphError::InvalidName(name.to_owned())))?)
+            }
+            None => None,
+        };
+        let below = plan.node(node);
+        let new = NewNode {
+            name: named,
+            node: Arc::new(self),
+            read_only: below.read_only,
+            // Discards are for the node below to pass on or not.
+            options: underlay_graph::plan::NodeOptions {
+                discard: true,
+                detect_zeroes: underlay_graph::plan::DetectZeroes::Off,
+                ..below.options
+            },
+            children: vec![(self.role(), Wiring::Existing(node))],
+        };
+        let filter = plan.add(new).map_err(failed)?;
+        plan.node_mut(filter).implicit = name.is_none();
+        plan.replace(node, filter, |parent| parent == filter)?;
+        Ok(filter)
+    }
+}

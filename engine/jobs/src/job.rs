@@ -1,0 +1,690 @@
+//! The frame of a job: its state, what clients may do to it, and where its task reads what they want.
+//!
+//! Commands come from any thread; they change the state under a short lock and wake the task, which looks at
+//! its [`Job::checkpoint`] between two chunks. Pausing shows at once: the task begins nothing new from then on
+//! (`busy` tells whether something that it began before is still under way). A pause has two reasons that are
+//! counted apart: a user's, and changes of the graph that hold the job's requests back ([`Drained`]).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use underlay_graph::root::Drained;
+use underlay_graph::{Graph, GraphError, IoError, Plan};
+use underlay_sys::rt;
+
+use crate::error::{JobError, Stop};
+use crate::event::{Action, EventSink, JobEvent, Progress};
+use crate::pace::Pace;
+use crate::status::{Status, Verb};
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// block-stream
+    Stream,
+    /// block-commit, active or not
+    Commit,
+}
+
+impl Kind {
+    /// The name on the wire and in messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stream => "stream",
+            Self::Commit => "commit",
+        }
+    }
+}
+
+/// What to do when a request fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnError {
+    /// The job fails.
+    #[default]
+    Report,
+    /// The job goes on.
+    Ignore,
+    /// The job pauses when the disk is full, else it fails. (`auto` means the same.)
+    Enospc,
+    /// The job pauses.
+    Stop,
+}
+
+impl OnError {
+    fn action(self, error: &IoError) -> Action {
+        match self {
+            Self::Report => Action::Report,
+            Self::Ignore => Action::Ignore,
+            Self::Stop => Action::Stop,
+            Self::Enospc if error.is_no_space() => Action::Stop,
+            Self::Enospc => Action::Report,
+        }
+    }
+}
+
+/// Whether an error has stopped the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoStatus {
+    /// No.
+    Ok,
+    /// Yes.
+    Failed,
+    /// Yes: the disk is full.
+    NoSpace,
+}
+
+impl IoStatus {
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::NoSpace => "nospace",
+        }
+    }
+}
+
+/// What every command that starts a job says about it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The id that the client gave.
+    pub id: Option<String>,
+    /// The id to take when it gave none: the name of the backend. Empty: there is none.
+    pub default_id: String,
+    /// Bytes per second, 0 for no limit. Negative is refused.
+    pub speed: i64,
+    /// Go on from pending by itself.
+    pub auto_finalize: bool,
+    /// Vanish once concluded.
+    pub auto_dismiss: bool,
+    /// What to do when a request fails.
+    pub on_error: OnError,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            id: None,
+            default_id: String::new(),
+            speed: 0,
+            auto_finalize: true,
+            auto_dismiss: true,
+            on_error: OnError::Report,
+        }
+    }
+}
+
+/// What the queries tell of a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobInfo {
+    /// The id; `device` of query-block-jobs.
+    pub id: String,
+    /// The kind of job.
+    pub kind: Kind,
+    /// Its state.
+    pub status: Status,
+    /// Bytes done.
+    pub current: u64,
+    /// Bytes to do.
+    pub total: u64,
+    /// Why it failed, from aborting on.
+    pub error: Option<String>,
+    /// Requests are under way.
+    pub busy: bool,
+    /// Held back by a user or by an error.
+    pub paused: bool,
+    /// In sync.
+    pub ready: bool,
+    /// Bytes per second, 0 for no limit.
+    pub speed: u64,
+    /// Whether an error has stopped it.
+    pub io_status: IoStatus,
+    /// See [`Settings`].
+    pub auto_finalize: bool,
+    /// See [`Settings`].
+    pub auto_dismiss: bool,
+}
+
+/// How a client wants a job to end before its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cancel {
+    /// Finish the sync, then end without switching.
+    Soft,
+    /// End now.
+    Hard,
+}
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    user_paused: bool,
+    /// Changes of the graph that hold our requests back.
+    drained: u32,
+    /// The job itself is changing the graph, which is not worth telling.
+    own_change: bool,
+    cancel: Option<Cancel>,
+    complete: bool,
+    finalize: bool,
+    ready: bool,
+    speed: u64,
+    current: u64,
+    total: u64,
+    in_flight: u32,
+    io_status: IoStatus,
+    error: Option<String>,
+    pace: Pace,
+}
+
+/// A job. See the module.
+pub struct Job {
+    id: String,
+    kind: Kind,
+    on_error: OnError,
+    auto_finalize: bool,
+    auto_dismiss: bool,
+    sink: Arc<dyn EventSink>,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} job '{}' {:?}", self.kind.as_str(), self.id, self.state().status)
+    }
+}
+
+/// What a task may do at a checkpoint.
+enum Turn {
+    Go,
+    /// Until somebody changes something.
+    Wait,
+    /// Until then, or until somebody changes something.
+    WaitUntil(Duration),
+}
+
+impl Job {
+    pub(crate) fn new(id: String, kind: Kind, settings: &Settings, sink: Arc<dyn EventSink>) -> Arc<Self> {
+        let state = State {
+            status: Status::Created,
+            user_paused: false,
+            drained: 0,
+            own_change: false,
+            cancel: None,
+            complete: false,
+            finalize: false,
+            ready: false,
+            speed: u64::try_from(settings.speed).unwrap_or(0),
+            current: 0,
+            total: 0,
+            in_flight: 0,
+            io_status: IoStatus::Ok,
+            error: None,
+            pace: Pace::default(),
+        };
+        Arc::new(Self {
+            id,
+            kind,
+            on_error: settings.on_error,
+            auto_finalize: settings.auto_finalize,
+            auto_dismiss: settings.auto_dismiss,
+            sink,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it does.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its state.
+    pub fn status(&self) -> Status {
+        self.state().status
+    }
+
+    /// What the queries tell of it.
+    pub fn info(&self) -> JobInfo {
+        let state = self.state();
+        JobInfo {
+            id: self.id.clone(),
+            kind: self.kind,
+            status: state.status,
+            current: state.current,
+            total: state.total,
+            error: state.error.clone(),
+            busy: state.in_flight > 0,
+            paused: state.user_paused,
+            ready: state.ready,
+            speed: state.speed,
+            io_status: state.io_status,
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+        }
+    }
+
+    // ---- what clients do ----
+
+    fn check(&self, state: &State, verb: Verb) -> Result<(), JobError> {
+        if state.status.allows(verb) {
+            return Ok(());
+        }
+        Err(JobError::WrongState { id: self.id.clone(), status: state.status, verb })
+    }
+
+    /// job-pause
+    pub fn pause(&self) -> Result<(), JobError> {
+        let mut state = self.state();
+        self.check(&state, Verb::Pause)?;
+        if state.user_paused {
+            return Err(JobError::AlreadyPaused);
+        }
+        state.user_paused = true;
+        self.show_pause(&mut state);
+        Ok(())
+    }
+
+    /// job-resume; also forgets that an error had stopped the job.
+    pub fn resume(&self) -> Result<(), JobError> {
+        let mut state = self.state();
+        if !state.user_paused {
+            return Err(JobError::NotPaused);
+        }
+        self.check(&state, Verb::Resume)?;
+        state.user_paused = false;
+        state.io_status = IoStatus::Ok;
+        self.show_pause(&mut state);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// block-job-set-speed, in bytes per second.
+    pub fn set_speed(&self, speed: i64) -> Result<(), JobError> {
+        let mut state = self.state();
+        self.check(&state, Verb::SetSpeed)?;
+        state.speed = u64::try_from(speed).map_err(|_| JobError::NegativeSpeed)?;
+        state.pace.forget();
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// job-cancel: ends the job now.
+    pub fn cancel(&self) -> Result<(), JobError> {
+        let mut state = self.state();
+        self.check(&state, Verb::Cancel)?;
+        self.cancel_hard(&mut state);
+        Ok(())
+    }
+
+    /// block-job-cancel: a job that is ready finishes its sync and ends well, but does not switch over. Any
+    /// other, or with `force`, ends now.
+    pub fn block_cancel(&self, force: bool) -> Result<(), JobError> {
+        let mut state = self.state();
+        if state.user_paused && !force {
+            return Err(JobError::CurrentlyPaused(self.id.clone()));
+        }
+        self.check(&state, Verb::Cancel)?;
+        if force || !state.ready {
+            self.cancel_hard(&mut state);
+        } else if state.cancel.is_none() {
+            state.cancel = Some(Cancel::Soft);
+            self.changed.notify_waiters();
+        }
+        Ok(())
+    }
+
+    fn cancel_hard(&self, state: &mut State) {
+        state.cancel = Some(Cancel::Hard);
+        // It goes on in order to end.
+        state.user_paused = false;
+        self.show_pause(state);
+        self.changed.notify_waiters();
+    }
+
+    /// job-complete: a job that is ready switches over.
+    pub fn complete(&self) -> Result<(), JobError> {
+        let mut state = self.state();
+        self.check(&state, Verb::Complete)?;
+        state.complete = true;
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// job-finalize: a pending job puts its result into force. Done when it is concluded.
+    pub async fn finalize(&self) -> Result<(), JobError> {
+        {
+            let mut state = self.state();
+            self.check(&state, Verb::Finalize)?;
+            state.finalize = true;
+            self.changed.notify_waiters();
+        }
+        self.concluded().await;
+        Ok(())
+    }
+
+    /// Waits until the job is over, well or badly.
+    pub async fn concluded(&self) {
+        self.until(|state| matches!(state.status, Status::Concluded | Status::Null)).await;
+    }
+
+    // ---- what the graph does ----
+
+    /// Held back, or not any more, as a change of the graph shows it. For every job there is one on the way to
+    /// the end of a daemon, which shows as a pause too.
+    pub(crate) fn blink(&self) {
+        self.drained_begin();
+        self.drained_end();
+    }
+
+    fn drained_begin(&self) {
+        let mut state = self.state();
+        state.drained += 1;
+        if !state.own_change {
+            self.show_pause(&mut state);
+        }
+    }
+
+    fn drained_end(&self) {
+        let mut state = self.state();
+        state.drained -= 1;
+        self.show_pause(&mut state);
+        self.changed.notify_waiters();
+    }
+
+    /// Changes the graph on the job's own behalf, without showing as paused meanwhile.
+    pub(crate) async fn change<R: Send>(
+        &self,
+        graph: &Graph,
+        edit: impl FnOnce(&mut Plan) -> Result<(R, Option<Box<dyn underlay_graph::graph::LastStep>>), GraphError>
+        + Send,
+    ) -> Result<R, GraphError> {
+        self.state().own_change = true;
+        let result = graph.change_with(edit).await;
+        self.state().own_change = false;
+        result
+    }
+
+    // ---- what the task does ----
+
+    /// Moves between running and paused, ready and standby, as the reasons to pause come and go.
+    fn show_pause(&self, state: &mut State) {
+        let held = state.user_paused || state.drained > 0;
+        let next = match (state.status, held) {
+            (Status::Running, true) => Status::Paused,
+            (Status::Ready, true) => Status::Standby,
+            (Status::Paused, false) => Status::Running,
+            (Status::Standby, false) => Status::Ready,
+            _ => return,
+        };
+        self.enter(state, next);
+    }
+
+    fn enter(&self, state: &mut State, status: Status) {
+        debug_assert!(state.status.may_become(status), "{} to {status}", state.status);
+        state.status = status;
+        self.sink.emit(JobEvent::StatusChange { id: self.id.clone(), status });
+        self.changed.notify_waiters();
+    }
+
+    fn progress(&self, state: &State) -> Progress {
+        Progress { kind: self.kind, len: state.total, offset: state.current, speed: state.speed }
+    }
+
+    /// Shows the new job.
+    pub(crate) fn announce(&self) {
+        self.sink.emit(JobEvent::StatusChange { id: self.id.clone(), status: Status::Created });
+    }
+
+    /// The job starts to run, or vanishes because it cannot.
+    pub(crate) fn begin(&self, status: Status) {
+        self.enter(&mut self.state(), status);
+    }
+
+    async fn until(&self, done: impl Fn(&State) -> bool) {
+        loop {
+            let notified = self.changed.notified();
+            let mut notified = std::pin::pin!(notified);
+            notified.as_mut().enable();
+            if done(&self.state()) {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    fn turn(&self) -> Result<Turn, Stop> {
+        let state = self.state();
+        if state.cancel == Some(Cancel::Hard) {
+            return Err(Stop::Cancelled);
+        }
+        // Beside the task's own change nobody else can hold it back.
+        if matches!(state.status, Status::Paused | Status::Standby) {
+            return Ok(Turn::Wait);
+        }
+        Ok(state.pace.wait_until(rt::now()).map_or(Turn::Go, Turn::WaitUntil))
+    }
+
+    /// Whether [`Job::checkpoint`] would wait or end the job; a task then lets its requests come home first.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !matches!(self.turn(), Ok(Turn::Go))
+    }
+
+    /// The one place where a job waits while it is paused or ahead of its speed, and learns of a cancel. To be
+    /// passed before every chunk.
+    pub(crate) async fn checkpoint(&self) -> Result<(), Stop> {
+        loop {
+            let notified = self.changed.notified();
+            let mut notified = std::pin::pin!(notified);
+            notified.as_mut().enable();
+            match self.turn()? {
+                Turn::Go => return Ok(()),
+                Turn::Wait => notified.await,
+                Turn::WaitUntil(at) => either(notified, rt::sleep_until(at)).await,
+            }
+        }
+    }
+
+    /// Waits for `time`, or until a client or the graph wants something.
+    pub(crate) async fn doze(&self, time: Duration) -> Result<(), Stop> {
+        let notified = self.changed.notified();
+        let mut notified = std::pin::pin!(notified);
+        notified.as_mut().enable();
+        if let Turn::Go = self.turn()?
+            && !self.is_ending()
+        {
+            either(notified, rt::sleep(time)).await;
+        }
+        self.checkpoint().await
+    }
+
+    /// A chunk of `bytes` costs time at the job's speed.
+    pub(crate) fn spend(&self, bytes: u64) {
+        let mut state = self.state();
+        let speed = state.speed;
+        state.pace.spend(rt::now(), bytes, speed);
+    }
+
+    /// Whether there is a speed limit.
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.state().speed != 0
+    }
+
+    /// A request begins.
+    pub(crate) fn takes_off(&self) {
+        self.state().in_flight += 1;
+    }
+
+    /// A request has ended.
+    pub(crate) fn lands(&self) {
+        self.state().in_flight -= 1;
+    }
+
+    /// There are `total` bytes to do in all.
+    pub(crate) fn set_total(&self, total: u64) {
+        self.state().total = total;
+    }
+
+    /// So many bytes more are done.
+    pub(crate) fn advance(&self, bytes: u64) {
+        self.state().current += bytes;
+    }
+
+    /// So many bytes are left to do.
+    pub(crate) fn set_remaining(&self, bytes: u64) {
+        let mut state = self.state();
+        state.total = state.current + bytes;
+    }
+
+    /// What is done about a failed request: it sends the event, and pauses the job if that is the policy. An
+    /// error is for the job to end with.
+    pub(crate) fn on_error(&self, error: &IoError, is_read: bool) -> Result<Action, Stop> {
+        let mut state = self.state();
+        // Too late to wait for anybody.
+        let late = matches!(state.status, Status::Waiting | Status::Pending);
+        let action = if late { Action::Report } else { self.on_error.action(error) };
+        self.sink.emit(JobEvent::Error { id: self.id.clone(), is_read, action });
+        match action {
+            Action::Report => return Err(error.into()),
+            Action::Ignore => {}
+            Action::Stop => {
+                state.io_status = if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
+                state.user_paused = true;
+                self.show_pause(&mut state);
+            }
+        }
+        Ok(action)
+    }
+
+    /// Whether an error has paused it.
+    pub(crate) fn is_stopped_by_error(&self) -> bool {
+        self.state().io_status != IoStatus::Ok
+    }
+
+    /// Waits until the job is not held back, then moves on to `status`.
+    async fn move_on(&self, status: Status, also: impl Fn(&mut State)) -> Result<(), Stop> {
+        loop {
+            self.until(|state| {
+                state.cancel == Some(Cancel::Hard)
+                    || !matches!(state.status, Status::Paused | Status::Standby)
+            })
+            .await;
+            let mut state = self.state();
+            if state.cancel == Some(Cancel::Hard) {
+                return Err(Stop::Cancelled);
+            }
+            if state.status.may_become(status) {
+                self.enter(&mut state, status);
+                also(&mut state);
+                return Ok(());
+            }
+        }
+    }
+
+    /// In sync: waits for `complete` from now on.
+    pub(crate) async fn becomes_ready(&self) -> Result<(), Stop> {
+        self.move_on(Status::Ready, |state| {
+            state.ready = true;
+            let progress = self.progress(state);
+            self.sink.emit(JobEvent::Ready { id: self.id.clone(), progress });
+            self.show_pause(state);
+        })
+        .await
+    }
+
+    /// Whether a job that is ready shall end now: with the switch, or (soft cancel) without.
+    pub(crate) fn end_wanted(&self) -> Option<bool> {
+        let state = self.state();
+        match (state.cancel, state.complete) {
+            (Some(_), _) => Some(false),
+            (None, true) => Some(true),
+            (None, false) => None,
+        }
+    }
+
+    fn is_ending(&self) -> bool {
+        self.end_wanted().is_some()
+    }
+
+    /// The work is done: through waiting to pending, and on from there once that is wanted.
+    pub(crate) async fn finish_work(&self) -> Result<(), Stop> {
+        self.move_on(Status::Waiting, |_| {}).await?;
+        self.move_on(Status::Pending, |_| {}).await?;
+        if self.auto_finalize {
+            return Ok(());
+        }
+        self.sink.emit(JobEvent::Pending { id: self.id.clone(), kind: self.kind });
+        self.until(|state| state.finalize || state.cancel == Some(Cancel::Hard)).await;
+        if self.state().finalize { Ok(()) } else { Err(Stop::Cancelled) }
+    }
+
+    /// It goes wrong: from now on the error shows.
+    pub(crate) fn abort(&self, stop: &Stop) {
+        let mut state = self.state();
+        // However it was held back, it ends now.
+        state.user_paused = false;
+        let held = std::mem::take(&mut state.drained);
+        self.show_pause(&mut state);
+        state.drained = held;
+        state.error = Some(stop.text());
+        self.enter(&mut state, Status::Aborting);
+    }
+
+    /// It is over. Tells whether it vanishes by itself.
+    pub(crate) fn conclude(&self, result: Result<(), Stop>) -> bool {
+        let mut state = self.state();
+        let (id, progress) = (self.id.clone(), self.progress(&state));
+        self.sink.emit(match result {
+            Ok(()) => JobEvent::Completed { id, progress, error: None },
+            Err(Stop::Cancelled) => JobEvent::Cancelled { id, progress },
+            Err(Stop::Failed(error)) => JobEvent::Completed { id, progress, error: Some(error) },
+        });
+        self.enter(&mut state, Status::Concluded);
+        self.auto_dismiss
+    }
+
+    /// It vanishes.
+    pub(crate) fn vanish(&self) -> Result<(), JobError> {
+        let mut state = self.state();
+        self.check(&state, Verb::Dismiss)?;
+        self.enter(&mut state, Status::Null);
+        Ok(())
+    }
+}
+
+/// The job as the graph knows it: one that is told when its requests are held back.
+#[derive(Debug)]
+pub(crate) struct HeldBack(pub Arc<Job>);
+
+impl Drained for HeldBack {
+    fn begin(&self) {
+        self.0.drained_begin();
+    }
+
+    fn end(&self) {
+        self.0.drained_end();
+    }
+}
+
+/// Waits for the first of two signals. Only for signals and timers, which lose nothing when dropped.
+async fn either(mut a: impl Future<Output = ()> + Unpin, b: impl Future<Output = ()>) {
+    let mut b = std::pin::pin!(b);
+    std::future::poll_fn(|cx| {
+        let first = std::pin::Pin::new(&mut a).poll(cx).is_ready();
+        if first || b.as_mut().poll(cx).is_ready() {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+}

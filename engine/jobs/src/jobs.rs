@@ -1,0 +1,178 @@
+//! The register of jobs, and the life that all jobs share: from created through pending to gone.
+//! Source: `design/qemu-surface.md` 5.3 and 5.4.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use underlay_graph::units::is_well_formed_id;
+
+use crate::error::{JobError, Stop};
+use crate::event::EventSink;
+use crate::job::{Job, JobInfo, Kind, Settings};
+use crate::status::Status;
+
+/// The work of one job, to be spawned on an I/O thread. It must run to its end.
+pub type JobTask = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A job that has started: it works once its task is spawned.
+pub struct Started {
+    /// The job.
+    pub job: Arc<Job>,
+    /// Its work.
+    pub task: JobTask,
+}
+
+impl std::fmt::Debug for Started {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.job.fmt(f)
+    }
+}
+
+/// What one kind of job does.
+#[async_trait]
+pub(crate) trait Work: Send {
+    /// The long part. May wait at checkpoints; leaves the wiring as it is.
+    async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop>;
+    /// The work is done: puts its result into force. After an error the wiring is as before.
+    async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop>;
+    /// The job failed or was cancelled: the chain goes back to its users as it was.
+    async fn abandon(&mut self, job: &Arc<Job>);
+}
+
+/// All jobs, oldest first. (Groups of jobs will be lists of these that pass through `waiting` together.)
+pub struct Jobs {
+    list: Mutex<Vec<Arc<Job>>>,
+    sink: Arc<dyn EventSink>,
+}
+
+impl std::fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.list().iter()).finish()
+    }
+}
+
+impl Jobs {
+    /// No jobs yet; what they have to tell goes to `sink`.
+    pub fn new(sink: Arc<dyn EventSink>) -> Arc<Self> {
+        Arc::new(Self { list: Mutex::default(), sink })
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Arc<Job>>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The job for a job-… command.
+    pub fn job(&self, id: &str) -> Result<Arc<Job>, JobError> {
+        self.get(id).ok_or(JobError::JobNotFound)
+    }
+
+    /// The job for a block-job-… command.
+    pub fn block_job(&self, id: &str) -> Result<Arc<Job>, JobError> {
+        self.get(id).ok_or_else(|| JobError::BlockJobNotFound(id.to_owned()))
+    }
+
+    fn get(&self, id: &str) -> Option<Arc<Job>> {
+        self.list().iter().find(|job| job.id() == id).cloned()
+    }
+
+    /// All jobs, newest first, as query-jobs and query-block-jobs list them.
+    pub fn query(&self) -> Vec<JobInfo> {
+        self.list().iter().rev().map(|job| job.info()).collect()
+    }
+
+    /// job-dismiss: a concluded job vanishes.
+    pub fn dismiss(&self, job: &Job) -> Result<(), JobError> {
+        job.vanish()?;
+        self.list().retain(|other| !std::ptr::eq(&**other, job));
+        Ok(())
+    }
+
+    /// Ends all jobs, at the end of a daemon: cancels them by force and waits until they are over. Their tasks
+    /// must be running.
+    pub async fn cancel_all(&self) {
+        let jobs = self.list().clone();
+        for job in jobs.iter().rev() {
+            job.blink();
+            // Refused by a job that is ending already, which is as good.
+            let _ = job.cancel();
+        }
+        for job in jobs {
+            job.concluded().await;
+        }
+    }
+
+    /// The id of a new job, from what the command says.
+    pub(crate) fn choose_id(&self, settings: &Settings) -> Result<String, JobError> {
+        let id = match &settings.id {
+            Some(id) => id.clone(),
+            None if settings.default_id.is_empty() => return Err(JobError::NoId),
+            None => settings.default_id.clone(),
+        };
+        if settings.id.is_some() && !is_well_formed_id(&id) {
+            return Err(JobError::InvalidId(id));
+        }
+        if self.get(&id).is_some() {
+            return Err(JobError::IdInUse(id));
+        }
+        Ok(id)
+    }
+
+    /// A job that nobody sees yet.
+    pub(crate) fn draft(&self, id: String, kind: Kind, settings: &Settings) -> Arc<Job> {
+        Job::new(id, kind, settings, self.sink.clone())
+    }
+
+    /// Shows a job whose chain is prepared, and starts it. On error the work is abandoned.
+    pub(crate) async fn launch(
+        self: &Arc<Self>,
+        job: Arc<Job>,
+        settings: &Settings,
+        mut work: Box<dyn Work>,
+    ) -> Result<Started, JobError> {
+        if let Err(error) = self.enlist(&job, settings) {
+            work.abandon(&job).await;
+            return Err(error);
+        }
+        let (jobs, run) = (self.clone(), job.clone());
+        Ok(Started { job, task: Box::pin(async move { jobs.live(&run, work).await }) })
+    }
+
+    fn enlist(&self, job: &Arc<Job>, settings: &Settings) -> Result<(), JobError> {
+        {
+            let mut list = self.list();
+            if list.iter().any(|other| other.id() == job.id()) {
+                return Err(JobError::IdInUse(job.id().to_owned()));
+            }
+            list.push(job.clone());
+        }
+        job.announce();
+        if settings.speed < 0 {
+            job.begin(Status::Null);
+            self.list().retain(|other| !Arc::ptr_eq(other, job));
+            return Err(JobError::NegativeSpeed);
+        }
+        job.begin(Status::Running);
+        Ok(())
+    }
+
+    /// The life of a job from running on.
+    async fn live(self: Arc<Self>, job: &Arc<Job>, mut work: Box<dyn Work>) {
+        let mut result = work.run(job).await;
+        if result.is_ok() {
+            result = job.finish_work().await;
+        }
+        if result.is_ok() {
+            result = work.prepare(job).await;
+        }
+        if let Err(stop) = &result {
+            job.abort(stop);
+            work.abandon(job).await;
+        }
+        if job.conclude(result)
+            && let Err(error) = self.dismiss(job)
+        {
+            tracing::error!(?job, %error, "cannot vanish");
+        }
+    }
+}
