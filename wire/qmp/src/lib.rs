@@ -4,3 +4,5 @@
 pub mod codec;
 pub mod json;
 pub mod keyval;
+pub mod schema;
+pub mod session;

@@ -1,0 +1,26 @@
+//! What may be said over QMP: one description of every command and event, from which arguments are checked and
+//! `query-qmp-schema` is answered.
+
+pub mod check;
+mod commands;
+mod defs;
+pub mod introspect;
+pub mod ty;
+
+pub use check::{ArgumentError, Input, check};
+pub use commands::{COMMANDS, EVENTS};
+
+/// The command called `name`.
+pub fn command(name: &str) -> Option<&'static ty::Command> {
+    COMMANDS.iter().find(|command| command.name == name)
+}
+
+/// The options of block nodes: what blockdev-add and `--blockdev` take.
+pub fn blockdev_options() -> &'static ty::Object {
+    &defs::BLOCKDEV_OPTIONS
+}
+
+/// The options of exports: what block-export-add and `--export` take.
+pub fn block_export_options() -> &'static ty::Object {
+    &defs::BLOCK_EXPORT_OPTIONS
+}
