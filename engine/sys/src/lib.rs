@@ -1,9 +1,17 @@
 //! The kernel's side of Underlay, and the only crate with `unsafe`.
 //!
-//! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files and sockets here and nowhere
-//! else, so that the same code runs on a real machine and in the simulated world.
+//! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`file`]) and sockets ([`net`]) here
+//! and nowhere else, so that the same code runs on a real machine and in the simulated world.
 
 pub mod buf;
+mod driver;
+mod exec;
+pub mod file;
+pub mod net;
+pub mod process;
 pub mod rt;
+pub mod signal;
+pub mod stdio;
+pub mod thread;
 
 pub use buf::Iov;

@@ -1,0 +1,81 @@
+//! Becoming a daemon, and the pid file.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// The child's end of a daemon's birth: the parent waits until it hears that all is well.
+#[derive(Debug)]
+pub struct Birth {
+    pipe: File,
+}
+
+impl Birth {
+    /// Tells the parent that all is well, lets go of the terminal and of the folder.
+    pub fn succeeded(mut self) -> io::Result<()> {
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        rustix::process::chdir("/")?;
+        rustix::stdio::dup2_stdin(&null)?;
+        rustix::stdio::dup2_stdout(&null)?;
+        rustix::stdio::dup2_stderr(&null)?;
+        self.pipe.write_all(&[0])
+    }
+}
+
+/// Forks. The child goes on from here; the parent waits until the child has said that it succeeded (then it exits
+/// with status 0) or is gone (status 1; the child has printed why). To be called before any thread starts.
+pub fn daemonize() -> io::Result<Birth> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    // SAFETY: no thread has been started, so the child is a whole copy and may do anything.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            drop(reader);
+            rustix::process::setsid()?;
+            Ok(Birth { pipe: writer.into() })
+        }
+        _ => {
+            drop(writer);
+            let mut status = [1];
+            let heard = File::from(reader).read_exact(&mut status);
+            std::process::exit(if heard.is_ok() { i32::from(status[0]) } else { 1 });
+        }
+    }
+}
+
+/// A pid file, removed when it is dropped.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+    _file: File,
+}
+
+impl PidFile {
+    /// Writes our process number into `path` and locks it, so that two daemons cannot share one.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let mut file =
+            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+        file.set_len(0)?;
+        writeln!(file, "{}", std::process::id())?;
+        Ok(Self { path: std::path::absolute(path)?, _file: file })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Takes over a descriptor that was handed to the process.
+pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD only asks; an unknown number gives an error.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and by the meaning of the option that named it, it is ours.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,141 @@
+//! The threads that requests run on.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use crate::exec::{self, Executor, Remote};
+
+/// A thread with an executor of its own. When it is dropped the thread ends.
+pub struct IoThread {
+    remote: Arc<Remote>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl IoThread {
+    /// Starts a thread.
+    pub fn start(name: &str) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let executor = match Executor::new() {
+                Ok(executor) => executor,
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                    return;
+                }
+            };
+            let _ = sender.send(Ok(executor.remote()));
+            // A task that panics leaves its requests without an answer: better no daemon than one that hangs.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| executor.run())).is_err() {
+                eprintln!("an I/O thread panicked; ending");
+                std::process::abort();
+            }
+        })?;
+        let remote = receiver.recv().map_err(|_| io::Error::other("the I/O thread did not start"))??;
+        Ok(Self { remote, thread: Some(thread) })
+    }
+
+    /// A handle for giving the thread work.
+    pub fn spawner(&self) -> Spawner {
+        Spawner { remote: self.remote.clone() }
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.remote.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Gives work to an I/O thread, from any thread.
+#[derive(Clone)]
+pub struct Spawner {
+    remote: Arc<Remote>,
+}
+
+impl std::fmt::Debug for Spawner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Spawner")
+    }
+}
+
+impl Spawner {
+    /// Runs `task` there, to its end.
+    pub fn spawn<F: Future<Output = ()> + Send + 'static>(&self, task: F) {
+        exec::spawn_on(&self.remote, task);
+    }
+
+    /// Runs `task` there and waits for its result here.
+    pub async fn run<F>(&self, task: F) -> F::Output
+    where
+        F: Future + Send + 'static,
+        F::Output: Send,
+    {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        self.spawn(async move {
+            let _ = sender.send(task.await);
+        });
+        receiver.await.expect("the task did not panic")
+    }
+}
+
+/// Runs an executor on this thread until `future` is done. Tasks that are left then are dropped.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    let executor = Executor::new().expect("an event file descriptor for this thread");
+    executor.block_on(future)
+}
+
+/// A handle to the executor of the calling thread.
+pub fn current() -> Spawner {
+    Spawner { remote: exec::here().remote() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rt;
+    use std::time::Duration;
+
+    #[test]
+    fn tasks_timers_and_threads() {
+        let thread = IoThread::start("test").expect("starts");
+        let spawner = thread.spawner();
+        let sum = block_on(async move {
+            let here = rt::spawn(async {
+                rt::sleep(Duration::from_millis(1)).await;
+                rt::yield_now().await;
+                1
+            });
+            let there = spawner.run(async { rt::spawn(async { 2 }).await });
+            here.await + there.await
+        });
+        assert_eq!(sum, 3);
+    }
+
+    #[test]
+    fn many_wakes_from_another_thread_arrive() {
+        let thread = IoThread::start("test").expect("starts");
+        let (to, mut from) = tokio::sync::mpsc::unbounded_channel();
+        thread.spawner().spawn(async move {
+            for n in 0..10_000_u64 {
+                let _ = to.send(n);
+                if n % 64 == 0 {
+                    rt::yield_now().await;
+                }
+            }
+        });
+        let sum = block_on(async move {
+            let mut sum = 0;
+            while let Some(n) = from.recv().await {
+                sum += n;
+            }
+            sum
+        });
+        assert_eq!(sum, 9_999 * 10_000 / 2);
+    }
+}
