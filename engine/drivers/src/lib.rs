@@ -1,2 +1,15 @@
-//! To be written.
+//! Everything that can be a node except qcow2, and how to open any of them.
 #![forbid(unsafe_code)]
+
+pub mod error;
+pub mod filename;
+pub mod format;
+pub mod names;
+pub mod open;
+pub mod options;
+pub mod probe;
+pub mod protocol;
+
+pub use error::OpenError;
+pub use open::{BackingPolicy, Opener};
+pub use options::NodeSpec;

@@ -19,6 +19,7 @@ pub enum Class {
 pub struct IoError {
     errno: i32,
     message: Option<Arc<str>>,
+    hint: Option<Arc<str>>,
 }
 
 /// The result of a request.
@@ -44,12 +45,22 @@ impl IoError {
 
     /// An error number without more to say.
     pub const fn new(errno: i32) -> Self {
-        Self { errno, message: None }
+        Self { errno, message: None, hint: None }
     }
 
     /// The same error with a sentence that replaces the system's own text.
     pub fn with(self, message: impl Into<String>) -> Self {
-        Self { errno: self.errno, message: Some(message.into().into()) }
+        Self { errno: self.errno, message: Some(message.into().into()), hint: self.hint }
+    }
+
+    /// The same error with a sentence, and a second one that tools print on a line of its own.
+    pub fn with_hint(self, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into().into()), ..self.with(message) }
+    }
+
+    /// What tools print below the message.
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     /// The same error with `context: ` in front of its text.

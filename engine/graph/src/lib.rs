@@ -26,7 +26,7 @@ pub use graph::Graph;
 pub use info::{FormatInfo, InfoValue};
 pub use node::{BackingRef, Discard, Kind, Limits, Node, Preallocation, WriteFlags, ZeroFlags};
 pub use perm::{Access, Perms};
-pub use plan::{NewNode, NodeId, Plan, RootId, Wiring};
+pub use plan::{NewNode, NodeId, NodeOptions, Plan, RootId, Wiring};
 pub use root::Root;
 pub use units::{ByteRange, NodeName};
 pub use view::{Cx, Role, View};

@@ -209,6 +209,12 @@ impl File {
         Ok(self.len()? == 0)
     }
 
+    /// Which file it is: device and inode number.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&*self.fd)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
     /// Cuts or lengthens the file.
     pub fn set_len(&self, len: u64) -> io::Result<()> {
         Ok(rustix::fs::ftruncate(&*self.fd, len)?)

@@ -1,0 +1,85 @@
+//! How a node is called in messages, in query replies and in the headers of its overlays.
+//!
+//! A node whose plain name would open just the same gets that name; any other gets `json:{…}` with the options
+//! that matter for its content. Source: `design/qemu-surface.md` 4.1, "File names".
+
+use underlay_graph::{Kind, Role, View};
+use underlay_qmp::json::{Object, Value};
+
+use crate::format::raw::Raw;
+use crate::names;
+use crate::protocol::null::NullNode;
+
+/// The plain name that opens the same node (with its format given), if there is one.
+pub fn exact(view: &View) -> Option<String> {
+    let node = view.node();
+    match node.kind() {
+        Kind::Protocol => node.exact_filename(),
+        Kind::Filter => None,
+        Kind::Format if is_window(view) || backing_is_overridden(view) => None,
+        Kind::Format => exact(view.child(Role::File)?),
+    }
+}
+
+/// The name of a node: plain or `json:{…}`. A filter is called as what it filters.
+pub fn of(view: &View) -> String {
+    if view.node().kind() == Kind::Filter {
+        return view.children().first().map_or_else(String::new, |(_, below)| of(below));
+    }
+    exact(view).unwrap_or_else(|| format!("json:{}", Value::Object(options(view))))
+}
+
+/// The file name of the image file itself, whatever is below the image: for relative names inside it.
+pub fn of_file(view: &View) -> Option<String> {
+    match view.node().kind() {
+        Kind::Protocol => view.node().exact_filename(),
+        _ => of_file(view.child(Role::File).or(view.child(Role::Backing))?),
+    }
+}
+
+fn is_window(view: &View) -> bool {
+    view.node().as_any().downcast_ref::<Raw>().is_some_and(|raw| raw.window().is_some())
+}
+
+/// Whether the backing node is another than the one that the image names.
+fn backing_is_overridden(view: &View) -> bool {
+    if !view.node().supports_backing() {
+        return false;
+    }
+    let named = view.node().backing_ref();
+    match (named, view.child(Role::Backing)) {
+        (None, None) => false,
+        (Some(named), Some(backing)) => {
+            let own = of_file(view).unwrap_or_default();
+            named.file != of(backing) && names::resolve_backing(&own, &named.file) != of(backing)
+        }
+        _ => true,
+    }
+}
+
+/// The options that matter for the content of a node, children inline.
+pub fn options(view: &View) -> Object {
+    let node = view.node();
+    let mut object = Object::new();
+    object.insert("driver", Value::Str(node.driver().to_owned()));
+    if let Some(null) = node.as_any().downcast_ref::<NullNode>() {
+        null.filename_options().into_iter().for_each(|(name, value)| object.insert(name, value));
+        return object;
+    }
+    if node.kind() == Kind::Protocol {
+        object.insert("filename", Value::Str(node.exact_filename().unwrap_or_default()));
+        return object;
+    }
+    if let Some(window) = node.as_any().downcast_ref::<Raw>().and_then(Raw::window) {
+        window.into_iter().for_each(|(name, value)| object.insert(name, Value::UInt(value)));
+    }
+    for (role, child) in view.children() {
+        if *role == Role::File || backing_is_overridden(view) {
+            object.insert(role.as_str(), Value::Object(options(child)));
+        }
+    }
+    if backing_is_overridden(view) && view.child(Role::Backing).is_none() {
+        object.insert("backing", Value::Null);
+    }
+    object
+}

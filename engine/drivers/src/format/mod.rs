@@ -1,0 +1,3 @@
+//! Formats other than qcow2.
+
+pub mod raw;

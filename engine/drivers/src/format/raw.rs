@@ -1,0 +1,159 @@
+//! The raw format: the bytes of the file below as they are, or a window of them.
+
+use std::any::Any;
+
+use async_trait::async_trait;
+use underlay_graph::{
+    ByteRange, Cx, Extent, Format, IoError, Kind, Limits, Node, Place, Preallocation, Result, WriteFlags,
+    ZeroFlags,
+};
+use underlay_sys::Iov;
+
+/// Sizes of a window are multiples of this many bytes.
+pub const SECTOR: u64 = 512;
+
+/// Options of the driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOptions {
+    /// Where the disk begins in the file.
+    pub offset: Option<u64>,
+    /// Length of the disk; the rest of the file when absent.
+    pub size: Option<u64>,
+}
+
+/// A raw disk.
+#[derive(Debug)]
+pub struct Raw {
+    offset: u64,
+    size: Option<u64>,
+}
+
+impl Raw {
+    /// Opens a window of `file`. The error texts are QEMU's.
+    pub fn open(file: &Cx<'_>, options: RawOptions) -> Result<Self> {
+        let offset = options.offset.unwrap_or(0);
+        let length = file.length();
+        if offset > length {
+            let text =
+                format!("Offset ({offset}) cannot be greater than size of the containing file ({length})");
+            return Err(IoError::EINVAL.with(text));
+        }
+        if let Some(size) = options.size {
+            if size > length - offset {
+                return Err(IoError::EINVAL.with(format!(
+                    "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of \
+                     the containing file ({length})"
+                )));
+            }
+            if !size.is_multiple_of(SECTOR) {
+                return Err(IoError::EINVAL.with(format!("Specified size is not multiple of {SECTOR}")));
+            }
+        }
+        Ok(Self { offset, size: options.size })
+    }
+
+    /// The options that make this more than the plain file: `offset` and `size`, where given.
+    pub fn window(&self) -> Option<Vec<(&'static str, u64)>> {
+        let offset = (self.offset != 0).then_some(("offset", self.offset));
+        let window: Vec<_> = offset.into_iter().chain(self.size.map(|size| ("size", size))).collect();
+        (!window.is_empty()).then_some(window)
+    }
+
+    /// The same bytes in the file, cut at the end of the disk's address space.
+    fn in_file(&self, range: ByteRange) -> ByteRange {
+        let start = self.offset.saturating_add(range.start());
+        ByteRange::between(start, start.saturating_add(range.len()))
+    }
+
+    /// For writes: EIO when a window with a fixed size would be left.
+    fn in_window(&self, range: ByteRange) -> Result<ByteRange> {
+        if self.size.is_some_and(|size| range.end() > size) {
+            return Err(IoError::ENOSPC);
+        }
+        Ok(self.in_file(range))
+    }
+}
+
+#[async_trait]
+impl Format for Raw {
+    fn map_cached(&self, range: ByteRange) -> Option<Extent> {
+        Some(Extent { place: Place::Data(self.offset + range.start()), len: range.len(), recurse: true })
+    }
+
+    async fn read_encoded(&self, _cx: &Cx<'_>, _range: ByteRange, _into: Iov) -> Result<()> {
+        Err(IoError::EIO)
+    }
+}
+
+#[async_trait]
+impl Node for Raw {
+    fn driver(&self) -> &'static str {
+        "raw"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Format
+    }
+
+    fn keeps_metadata(&self) -> bool {
+        false
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_format(&self) -> Option<&dyn Format> {
+        Some(self)
+    }
+
+    fn length(&self, cx: &Cx<'_>) -> u64 {
+        let rest = cx.below().length().saturating_sub(self.offset);
+        self.size.map_or(rest, |size| size.min(rest))
+    }
+
+    fn limits(&self, cx: &Cx<'_>) -> Limits {
+        cx.below().limits()
+    }
+
+    async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        let inside = range.before(self.size.unwrap_or(u64::MAX));
+        let (now, rest) = (inside.buffer_len(), into.len() - inside.buffer_len());
+        into.slice(now, rest).fill(0);
+        cx.below().read(self.in_file(inside), into.slice(0, now)).await
+    }
+
+    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        if flags.compressed {
+            return Err(IoError::ENOTSUP);
+        }
+        cx.below().write(self.in_window(range)?, from, flags).await
+    }
+
+    async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        cx.below().write_zeroes(self.in_window(range)?, flags).await
+    }
+
+    async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        cx.below().discard(self.in_window(range)?).await
+    }
+
+    async fn flush(&self, cx: &Cx<'_>) -> Result<()> {
+        cx.below().flush().await
+    }
+
+    async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        Ok(Extent { place: Place::Data(self.offset + range.start()), len: range.len(), recurse: true })
+    }
+
+    async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
+        if self.size.is_some() {
+            return Err(IoError::ENOTSUP.with("Cannot resize fixed-size raw disks"));
+        }
+        let Some(size) = self.offset.checked_add(size).filter(|size| *size <= i64::MAX as u64) else {
+            return Err(IoError::EINVAL.with("Disk size too large for the chosen offset"));
+        };
+        let below = cx.below();
+        below.node().resize(&below, size, preallocation).await
+    }
+}

@@ -1,0 +1,380 @@
+//! Files and block devices of the host: the drivers `file` and `host_device`.
+
+use std::any::Any;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use underlay_graph::info::ImageInfo;
+use underlay_graph::{
+    Access, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Place,
+    Preallocation, Result, WriteFlags, ZeroFlags,
+};
+use underlay_sys::Iov;
+use underlay_sys::file::{Allocate, File, FileKind, OpenOptions};
+
+use super::locks::{self, Held};
+use crate::error::OpenError;
+use crate::options::FileSpec;
+
+/// `locking`: whether other processes are told by locks what the image is used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// Where the file can be locked.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// `aio`: a hint that QEMU's users give; every file here goes by the method that suits it best.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// `threads`
+    #[default]
+    Threads,
+    /// `native`
+    Native,
+    /// `io_uring`
+    IoUring,
+}
+
+/// Zeroes written at a time when a file is filled (`preallocation=full`), in bytes.
+const FILL: u64 = 2 << 20;
+
+/// The file as it is open now; replaced when the node becomes writable or stops being so.
+#[derive(Debug)]
+struct Open {
+    file: Arc<File>,
+    writable: bool,
+    held: Held,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct FileNode {
+    driver: &'static str,
+    filename: String,
+    open: Mutex<Open>,
+    /// The same file, for requests.
+    current: std::sync::RwLock<Arc<File>>,
+    direct: bool,
+    no_flush: bool,
+    locking: bool,
+    force_share: bool,
+    auto_read_only: bool,
+    read_only: bool,
+    alignment: u32,
+    grows: bool,
+    length: AtomicU64,
+    /// A flush has failed: what was written before may be lost, and no later flush may say otherwise.
+    lost_writes: AtomicBool,
+}
+
+fn open_file(name: &str, write: bool, direct: bool) -> std::io::Result<File> {
+    File::open(Path::new(name), OpenOptions { write, direct, ..OpenOptions::default() })
+}
+
+fn could_not_open(name: &str, error: std::io::Error) -> IoError {
+    IoError::from(error).context(format!("Could not open '{name}'"))
+}
+
+impl FileNode {
+    /// Opens a file; `auto_read_only` falls back to reading when writing is not allowed.
+    pub async fn open(
+        spec: &FileSpec,
+        options: &NodeOptions,
+        read_only: bool,
+        auto_read_only: bool,
+    ) -> std::result::Result<Self, OpenError> {
+        let (name, direct) = (spec.filename.as_str(), options.cache_direct);
+        let mut read_only = read_only;
+        let opened = match open_file(name, !read_only, direct) {
+            Err(error) if auto_read_only && !read_only && may_not_write(&error) => {
+                read_only = true;
+                open_file(name, false, direct)
+            }
+            other => other,
+        };
+        let file = opened.map_err(|error| match error.raw_os_error() {
+            Some(22) if direct => IoError::from(error)
+                .with(format!("Could not open '{name}': file system may not support O_DIRECT")),
+            _ => could_not_open(name, error),
+        })?;
+        match (spec.driver, file.kind()) {
+            ("file", FileKind::Regular | FileKind::BlockDevice) | (_, FileKind::BlockDevice) => {}
+            ("file", _) => {
+                let text =
+                    format!("Could not open '{name}': 'file' driver requires '{name}' to be a regular file");
+                return Err(OpenError::text(text));
+            }
+            (driver, _) => {
+                return Err(OpenError::text(format!(
+                    "'{driver}' driver requires '{name}' to be either a character or block device"
+                )));
+            }
+        }
+        let grows = file.kind() == FileKind::Regular;
+        let length = file.len().map_err(|error| could_not_open(name, error))?;
+        let alignment = file.request_alignment();
+        let file = Arc::new(file);
+        Ok(Self {
+            driver: spec.driver,
+            filename: spec.filename.clone(),
+            open: Mutex::new(Open { file: file.clone(), writable: !read_only, held: Held::default() }),
+            current: std::sync::RwLock::new(file),
+            direct,
+            no_flush: options.cache_no_flush,
+            locking: spec.locking != Locking::Off,
+            force_share: options.force_share,
+            auto_read_only,
+            read_only,
+            alignment,
+            grows,
+            length: AtomicU64::new(length),
+            lost_writes: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn file(&self) -> Arc<File> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn open_state(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn grown_to(&self, end: u64) {
+        if self.grows && end > self.length.load(Ordering::Relaxed) {
+            self.length.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+
+    /// Opens the file anew for `writable`, with the locks carried over before the old one goes.
+    fn reopen(&self, open: &mut Open, writable: bool) -> Result<()> {
+        let file = open_file(&self.filename, writable, self.direct);
+        let file = Arc::new(file.map_err(|error| could_not_open(&self.filename, error))?);
+        // Somebody may have put another file in its place; the node must stay with the one it has.
+        let same = (open.file.identity()?, file.identity()?);
+        if same.0 != same.1 {
+            let text = format!("Could not reopen '{}': it is another file now", self.filename);
+            return Err(IoError::EIO.with(text));
+        }
+        let mut held = Held::default();
+        if self.locking {
+            locks::carry_over(&file, &mut held, open.held)?;
+        }
+        *open = Open { file: file.clone(), writable, held };
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = file;
+        Ok(())
+    }
+
+    async fn fill(&self, mut range: ByteRange) -> Result<()> {
+        let zeroes = Iov::zeroed(range.split(FILL).0.buffer_len());
+        while !range.is_empty() {
+            let (piece, rest) = range.split(FILL);
+            self.file().write_at(piece.start(), &zeroes.slice(0, piece.buffer_len())).await?;
+            range = rest;
+        }
+        Ok(())
+    }
+}
+
+fn may_not_write(error: &std::io::Error) -> bool {
+    // EACCES, EPERM, EROFS
+    matches!(error.raw_os_error(), Some(13 | 1 | 30))
+}
+
+/// The kernel's ways of saying that a file system cannot do something become ENOTSUP.
+fn unsupported(error: std::io::Error) -> IoError {
+    // EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, ENODEV, EPERM
+    match error.raw_os_error() {
+        Some(22 | 38 | 25 | 95 | 19 | 1) => IoError::ENOTSUP,
+        _ => error.into(),
+    }
+}
+
+#[async_trait]
+impl Node for FileNode {
+    fn driver(&self) -> &'static str {
+        self.driver
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Protocol
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn length(&self, _cx: &Cx<'_>) -> u64 {
+        self.length.load(Ordering::Acquire)
+    }
+
+    fn limits(&self, _cx: &Cx<'_>) -> Limits {
+        let memory_alignment = self.alignment;
+        Limits { request_alignment: self.alignment, memory_alignment, ..Limits::default() }
+    }
+
+    async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        Ok(self.file().read_at(range.start(), &into).await?)
+    }
+
+    async fn write(&self, _cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        if flags.compressed {
+            return Err(IoError::ENOTSUP);
+        }
+        self.file().write_at(range.start(), &from).await?;
+        self.grown_to(range.end());
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        let file = self.file();
+        let length = self.length(cx);
+        if flags.may_unmap && range.end() <= length {
+            match file.allocate(Allocate::PunchHole, range.start(), range.len()).await.map_err(unsupported) {
+                Err(error) if error == IoError::ENOTSUP => {}
+                done => return done,
+            }
+        }
+        if self.grows && range.start() >= length && !flags.no_fallback {
+            // Behind the end everything reads as zeroes already; only the length is missing.
+            file.set_len(range.end().max(file.len()?))?;
+            self.grown_to(range.end());
+            return Ok(());
+        }
+        file.allocate(Allocate::Zero, range.start(), range.len()).await.map_err(unsupported)?;
+        self.grown_to(range.end());
+        Ok(())
+    }
+
+    async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        let range = range.before(self.length(cx));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let punched = self.file().allocate(Allocate::PunchHole, range.start(), range.len()).await;
+        match punched.map_err(unsupported) {
+            Err(error) if error == IoError::ENOTSUP => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
+        if self.no_flush {
+            return Ok(());
+        }
+        if self.lost_writes.load(Ordering::Acquire) {
+            return Err(IoError::EIO);
+        }
+        let synced = self.file().data_sync().await;
+        if synced.is_err() {
+            // The kernel reports a failed write-back once and then forgets the pages.
+            self.lost_writes.store(true, Ordering::Release);
+        }
+        Ok(synced?)
+    }
+
+    async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        let file = self.file();
+        let (start, end) = (range.start(), range.end());
+        if start >= self.length(cx) {
+            return Ok(Extent::new(Place::Zero, range.len()));
+        }
+        let Ok(data) = file.seek_data(start) else {
+            return Ok(Extent::new(Place::Data(start), range.len()));
+        };
+        match data {
+            Some(data) if data <= start => {
+                let hole = file.seek_hole(start)?.unwrap_or(end).clamp(start + 1, end);
+                Ok(Extent::new(Place::Data(start), hole - start))
+            }
+            data => Ok(Extent::new(Place::Zero, data.unwrap_or(end).min(end) - start)),
+        }
+    }
+
+    async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
+        if !self.grows {
+            return match size <= self.length(cx) {
+                true => Ok(()),
+                false => Err(IoError::EINVAL.with("Cannot grow device files")),
+            };
+        }
+        let (file, length) = (self.file(), self.length(cx));
+        let cannot = |error: std::io::Error, what: &str| IoError::from(error).context(what);
+        if size > length {
+            match preallocation {
+                Preallocation::Off => {}
+                Preallocation::Metadata => {
+                    return Err(IoError::ENOTSUP.with("Unsupported preallocation mode 'metadata'"));
+                }
+                Preallocation::Falloc => {
+                    let reserved = file.allocate(Allocate::Reserve, length, size - length).await;
+                    if let Err(error) = reserved {
+                        let _ = file.set_len(length);
+                        return Err(cannot(error, "Could not preallocate data for the new file"));
+                    }
+                }
+                Preallocation::Full => {
+                    if let Err(error) = self.fill(ByteRange::between(length, size)).await {
+                        let _ = file.set_len(length);
+                        return Err(error.context("Could not write zeros for preallocation"));
+                    }
+                }
+            }
+        } else if preallocation != Preallocation::Off {
+            return Err(IoError::ENOTSUP.with("Preallocation can't be used for shrinking files"));
+        }
+        file.set_len(size).map_err(|error| cannot(error, "Failed to resize file"))?;
+        self.length.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    async fn set_access(&self, _cx: &Cx<'_>, access: Access) -> Result<()> {
+        let mut open = self.open_state();
+        if access.writable != open.writable && !(open.writable && self.auto_read_only && access.writable) {
+            self.reopen(&mut open, access.writable)?;
+        }
+        if !self.locking {
+            return Ok(());
+        }
+        let wanted = Held::wanted(access, self.force_share);
+        let open = &mut *open;
+        locks::gain(&open.file, &self.filename, &mut open.held, wanted)?;
+        locks::give_up(&open.file, &mut open.held, wanted);
+        Ok(())
+    }
+
+    async fn close(&self, cx: &Cx<'_>) -> Result<()> {
+        let writable = self.open_state().writable;
+        let flushed = if writable { self.flush(cx).await } else { Ok(()) };
+        let mut open = self.open_state();
+        let open = &mut *open;
+        locks::give_up(&open.file, &mut open.held, Held::default());
+        flushed
+    }
+
+    fn exact_filename(&self) -> Option<String> {
+        Some(self.filename.clone())
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        self.file().allocated_bytes().ok()
+    }
+
+    fn image_info(&self) -> ImageInfo {
+        let format_specific =
+            (self.driver == "file").then(|| FormatInfo { kind: "file", fields: Vec::new() });
+        ImageInfo { format_specific, ..ImageInfo::default() }
+    }
+}

@@ -1,0 +1,5 @@
+//! Nodes that get their bytes from outside the graph.
+
+pub mod file;
+mod locks;
+pub mod null;
