@@ -219,8 +219,13 @@ impl Work for Active {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        if let Err(error) = job.change(&self.graph, |plan| Ok((self.unwire(plan, false)?, None))).await {
-            tracing::error!(?job, %error, "the chain cannot be given back");
+        // Going back to read-only flushes, and may fail for it. Then it stays writable.
+        for _ in 0..2 {
+            match job.change(&self.graph, |plan| Ok((self.unwire(plan, false)?, None))).await {
+                Ok(()) => return,
+                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
+            }
+            self.wiring.claim.leave_all_writable();
         }
     }
 }

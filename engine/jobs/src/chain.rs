@@ -73,6 +73,11 @@ impl Claim {
         self.reopened.retain(|other| *other != id);
     }
 
+    /// Nothing goes back to read-only: for a base that cannot be flushed.
+    pub(crate) fn leave_all_writable(&mut self) {
+        self.reopened.clear();
+    }
+
     /// Takes all marks away again.
     pub(crate) fn release(&self, plan: &mut Plan) {
         for id in self.nodes.iter().chain(&self.frozen) {

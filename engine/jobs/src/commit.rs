@@ -235,9 +235,7 @@ impl Work for Commit {
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let (wiring, part, args) = (&self.wiring, &self.part, &self.args);
         let edit = |plan: &mut Plan| {
-            wiring.roots.iter().for_each(|root| plan.remove_root(*root));
-            wiring.claim.release(plan);
-            plan.replace(wiring.filter, part.base, |_| false)?;
+            wiring.unwire(plan, part.base)?;
             let note = Note::new(args, part, overlays.clone());
             Ok(((), Some(Box::new(note) as Box<dyn LastStep>)))
         };
@@ -245,18 +243,24 @@ impl Work for Commit {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        let (wiring, part) = (&self.wiring, &self.part);
-        let edit = |plan: &mut Plan| {
-            wiring.roots.iter().for_each(|root| plan.remove_root(*root));
-            wiring.claim.release(plan);
-            if plan.get(wiring.filter).is_some() {
-                plan.replace(wiring.filter, part.top, |_| false)?;
+        // Going back to read-only flushes, and may fail for it. Then it stays writable.
+        for _ in 0..2 {
+            let (wiring, part) = (&self.wiring, &self.part);
+            match job.change(&self.graph, |plan| Ok((wiring.unwire(plan, part.top)?, None))).await {
+                Ok(()) => return,
+                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
             }
-            Ok(((), None))
-        };
-        if let Err(error) = job.change(&self.graph, edit).await {
-            tracing::error!(?job, %error, "the chain cannot be given back");
+            self.wiring.claim.leave_all_writable();
         }
+    }
+}
+
+impl Wiring {
+    /// Takes everything out of the plan again; the users of the filter go to `to`.
+    fn unwire(&self, plan: &mut Plan, to: NodeId) -> Result<(), GraphError> {
+        self.roots.iter().for_each(|root| plan.remove_root(*root));
+        self.claim.release(plan);
+        if plan.get(self.filter).is_some() { plan.replace(self.filter, to, |_| false) } else { Ok(()) }
     }
 }
 
@@ -346,8 +350,16 @@ struct Grow {
 #[async_trait]
 impl LastStep for Grow {
     async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        let base = new.view(self.base);
-        Ok(base.cx().node().resize(&base.cx(), self.length, Preallocation::Off).await?)
+        let view = new.view(self.base);
+        let base = view.cx();
+        let grown = ByteRange::between(base.length(), self.length);
+        base.node().resize(&base, self.length, Preallocation::Off).await?;
+        // What is below may be longer, and must not show in what was behind the end.
+        let below = base.backing().map_or(0, |below| below.length());
+        if below > grown.start() {
+            base.write_zeroes(grown, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
+        }
+        Ok(())
     }
 }
 

@@ -265,7 +265,9 @@ impl<C: Copier> Walk<'_, C> {
             // One event tells of all that was in flight together.
             return Ok(true);
         }
-        match (self.job.on_error(&fault.error, fault.is_read)?, self.ignored) {
+        let action = self.job.on_error(&fault.error, fault.is_read);
+        self.over = action.is_err();
+        match (action?, self.ignored) {
             (Action::Ignore, Ignored::PassOver) => {
                 self.outcome.passed_over.get_or_insert_with(|| fault.error.clone());
                 Ok(false)

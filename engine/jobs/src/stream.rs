@@ -215,9 +215,14 @@ impl Work for Stream {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        let wiring = &self.wiring;
-        if let Err(error) = job.change(&self.graph, |plan| Ok((wiring.unwire(plan)?, None))).await {
-            tracing::error!(?job, %error, "the chain cannot be given back");
+        // Going back to read-only flushes, and may fail for it. Then it stays writable.
+        for _ in 0..2 {
+            let wiring = &self.wiring;
+            match job.change(&self.graph, |plan| Ok((wiring.unwire(plan)?, None))).await {
+                Ok(()) => return,
+                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
+            }
+            self.wiring.claim.leave_all_writable();
         }
     }
 }

@@ -1,0 +1,8 @@
+//! Jobs on disks in memory, under a seeded executor, beside guests that write and check every byte.
+#![allow(clippy::cast_possible_truncation)] // numbers by lot, below what they index
+
+mod disk;
+mod frame;
+mod lab;
+mod random;
+mod world;
