@@ -1,231 +1,256 @@
-//! The executor of one thread: tasks that are ready, timers, and a driver that waits for the kernel.
+//! The executor of one thread: run queue, timers, and the turn that waits for the kernel.
 //!
-//! A task stays on the thread where it was spawned. Waking a task from its own thread is a push onto a local queue;
-//! from another thread it goes through a shared queue, and an eventfd when the thread sleeps. A turn of the loop
-//! runs what is ready, then lets the driver submit and collect in one system call.
+//! A wake on the thread itself is a push on a plain queue; a wake from elsewhere takes a lock and, if the thread
+//! may be asleep, one write to its eventfd. Completions come from io_uring ([`crate::ring`]) or, without it,
+//! from a `poll(2)` loop ([`crate::pool`]).
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use async_task::Runnable;
 
-use crate::driver::Driver;
+use crate::pool::Waits;
+use crate::ring::Ring;
 use crate::rt::{self, Runtime, Task};
 
-/// Tasks run in a turn before the driver is asked again, so that completions do not wait for ever.
-const TURN: usize = 128;
+/// Tasks that run between two looks at the kernel.
+const BATCH: usize = 64;
 
-/// What other threads may touch of an executor.
+thread_local! {
+    static HOME: RefCell<Option<Rc<Core>>> = const { RefCell::new(None) };
+    /// Address of the home executor's [`Remote`], to know a local wake without counting references.
+    static HOME_REMOTE: Cell<*const Remote> = const { Cell::new(std::ptr::null()) };
+}
+
+/// The executor that runs on this thread, if one does.
+pub(crate) fn home() -> Option<Rc<Core>> {
+    HOME.with_borrow(Clone::clone)
+}
+
+/// What other threads know of an executor.
 pub(crate) struct Remote {
-    queue: Mutex<Vec<Runnable>>,
-    /// The thread is about to sleep or asleep: whoever brings work must ring.
-    sleeping: AtomicBool,
-    /// The root future was woken.
-    root: AtomicBool,
-    stopping: AtomicBool,
-    bell: crate::driver::Bell,
+    tasks: Mutex<Vec<Runnable>>,
+    event: OwnedFd,
+    /// The eventfd was written since the thread last looked.
+    signalled: AtomicBool,
+    stop: AtomicBool,
 }
 
 impl Remote {
-    fn ring(&self) {
-        if self.sleeping.swap(false, Ordering::SeqCst) {
-            self.bell.ring();
+    fn new() -> io::Result<Self> {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
+        Ok(Self {
+            tasks: Mutex::new(Vec::new()),
+            event,
+            signalled: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes the thread look at its queue soon.
+    fn notify(&self) {
+        if !self.signalled.swap(true, Ordering::SeqCst) {
+            // The counter cannot overflow: one write per look. There is nobody to tell if it failed.
+            let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Makes the thread's loop end once nothing is ready.
+    fn is_home(&self) -> bool {
+        std::ptr::eq(HOME_REMOTE.get(), self)
+    }
+
+    fn schedule(&self, task: Runnable) {
+        if self.is_home() {
+            // The home executor is set whenever its address is (see `Core::enter`).
+            HOME.with_borrow(|home| home.as_ref().map(|core| core.ready.borrow_mut().push_back(task)));
+            return;
+        }
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+        self.notify();
+    }
+
+    /// Starts `task` on the executor's thread.
+    pub(crate) fn spawn<F>(self: &Arc<Self>, task: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let remote = self.clone();
+        let (runnable, task) = async_task::spawn(task, move |runnable| remote.schedule(runnable));
+        task.detach();
+        runnable.schedule();
+    }
+
+    /// Ends [`Core::run_until_stopped`].
     pub(crate) fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
-        self.ring();
+        self.stop.store(true, Ordering::SeqCst);
+        self.notify();
     }
 
-    fn push(&self, task: Runnable) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push(task);
-        self.ring();
-    }
-}
-
-struct RootWaker(Arc<Remote>);
-
-impl Wake for RootWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.0.root.store(true, Ordering::SeqCst);
-        self.0.ring();
+    pub(crate) fn event_fd(&self) -> i32 {
+        self.event.as_raw_fd()
     }
 }
 
 struct Timer {
     at: Duration,
-    order: u64,
+    /// Keeps timers of the same moment in their order.
+    number: u64,
     waker: Waker,
 }
 
 impl PartialEq for Timer {
     fn eq(&self, other: &Self) -> bool {
-        (self.at, self.order) == (other.at, other.order)
+        (self.at, self.number) == (other.at, other.number)
     }
 }
+
 impl Eq for Timer {}
+
 impl PartialOrd for Timer {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
+
 impl Ord for Timer {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.order).cmp(&(other.at, other.order))
+        (self.at, self.number).cmp(&(other.at, other.number))
     }
 }
 
-/// See the module.
-pub(crate) struct Executor {
-    remote: Arc<Remote>,
+/// Where completions come from.
+pub(crate) enum Driver {
+    Ring(Box<Ring>),
+    Threads(Waits),
+}
+
+/// The executor itself. Lives on one thread.
+pub(crate) struct Core {
     ready: RefCell<VecDeque<Runnable>>,
     timers: RefCell<BinaryHeap<Reverse<Timer>>>,
-    next_timer: Cell<u64>,
+    timers_made: Cell<u64>,
+    remote: Arc<Remote>,
     pub(crate) driver: Driver,
-    origin: Instant,
 }
 
-thread_local! {
-    static HERE: RefCell<Option<Rc<Executor>>> = const { RefCell::new(None) };
+/// Which driver new executors get.
+fn wants_threads() -> bool {
+    static CHOICE: OnceLock<bool> = OnceLock::new();
+    *CHOICE.get_or_init(|| std::env::var_os("UNDERLAY_IO").is_some_and(|choice| choice == "threads"))
 }
 
-/// The executor of this thread.
-pub(crate) fn here() -> Rc<Executor> {
-    try_here().expect("called on an I/O thread")
-}
-
-/// The executor of this thread, if it has one.
-pub(crate) fn try_here() -> Option<Rc<Executor>> {
-    HERE.with_borrow(|here| here.clone())
-}
-
-fn schedule(home: &Arc<Remote>, task: Runnable) {
-    let local =
-        HERE.with_borrow(|here| here.as_ref().filter(|here| Arc::ptr_eq(&here.remote, home)).cloned());
-    match local {
-        Some(here) => here.ready.borrow_mut().push_back(task),
-        None => home.push(task),
-    }
-}
-
-/// Makes a task of `future` that runs on the thread of `home`.
-pub(crate) fn spawn_on<F: Future<Output = ()> + Send + 'static>(home: &Arc<Remote>, future: F) {
-    let to = home.clone();
-    let (task, handle) = async_task::spawn(future, move |task| schedule(&to, task));
-    handle.detach();
-    task.schedule();
-}
-
-impl Runtime for Executor {
-    fn spawn(&self, task: Task) {
-        spawn_on(&self.remote, task);
+impl Core {
+    /// For the calling thread; io_uring unless the kernel or `UNDERLAY_IO=threads` is against it.
+    pub(crate) fn new() -> io::Result<Rc<Self>> {
+        Self::with_threads(wants_threads())
     }
 
-    fn now(&self) -> Duration {
-        self.origin.elapsed()
-    }
-
-    fn wake_at(&self, at: Duration, waker: Waker) {
-        let order = self.next_timer.replace(self.next_timer.get() + 1);
-        self.timers.borrow_mut().push(Reverse(Timer { at, order, waker }));
-    }
-}
-
-impl Executor {
-    /// For the calling thread.
-    pub(crate) fn new() -> std::io::Result<Rc<Self>> {
-        let (driver, bell) = Driver::new()?;
-        let remote = Remote {
-            queue: Mutex::default(),
-            sleeping: AtomicBool::new(false),
-            root: AtomicBool::new(true),
-            stopping: AtomicBool::new(false),
-            bell,
+    pub(crate) fn with_threads(threads: bool) -> io::Result<Rc<Self>> {
+        let remote = Arc::new(Remote::new()?);
+        let ring = if threads { None } else { Self::ring(&remote) };
+        let driver = match ring {
+            Some(ring) => Driver::Ring(Box::new(ring)),
+            None => Driver::Threads(Waits::new(remote.event_fd())),
         };
-        Ok(Rc::new(Self {
-            remote: Arc::new(remote),
-            ready: RefCell::default(),
-            timers: RefCell::default(),
-            next_timer: Cell::new(0),
-            driver,
-            origin: Instant::now(),
-        }))
+        let (ready, timers) = (RefCell::default(), RefCell::default());
+        Ok(Rc::new(Self { ready, timers, timers_made: Cell::new(0), remote, driver }))
+    }
+
+    fn ring(remote: &Remote) -> Option<Ring> {
+        match Ring::new(remote.event_fd()) {
+            Ok(ring) => Some(ring),
+            Err(error) => {
+                tracing::warn!(%error, "no io_uring here, using threads");
+                None
+            }
+        }
     }
 
     pub(crate) fn remote(&self) -> Arc<Remote> {
         self.remote.clone()
     }
 
-    /// Runs tasks until `root` is done.
-    pub(crate) fn block_on<F: Future>(self: &Rc<Self>, root: F) -> F::Output {
-        let _entered = self.enter();
-        let mut root = pin!(root);
-        let waker = Waker::from(Arc::new(RootWaker(self.remote.clone())));
+    /// Makes this the thread's executor until the guard goes.
+    fn enter(self: &Rc<Self>) -> Home {
+        let remote = HOME_REMOTE.replace(Arc::as_ptr(&self.remote));
+        let core = HOME.replace(Some(self.clone()));
+        Home { core, remote, _runtime: rt::enter(self.clone()) }
+    }
+
+    /// Runs tasks until `future` is done.
+    pub(crate) fn block_on<F: Future>(self: &Rc<Self>, future: F) -> F::Output {
+        let _home = self.enter();
+        let _drain = Drain(self);
+        let mut future = pin!(future);
+        let main = Arc::new(MainWaker { woken: AtomicBool::new(true), remote: self.remote.clone() });
+        let waker = Waker::from(main.clone());
         loop {
-            if self.remote.root.swap(false, Ordering::SeqCst)
-                && let Poll::Ready(output) = root.as_mut().poll(&mut Context::from_waker(&waker))
+            if main.woken.swap(false, Ordering::SeqCst)
+                && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker))
             {
                 return output;
             }
-            self.turn();
+            let idle = self.run_ready();
+            self.turn(idle && !main.woken.load(Ordering::SeqCst));
         }
     }
 
-    /// Runs tasks until told to stop.
-    pub(crate) fn run(self: &Rc<Self>) {
-        let _entered = self.enter();
-        self.remote.root.store(false, Ordering::SeqCst);
-        while !self.remote.stopping.load(Ordering::SeqCst) || !self.ready.borrow().is_empty() {
-            self.turn();
+    /// Runs tasks until [`Remote::stop`], and then whatever can still run.
+    pub(crate) fn run_until_stopped(self: &Rc<Self>) {
+        let _home = self.enter();
+        let _drain = Drain(self);
+        loop {
+            let idle = self.run_ready();
+            let stop = self.remote.stop.load(Ordering::SeqCst);
+            if idle && stop {
+                self.take_remote();
+                if self.ready.borrow().is_empty() {
+                    return;
+                }
+            }
+            self.turn(idle && !stop);
         }
     }
 
-    fn enter(self: &Rc<Self>) -> (rt::Entered, Here) {
-        let before = HERE.replace(Some(self.clone()));
-        (rt::enter(self.clone()), Here { before })
-    }
-
-    fn turn(&self) {
-        for _ in 0..TURN {
-            let Some(task) = self.ready.borrow_mut().pop_front() else { break };
+    /// Runs some of the tasks that are ready; whether none is left.
+    fn run_ready(&self) -> bool {
+        for _ in 0..BATCH {
+            let Some(task) = self.ready.borrow_mut().pop_front() else { return true };
             task.run();
         }
-        self.take_remote();
-        self.fire_timers();
-        if !self.ready.borrow().is_empty() || self.remote.root.load(Ordering::SeqCst) {
-            self.driver.collect(Some(Duration::ZERO));
-            return;
-        }
-        self.remote.sleeping.store(true, Ordering::SeqCst);
-        self.take_remote();
-        let woken = !self.ready.borrow().is_empty()
-            || self.remote.root.load(Ordering::SeqCst)
-            || self.remote.stopping.load(Ordering::SeqCst);
-        let wait = if woken {
-            Some(Duration::ZERO)
-        } else {
-            self.timers.borrow().peek().map(|Reverse(timer)| timer.at.saturating_sub(self.now()))
+        self.ready.borrow().is_empty()
+    }
+
+    /// Looks for completions, timers and wakes from other threads; waits for one of them if `wait`.
+    fn turn(&self, wait: bool) {
+        let timeout = match (wait, self.timers.borrow().peek()) {
+            (false, _) => Some(Duration::ZERO),
+            (true, None) => None,
+            (true, Some(Reverse(timer))) => Some(timer.at.saturating_sub(clock())),
         };
-        self.driver.collect(wait);
-        self.remote.sleeping.store(false, Ordering::SeqCst);
+        let signalled = match &self.driver {
+            Driver::Ring(ring) => ring.turn(timeout),
+            Driver::Threads(waits) => waits.turn(timeout),
+        };
+        if signalled {
+            self.take_remote();
+        }
+        self.fire_timers();
     }
 
     fn take_remote(&self) {
-        let tasks = std::mem::take(&mut *self.remote.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        self.remote.signalled.store(false, Ordering::SeqCst);
+        let tasks = std::mem::take(&mut *self.remote.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         self.ready.borrow_mut().extend(tasks);
     }
 
@@ -233,29 +258,90 @@ impl Executor {
         if self.timers.borrow().is_empty() {
             return;
         }
-        let now = self.now();
+        let now = clock();
         loop {
-            let due = {
-                let mut timers = self.timers.borrow_mut();
-                match timers.peek() {
-                    Some(Reverse(timer)) if timer.at <= now => timers.pop(),
-                    _ => None,
-                }
-            };
-            match due {
-                Some(Reverse(timer)) => timer.waker.wake(),
-                None => break,
+            let mut timers = self.timers.borrow_mut();
+            if timers.peek().is_none_or(|Reverse(timer)| timer.at > now) {
+                return;
             }
+            let due = timers.pop();
+            drop(timers);
+            if let Some(Reverse(timer)) = due {
+                timer.waker.wake();
+            }
+        }
+    }
+
+    /// Before the executor goes: no task may be left that runs, and the kernel must be done with its buffers.
+    fn drain(&self) {
+        let timers = std::mem::take(&mut *self.timers.borrow_mut());
+        drop(timers);
+        if let Driver::Ring(ring) = &self.driver {
+            ring.cancel_all();
+        }
+        loop {
+            let Some(task) = self.ready.borrow_mut().pop_front() else { break };
+            drop(task);
         }
     }
 }
 
-struct Here {
-    before: Option<Rc<Executor>>,
+struct Drain<'a>(&'a Core);
+
+impl Drop for Drain<'_> {
+    fn drop(&mut self) {
+        self.0.drain();
+    }
 }
 
-impl Drop for Here {
+struct Home {
+    core: Option<Rc<Core>>,
+    remote: *const Remote,
+    _runtime: rt::Entered,
+}
+
+impl Drop for Home {
     fn drop(&mut self) {
-        HERE.replace(self.before.take());
+        HOME_REMOTE.set(self.remote);
+        drop(HOME.replace(self.core.take()));
+    }
+}
+
+struct MainWaker {
+    woken: AtomicBool,
+    remote: Arc<Remote>,
+}
+
+impl Wake for MainWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.woken.store(true, Ordering::SeqCst);
+        if !self.remote.is_home() {
+            self.remote.notify();
+        }
+    }
+}
+
+/// Time since the process first asked; the same on all threads.
+fn clock() -> Duration {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed()
+}
+
+impl Runtime for Core {
+    fn spawn(&self, task: Task) {
+        self.remote.spawn(task);
+    }
+
+    fn now(&self) -> Duration {
+        clock()
+    }
+
+    fn wake_at(&self, at: Duration, waker: Waker) {
+        let number = self.timers_made.get();
+        self.timers_made.set(number + 1);
+        self.timers.borrow_mut().push(Reverse(Timer { at, number, waker }));
     }
 }

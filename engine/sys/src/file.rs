@@ -1,32 +1,39 @@
-//! Files and block devices: reading and writing by the method that suits each file best.
+//! Files and block devices.
 //!
-//! Bytes that are in the page cache are read in place, as are files in memory (tmpfs): a ring would only add a
-//! detour. Everything that may wait for a medium goes through the ring.
+//! What the page cache can answer at once is answered in place, without a trip through the ring; what would wait
+//! for a disk goes to io_uring (or to helper threads without it). Offsets and lengths are bytes.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::buf::Iov;
-use crate::driver::{self, MAX_PIECES, Request, iovecs, run};
-use crate::exec;
+use io_uring::squeue::Entry;
+use io_uring::{opcode, types};
+use smallvec::SmallVec;
 
-/// Buffered writes up to this many bytes are made in place: file systems hand larger and smaller ones alike to the
-/// page cache, and the detour through the ring costs more than it frees.
-const SMALL_WRITE: usize = 64 << 10;
+use crate::buf::Iov;
+use crate::{driver, pool, ring};
+
+/// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
+const SMALL_WRITE: usize = 128 << 10;
+/// Most pieces that one system call takes (`IOV_MAX`).
+const MAX_PIECES: usize = 1024;
+/// Most bytes of one system call (`MAX_RW_COUNT`).
+const MAX_BYTES: usize = 0x7fff_f000;
 
 /// How to open a file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OpenOptions {
     /// For writing too.
     pub write: bool,
-    /// Make it if it is not there.
+    /// Make it when it is not there (mode 0644 less the umask).
     pub create: bool,
-    /// Fail if it is there.
+    /// Make it, and fail when it is there.
     pub create_new: bool,
-    /// Empty it.
+    /// Make it empty.
     pub truncate: bool,
     /// Past the page cache (`O_DIRECT`).
     pub direct: bool,
@@ -54,46 +61,118 @@ pub enum Allocate {
     PunchHole,
 }
 
-/// An open file.
+/// An open file or block device.
 #[derive(Debug)]
 pub struct File {
     fd: Arc<OwnedFd>,
-    kind: FileKind,
     direct: bool,
-    /// Reads and writes never wait: a file in memory.
-    in_memory: bool,
-    nowait: std::sync::atomic::AtomicBool,
+    /// In memory only: no call waits for a disk.
+    memory: bool,
+    kind: FileKind,
+    /// What offsets and lengths must be multiples of.
+    alignment: u32,
 }
 
-fn checked(result: impl TryInto<usize> + Copy) -> io::Result<usize> {
-    result.try_into().map_err(|_| io::Error::last_os_error())
+#[derive(Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
 }
 
-fn offset(at: u64) -> io::Result<libc::off_t> {
-    libc::off_t::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+type Pieces = SmallVec<[libc::iovec; 4]>;
+
+/// The pieces of `iov` from byte `skip` on, as many as one call takes.
+fn pieces(iov: &Iov, skip: usize) -> Pieces {
+    let (mut skip, mut room) = (skip, MAX_BYTES);
+    let mut vecs = Pieces::new();
+    for (at, len) in iov.pieces() {
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let take = (len - skip).min(room);
+        if take == 0 || vecs.len() == MAX_PIECES {
+            break;
+        }
+        // SAFETY: `skip < len`, so the result lies inside the piece.
+        vecs.push(libc::iovec { iov_base: unsafe { at.add(skip) }.cast(), iov_len: take });
+        (skip, room) = (0, room - take);
+    }
+    vecs
 }
 
-fn count(pieces: &[libc::iovec]) -> i32 {
-    i32::try_from(pieces.len()).expect("at most MAX_PIECES")
+fn checked(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// A call again when a signal interrupted it.
+fn retried(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match checked(call()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn is(error: &io::Error, errno: i32) -> bool {
+    error.raw_os_error() == Some(errno)
+}
+
+fn position(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+}
+
+/// One `preadv2` or `pwritev2` on the calling thread.
+fn call(fd: i32, direction: Direction, offset: i64, vecs: &[libc::iovec], flags: i32) -> io::Result<usize> {
+    let count = i32::try_from(vecs.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    retried(|| match direction {
+        // SAFETY: the pieces lie inside leases that the caller holds during the call.
+        Direction::Read => unsafe { libc::preadv2(fd, vecs.as_ptr(), count, offset, flags) },
+        // SAFETY: as above.
+        Direction::Write => unsafe { libc::pwritev2(fd, vecs.as_ptr(), count, offset, flags) },
+    })
 }
 
 impl File {
-    /// Opens a file. Never waits for a FIFO's other end.
+    /// Opens a file or block device, closed on exec. Never waits for a FIFO's other end. EISDIR for folders.
     pub fn open(path: &Path, options: OpenOptions) -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | if options.direct { libc::O_DIRECT } else { 0 };
-        let mut how = std::fs::OpenOptions::new();
-        how.read(true).write(options.write).create(options.create).create_new(options.create_new);
-        let file = how.truncate(options.truncate).custom_flags(flags).open(path)?;
-        let kind = file.metadata()?.file_type();
-        let kind = match () {
-            () if kind.is_file() => FileKind::Regular,
-            () if kind.is_block_device() => FileKind::BlockDevice,
-            () if kind.is_dir() => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
-            () => FileKind::Other,
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        flags |= if options.write { libc::O_RDWR } else { libc::O_RDONLY };
+        for (wanted, flag) in [
+            (options.create, libc::O_CREAT),
+            (options.create_new, libc::O_CREAT | libc::O_EXCL),
+            (options.truncate, libc::O_TRUNC),
+            (options.direct, libc::O_DIRECT),
+        ] {
+            flags |= if wanted { flag } else { 0 };
+        }
+        // SAFETY: `name` is a string with its NUL, borrowed for the call.
+        let fd = retried(|| unsafe { libc::open(name.as_ptr(), flags, 0o644) as isize })?;
+        let fd = i32::try_from(fd).map_err(io::Error::other)?;
+        // SAFETY: a new descriptor that nobody else has.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // The ring would give EAGAIN instead of waiting for a disk.
+        rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? - rustix::fs::OFlags::NONBLOCK)?;
+        Self::new(fd, options.direct)
+    }
+
+    fn new(fd: OwnedFd, direct: bool) -> io::Result<Self> {
+        use rustix::fs::FileType;
+        let kind = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
+            FileType::RegularFile => FileKind::Regular,
+            FileType::BlockDevice => FileKind::BlockDevice,
+            FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
+            _ => FileKind::Other,
         };
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == TMPFS || fs.f_type == RAMFS);
-        let nowait = std::sync::atomic::AtomicBool::new(true);
-        Ok(Self { fd: Arc::new(file.into()), kind, direct: options.direct, in_memory, nowait })
+        let memory = kind == FileKind::Regular
+            && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type == libc::TMPFS_MAGIC || fs.f_type == RAMFS);
+        let mut file = Self { fd: Arc::new(fd), direct, memory, kind, alignment: 1 };
+        if direct {
+            file.alignment = file.direct_alignment();
+        }
+        Ok(file)
     }
 
     /// What was opened.
@@ -101,112 +180,213 @@ impl File {
         self.kind
     }
 
-    /// Fills `into` from offset `at` on; bytes past the end are zeroes.
-    pub async fn read_at(&self, at: u64, into: &Iov) -> io::Result<()> {
+    fn raw(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+
+    /// Fills `into` from `offset` on; zeroes past the end of the file. Direct: all aligned.
+    pub async fn read_at(&self, offset: u64, into: &Iov) -> io::Result<()> {
         let mut done = 0;
+        let mut in_place = !self.direct;
         while done < into.len() {
-            let rest = into.slice(done, into.len() - done);
-            match self.read_some(at + done as u64, &rest).await {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
+            let at = position(offset.saturating_add(done as u64))?;
+            let result = if in_place { self.read_in_place(at, into, done) } else { None };
+            let count = match result {
+                Some(result) => result?,
+                None => {
+                    in_place = false;
+                    self.far(Direction::Read, at, into, done).await?
                 }
-                Ok(count) => done += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            };
+            done += count;
+            let at_end = self.direct && count % self.alignment as usize != 0;
+            if count == 0 || at_end {
+                into.slice(done, into.len() - done).fill(0);
+                return Ok(());
             }
         }
         Ok(())
     }
 
-    async fn read_some(&self, at: u64, into: &Iov) -> io::Result<usize> {
-        use std::sync::atomic::Ordering::Relaxed;
-        if !self.direct && (self.in_memory || self.nowait.load(Relaxed)) {
-            let flags = if self.in_memory { 0 } else { libc::RWF_NOWAIT };
-            let pieces = iovecs(into);
-            // SAFETY: the pieces lie in memory that `into` keeps alive during the call; the count is theirs.
-            let result = unsafe {
-                libc::preadv2(self.fd.as_raw_fd(), pieces.as_ptr(), count(&pieces), offset(at)?, flags)
-            };
-            match checked(result) {
-                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                    self.nowait.store(false, Relaxed)
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                done => return done,
+    /// Reads what is there without waiting; `None`: it would wait.
+    fn read_in_place(&self, at: i64, into: &Iov, done: usize) -> Option<io::Result<usize>> {
+        let vecs = pieces(into, done);
+        let flags = if self.memory { 0 } else { libc::RWF_NOWAIT };
+        match call(self.raw(), Direction::Read, at, &vecs, flags) {
+            Err(error) if is(&error, libc::EAGAIN) => None,
+            Err(error) if is(&error, libc::EOPNOTSUPP) && flags != 0 => {
+                Some(call(self.raw(), Direction::Read, at, &vecs, 0))
             }
+            result => Some(result),
         }
-        run(Request::Read { fd: self.fd.clone(), offset: at, into: into.clone() }).await
     }
 
-    /// Writes all of `from` from offset `at` on.
-    pub async fn write_at(&self, at: u64, from: &Iov) -> io::Result<()> {
+    /// Writes all of `from` at `offset`. Done when reads see it; durable after [`Self::data_sync`].
+    pub async fn write_at(&self, offset: u64, from: &Iov) -> io::Result<()> {
+        let in_place = !self.direct && (self.memory || from.len() <= SMALL_WRITE);
         let mut done = 0;
         while done < from.len() {
-            let rest = from.slice(done, from.len() - done);
-            match self.write_some(at + done as u64, &rest).await {
-                Ok(0) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-                Ok(count) => done += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            let at = position(offset.saturating_add(done as u64))?;
+            let count = if in_place {
+                call(self.raw(), Direction::Write, at, &pieces(from, done), 0)?
+            } else {
+                self.far(Direction::Write, at, from, done).await?
+            };
+            if count == 0 {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
+            done += count;
         }
         Ok(())
     }
 
-    async fn write_some(&self, at: u64, from: &Iov) -> io::Result<usize> {
-        let in_place = !self.direct && (self.in_memory || from.len() <= SMALL_WRITE);
-        if in_place || !exec::here().driver.is_ring() {
-            let pieces = iovecs(from);
-            // SAFETY: the pieces lie in memory that `from` keeps alive during the call; the count is theirs.
-            let result =
-                unsafe { libc::pwritev(self.fd.as_raw_fd(), pieces.as_ptr(), count(&pieces), offset(at)?) };
-            return checked(result);
+    /// One read or write where waiting does no harm.
+    async fn far(&self, direction: Direction, at: i64, iov: &Iov, done: usize) -> io::Result<usize> {
+        loop {
+            let op = self.start(direction, at, iov, done);
+            let result = match op {
+                Some(op) => op.await,
+                None => {
+                    let (fd, iov) = (self.fd.clone(), iov.clone());
+                    pool::run(move || call(fd.as_raw_fd(), direction, at, &pieces(&iov, done), 0)).await?
+                }
+            };
+            match result {
+                Err(error) if is(&error, libc::EINTR) || is(&error, libc::EAGAIN) => {}
+                result => return result,
+            }
         }
-        run(Request::Write { fd: self.fd.clone(), offset: at, from: from.clone() }).await
     }
 
-    /// Everything that was written is on the medium.
+    fn start(&self, direction: Direction, at: i64, iov: &Iov, done: usize) -> Option<ring::Op> {
+        let held = ring::Held { iov: iov.clone(), vecs: pieces(iov, done), file: Some(self.fd.clone()) };
+        let held = Box::new(held);
+        let fd = types::Fd(self.raw());
+        let offset = u64::try_from(at).ok()?;
+        let entry = match (direction, held.vecs.as_slice()) {
+            (Direction::Read, [one]) => {
+                let len = u32::try_from(one.iov_len).ok()?;
+                opcode::Read::new(fd, one.iov_base.cast(), len).offset(offset).build()
+            }
+            (Direction::Write, [one]) => {
+                let len = u32::try_from(one.iov_len).ok()?;
+                opcode::Write::new(fd, one.iov_base.cast_const().cast(), len).offset(offset).build()
+            }
+            (Direction::Read, many) => {
+                opcode::Readv::new(fd, many.as_ptr(), u32::try_from(many.len()).ok()?).offset(offset).build()
+            }
+            (Direction::Write, many) => {
+                opcode::Writev::new(fd, many.as_ptr(), u32::try_from(many.len()).ok()?).offset(offset).build()
+            }
+        };
+        ring::start(&entry, held)
+    }
+
+    /// An operation without data, on the ring, or else as `otherwise` on a helper thread.
+    async fn plain(
+        &self,
+        entry: Entry,
+        otherwise: fn(i32, [u64; 2]) -> isize,
+        args: [u64; 2],
+    ) -> io::Result<()> {
+        loop {
+            let held = ring::Held { file: Some(self.fd.clone()), ..ring::Held::default() };
+            let result = match ring::start(&entry, Box::new(held)) {
+                Some(op) => op.await,
+                None => {
+                    let fd = self.fd.clone();
+                    pool::run(move || retried(|| otherwise(fd.as_raw_fd(), args))).await?
+                }
+            };
+            match result {
+                Err(error) if is(&error, libc::EINTR) => {}
+                result => return result.map(|_| ()),
+            }
+        }
+    }
+
+    /// Makes durable what was written.
     pub async fn data_sync(&self) -> io::Result<()> {
-        if self.in_memory {
+        if self.memory {
             return Ok(());
         }
-        run(Request::DataSync { fd: self.fd.clone() }).await.map(|_| ())
+        let entry = opcode::Fsync::new(types::Fd(self.raw())).flags(types::FsyncFlags::DATASYNC).build();
+        // SAFETY: no memory is involved.
+        self.plain(entry, |fd, _| unsafe { libc::fdatasync(fd) as isize }, [0; 2]).await
     }
 
-    /// See [`Allocate`]. ENOTSUP where the file system cannot.
+    /// See [`Allocate`]. EOPNOTSUPP where the file system cannot.
     pub async fn allocate(&self, how: Allocate, at: u64, len: u64) -> io::Result<()> {
-        let mode = match how {
-            Allocate::Reserve => 0,
-            Allocate::Zero => libc::FALLOC_FL_ZERO_RANGE,
-            Allocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-        };
-        let request = Request::Allocate { fd: self.fd.clone(), mode, offset: at, len };
-        if self.in_memory {
-            let (at, len) = (offset(at)?, offset(len)?);
-            // SAFETY: a call on an open file, without memory.
-            let result = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, at, len) };
-            return checked(result).map(|_| ());
+        if len == 0 {
+            return Ok(());
         }
-        run(request).await.map(|_| ())
+        position(at.saturating_add(len))?;
+        let (mode, otherwise): (_, fn(i32, [u64; 2]) -> isize) = match (how, self.kind) {
+            (Allocate::Reserve, _) => (0, fallocate::<0>),
+            (Allocate::PunchHole, _) => (PUNCH, fallocate::<PUNCH>),
+            (Allocate::Zero, FileKind::BlockDevice) => (ZERO_KEEP, fallocate::<ZERO_KEEP>),
+            (Allocate::Zero, _) => (ZERO, fallocate::<ZERO>),
+        };
+        if self.memory {
+            return retried(|| otherwise(self.raw(), [at, len])).map(|_| ());
+        }
+        let entry = opcode::Fallocate::new(types::Fd(self.raw()), len).offset(at).mode(mode).build();
+        self.plain(entry, otherwise, [at, len]).await
     }
 
-    /// Length in bytes; of a block device its size.
+    /// Current length (of a block device: its size).
     pub fn len(&self) -> io::Result<u64> {
-        match self.kind {
-            FileKind::BlockDevice => {
-                let mut size: u64 = 0;
-                // SAFETY: BLKGETSIZE64 writes one u64 where the pointer says.
-                let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
-                checked(result).map(|_| size)
-            }
-            _ => Ok(rustix::fs::fstat(&*self.fd)?.st_size.try_into().unwrap_or(0)),
+        if self.kind == FileKind::BlockDevice {
+            let mut size = 0_u64;
+            // SAFETY: the kernel writes eight bytes into `size`.
+            retried(|| unsafe { libc::ioctl(self.raw(), BLKGETSIZE64, &raw mut size) as isize })?;
+            return Ok(size);
         }
+        Ok(u64::try_from(rustix::fs::fstat(&*self.fd)?.st_size).unwrap_or(0))
     }
 
     /// Whether there is not a single byte in it.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
+    }
+
+    /// Changes the length of a regular file; growth is a hole.
+    pub fn set_len(&self, len: u64) -> io::Result<()> {
+        position(len)?;
+        Ok(rustix::fs::ftruncate(&*self.fd, len)?)
+    }
+
+    /// The first byte from `offset` on that is not in a hole; `None`: nothing but hole up to the end.
+    pub fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.seek(offset, libc::SEEK_DATA)
+    }
+
+    /// The first hole from `offset` on, perhaps the end; `None`: `offset` is past the end.
+    pub fn seek_hole(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.seek(offset, libc::SEEK_HOLE)
+    }
+
+    fn seek(&self, offset: u64, whence: i32) -> io::Result<Option<u64>> {
+        // SAFETY: no memory is involved; nobody uses the file position for anything else.
+        let found = unsafe { libc::lseek(self.raw(), position(offset)?, whence) };
+        match u64::try_from(found) {
+            Ok(found) => Ok(Some(found)),
+            Err(_) => match io::Error::last_os_error() {
+                error if is(&error, libc::ENXIO) => Ok(None),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// Bytes that the file takes up on its medium.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        let blocks = u64::try_from(rustix::fs::fstat(&*self.fd)?.st_blocks).unwrap_or(0);
+        Ok(blocks.saturating_mul(512))
+    }
+
+    /// What offsets and lengths must be multiples of, in bytes; 1 unless it was opened past the page cache.
+    pub fn request_alignment(&self) -> u32 {
+        self.alignment
     }
 
     /// Which file it is: device and inode number.
@@ -215,86 +395,52 @@ impl File {
         Ok((stat.st_dev, stat.st_ino))
     }
 
-    /// Cuts or lengthens the file.
-    pub fn set_len(&self, len: u64) -> io::Result<()> {
-        Ok(rustix::fs::ftruncate(&*self.fd, len)?)
-    }
-
-    /// Bytes that the file takes up on its medium.
-    pub fn allocated_bytes(&self) -> io::Result<u64> {
-        let blocks = rustix::fs::fstat(&*self.fd)?.st_blocks;
-        Ok(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
-    }
-
-    /// The first byte at or behind `at` that has data; `None`: only holes from there to the end.
-    pub fn seek_data(&self, at: u64) -> io::Result<Option<u64>> {
-        self.seek(at, libc::SEEK_DATA)
-    }
-
-    /// The first byte at or behind `at` that is in a hole; the end of the file counts as one.
-    pub fn seek_hole(&self, at: u64) -> io::Result<Option<u64>> {
-        self.seek(at, libc::SEEK_HOLE)
-    }
-
-    fn seek(&self, at: u64, whence: i32) -> io::Result<Option<u64>> {
-        // SAFETY: a call on an open file, without memory. (Nothing here uses the file's own position.)
-        let found = unsafe { libc::lseek(self.fd.as_raw_fd(), offset(at)?, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
+    /// `statx` tells on newer kernels; else trying does.
+    fn direct_alignment(&self) -> u32 {
+        // SAFETY: all zeroes is a value of this plain struct.
+        let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+        let (fd, path) = (self.raw(), c"");
+        // SAFETY: the path is a string with its NUL, and the kernel fills in `stat`.
+        let done = unsafe {
+            libc::statx(fd, path.as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut stat)
+        };
+        let align = stat.stx_dio_offset_align;
+        if done == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0 && align.is_power_of_two() {
+            return align;
         }
-    }
-
-    /// What offsets and lengths must be multiples of, in bytes.
-    pub fn request_alignment(&self) -> u32 {
-        if !self.direct {
-            return 1;
-        }
-        let mut size: libc::c_int = 0;
-        // SAFETY: BLKSSZGET writes one int where the pointer says; other files than devices refuse it.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), BLKSSZGET, &raw mut size) };
-        match u32::try_from(size) {
-            Ok(size) if result == 0 && size.is_power_of_two() => size,
-            _ => self.probe_alignment(),
-        }
-    }
-
-    /// The smallest size in which a direct read is taken.
-    fn probe_alignment(&self) -> u32 {
-        let buffer = Iov::zeroed(4096);
+        let buffer = Iov::scratch(4096);
         let fits = |size: &u32| {
-            let length = usize::try_from(*size).expect("small");
-            let pieces = iovecs(&buffer.slice(0, length));
-            // SAFETY: the pieces lie in `buffer`, which lives during the call.
-            unsafe { libc::preadv(self.fd.as_raw_fd(), pieces.as_ptr(), count(&pieces), 0) >= 0 }
+            let piece = buffer.slice(0, *size as usize);
+            call(fd, Direction::Read, 0, &pieces(&piece, 0), 0).is_ok()
         };
         [512, 1024, 2048].into_iter().find(fits).unwrap_or(4096)
     }
 
-    /// Takes a shared lock on one byte, for this open file. `WouldBlock` when another holds it alone.
+    fn lock(&self, command: i32, kind: i32, byte: u64) -> io::Result<libc::flock> {
+        // SAFETY: all zeroes is a value of this plain struct; `l_pid` must be 0 for these locks.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        lock.l_type = i16::try_from(kind).map_err(io::Error::other)?;
+        lock.l_whence = i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?;
+        lock.l_start = position(byte)?;
+        lock.l_len = 1;
+        // SAFETY: the kernel reads and writes `lock` during the call.
+        retried(|| unsafe { libc::fcntl(self.raw(), command, &raw mut lock) as isize })?;
+        Ok(lock)
+    }
+
+    /// Takes a shared lock of the open file description on one byte; EAGAIN when somebody has it exclusively.
     pub fn lock_shared(&self, byte: u64) -> io::Result<()> {
-        self.lock(byte, libc::F_RDLCK)
+        self.lock(libc::F_OFD_SETLK, libc::F_RDLCK, byte).map(|_| ())
     }
 
-    /// Gives the lock on a byte back.
+    /// Gives a byte's lock up.
     pub fn unlock(&self, byte: u64) -> io::Result<()> {
-        self.lock(byte, libc::F_UNLCK)
+        self.lock(libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(|_| ())
     }
 
-    fn lock(&self, byte: u64, kind: i32) -> io::Result<()> {
-        let lock = one_byte(byte, kind)?;
-        // SAFETY: F_OFD_SETLK reads the structure, which lives during the call.
-        checked(unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(|_| ())
-    }
-
-    /// Whether another open file holds a lock on the byte.
+    /// Whether another open file holds a lock on the byte. EINVAL where the file system has no such locks.
     pub fn is_locked_by_others(&self, byte: u64) -> io::Result<bool> {
-        let mut lock = one_byte(byte, libc::F_WRLCK)?;
-        // SAFETY: F_OFD_GETLK reads and writes the structure, which lives during the call.
-        checked(unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+        let lock = self.lock(libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
         Ok(i32::from(lock.l_type) != libc::F_UNLCK)
     }
 
@@ -304,22 +450,17 @@ impl File {
     }
 }
 
-const TMPFS: i64 = 0x0102_1994;
-const RAMFS: i64 = 0x8584_58f6;
-const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
-const BLKSSZGET: libc::Ioctl = 0x1268;
-const _: () = assert!(MAX_PIECES <= 1024);
-
-fn one_byte(byte: u64, kind: i32) -> io::Result<libc::flock> {
-    let narrow = |n: i32| libc::c_short::try_from(n).expect("a small constant");
-    Ok(libc::flock {
-        l_type: narrow(kind),
-        l_whence: narrow(libc::SEEK_SET),
-        l_start: offset(byte)?,
-        l_len: 1,
-        l_pid: 0,
-    })
+fn fallocate<const MODE: i32>(fd: i32, [at, len]: [u64; 2]) -> isize {
+    // SAFETY: no memory is involved. Both numbers were checked to fit.
+    unsafe { libc::fallocate(fd, MODE, at.cast_signed(), len.cast_signed()) as isize }
 }
+
+const RAMFS: i64 = 0x8584_58f6;
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+/// `_IOR(0x12, 114, size_t)`
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 
 #[cfg(test)]
 mod tests {

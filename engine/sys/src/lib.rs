@@ -8,10 +8,15 @@ mod driver;
 mod exec;
 pub mod file;
 pub mod net;
+mod pool;
 pub mod process;
+mod ring;
 pub mod rt;
 pub mod signal;
 pub mod stdio;
 pub mod thread;
 
 pub use buf::Iov;
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use crate::exec::{self, Executor, Remote};
+use crate::exec::{self, Core, Remote};
 
 /// A thread with an executor of its own. When it is dropped the thread ends.
 pub struct IoThread {
@@ -19,7 +19,7 @@ impl IoThread {
     pub fn start(name: &str) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            let executor = match Executor::new() {
+            let executor = match Core::new() {
                 Ok(executor) => executor,
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -28,7 +28,9 @@ impl IoThread {
             };
             let _ = sender.send(Ok(executor.remote()));
             // A task that panics leaves its requests without an answer: better no daemon than one that hangs.
-            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| executor.run())).is_err() {
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| executor.run_until_stopped()))
+                .is_err()
+            {
                 eprintln!("an I/O thread panicked; ending");
                 std::process::abort();
             }
@@ -67,7 +69,7 @@ impl std::fmt::Debug for Spawner {
 impl Spawner {
     /// Runs `task` there, to its end.
     pub fn spawn<F: Future<Output = ()> + Send + 'static>(&self, task: F) {
-        exec::spawn_on(&self.remote, task);
+        self.remote.spawn(task);
     }
 
     /// Runs `task` there and waits for its result here.
@@ -86,13 +88,13 @@ impl Spawner {
 
 /// Runs an executor on this thread until `future` is done. Tasks that are left then are dropped.
 pub fn block_on<F: Future>(future: F) -> F::Output {
-    let executor = Executor::new().expect("an event file descriptor for this thread");
+    let executor = Core::new().expect("an event file descriptor for this thread");
     executor.block_on(future)
 }
 
 /// A handle to the executor of the calling thread.
 pub fn current() -> Spawner {
-    Spawner { remote: exec::here().remote() }
+    Spawner { remote: exec::home().expect("called on an I/O thread").remote() }
 }
 
 #[cfg(test)]
