@@ -16,10 +16,11 @@ use smallvec::SmallVec;
 /// Alignment of every allocation, in bytes: enough for `O_DIRECT` on every device that we have met.
 pub const ALIGNMENT: usize = 4096;
 
-/// One allocation, zeroed at birth, freed with its last lease.
+/// One allocation, zeroed at birth, given up with its last lease.
 struct Memory {
     at: NonNull<u8>,
-    len: usize,
+    /// Its real size: a size class of the pool, or any larger number.
+    size: usize,
 }
 
 // SAFETY: `Memory` owns its allocation; it is only reached through raw copies that never make references.
@@ -28,23 +29,120 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
+    /// Memory of at least `len` bytes, the first `len` of them zero.
     fn zeroed(len: usize) -> Self {
-        let layout = Self::layout(len);
+        let size = pool::size_for(len);
+        if let Some(at) = pool::take(size) {
+            // SAFETY: an allocation of `size >= len` bytes that nobody else has.
+            unsafe { std::ptr::write_bytes(at.as_ptr(), 0, len) };
+            return Self { at, size };
+        }
+        Self::fresh(size)
+    }
+
+    fn fresh(size: usize) -> Self {
+        let layout = Self::layout(size);
         // SAFETY: `layout` has a size of at least one byte.
         let at = unsafe { alloc_zeroed(layout) };
         let Some(at) = NonNull::new(at) else { handle_alloc_error(layout) };
-        Self { at, len }
+        Self { at, size }
     }
 
-    fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len.max(1), ALIGNMENT).expect("a buffer length fits isize")
+    /// Memory of at least `len` bytes, perhaps used before, so that their content is anything.
+    fn scratch(len: usize) -> Self {
+        let size = pool::size_for(len);
+        match pool::take(size) {
+            Some(at) => Self { at, size },
+            None => Self::fresh(size),
+        }
+    }
+
+    fn layout(size: usize) -> Layout {
+        Layout::from_size_align(size.max(1), ALIGNMENT).expect("a buffer length fits isize")
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this very layout, and nobody holds a lease any more.
-        unsafe { dealloc(self.at.as_ptr(), Self::layout(self.len)) }
+        if !pool::keep(self.at, self.size) {
+            // SAFETY: allocated in `zeroed` with this very layout, and nobody holds a lease any more.
+            unsafe { dealloc(self.at.as_ptr(), Self::layout(self.size)) }
+        }
+    }
+}
+
+/// Memory that was used and will be again: each thread keeps some, by size, so that a request costs neither an
+/// allocation nor the zeroing of one.
+mod pool {
+    use std::alloc::dealloc;
+    use std::cell::RefCell;
+    use std::ptr::NonNull;
+
+    use super::{ALIGNMENT, Memory};
+
+    /// Largest size that is kept, in bytes.
+    const LARGEST: usize = 2 << 20;
+    /// Powers of two from [`ALIGNMENT`] to [`LARGEST`].
+    const CLASSES: usize = 10;
+    const _: () = assert!(ALIGNMENT << (CLASSES - 1) == LARGEST);
+    /// Bytes that a thread keeps at most.
+    const BUDGET: usize = 8 << 20;
+
+    struct Kept {
+        free: [Vec<NonNull<u8>>; CLASSES],
+        bytes: usize,
+    }
+
+    impl Drop for Kept {
+        fn drop(&mut self) {
+            for (class, list) in self.free.iter().enumerate() {
+                for at in list {
+                    // SAFETY: kept in `keep` from a `Memory` of this very size, and nobody has it any more.
+                    unsafe { dealloc(at.as_ptr(), Memory::layout(ALIGNMENT << class)) }
+                }
+            }
+        }
+    }
+
+    thread_local! {
+        static KEPT: RefCell<Kept> =
+            const { RefCell::new(Kept { free: [const { Vec::new() }; CLASSES], bytes: 0 }) };
+    }
+
+    /// What to allocate for `len` bytes.
+    pub(super) fn size_for(len: usize) -> usize {
+        if len > LARGEST { len } else { len.max(ALIGNMENT).next_power_of_two() }
+    }
+
+    fn class(size: usize) -> Option<usize> {
+        let class = (size / ALIGNMENT).checked_ilog2()? as usize;
+        (ALIGNMENT.checked_shl(u32::try_from(class).ok()?)? == size && class < CLASSES).then_some(class)
+    }
+
+    pub(super) fn take(size: usize) -> Option<NonNull<u8>> {
+        let class = class(size)?;
+        let take = |kept: &RefCell<Kept>| {
+            let mut kept = kept.borrow_mut();
+            let at = kept.free[class].pop()?;
+            kept.bytes -= size;
+            Some(at)
+        };
+        KEPT.try_with(take).ok().flatten()
+    }
+
+    /// Takes the memory over; `false` when there is enough already, or the thread is about to end.
+    pub(super) fn keep(at: NonNull<u8>, size: usize) -> bool {
+        let Some(class) = class(size) else { return false };
+        let keep = |kept: &RefCell<Kept>| {
+            let mut kept = kept.borrow_mut();
+            let fits = kept.bytes + size <= BUDGET;
+            if fits {
+                kept.bytes += size;
+                kept.free[class].push(at);
+            }
+            fits
+        };
+        KEPT.try_with(keep).unwrap_or(false)
     }
 }
 
@@ -78,15 +176,18 @@ impl fmt::Debug for Iov {
 impl Iov {
     /// New zeroed memory of `len` bytes, aligned to [`ALIGNMENT`].
     pub fn zeroed(len: usize) -> Self {
-        let memory = Arc::new(Memory::zeroed(len));
+        Self::of(Memory::zeroed(len), len)
+    }
+
+    fn of(memory: Memory, len: usize) -> Self {
         let mut segments = SmallVec::new();
-        segments.push(Segment { memory, start: 0, len });
+        segments.push(Segment { memory: Arc::new(memory), start: 0, len });
         Self { segments, len }
     }
 
     /// New memory for a reader to fill; its first content is unspecified (but initialised) bytes.
     pub fn scratch(len: usize) -> Self {
-        Self::zeroed(len)
+        Self::of(Memory::scratch(len), len)
     }
 
     /// New memory with a copy of `bytes`.
@@ -189,7 +290,6 @@ impl Iov {
     }
 
     /// Address and length of each piece, for system calls in this crate.
-    #[allow(dead_code)]
     pub(crate) fn pieces(&self) -> impl Iterator<Item = (*mut u8, usize)> {
         self.segments.iter().map(|piece| (piece.ptr(), piece.len))
     }
@@ -236,6 +336,27 @@ mod tests {
         other.copy_from(&iov);
         assert_eq!(other.to_vec(), b"abCDEFgh");
         assert!(!other.is_zero());
+    }
+
+    #[test]
+    fn memory_is_used_again_but_zeroed_memory_is_zero() {
+        let first = |iov: &Iov| iov.pieces().next().map(|(at, _)| at);
+        let used = Iov::filled(5000, 7);
+        let at = first(&used);
+        drop(used);
+        let again = Iov::scratch(8192);
+        assert_eq!(first(&again), at);
+        assert_eq!(again.slice(0, 5000).to_vec(), [7; 5000]);
+        drop(again);
+        let zeroed = Iov::zeroed(8000);
+        assert!(zeroed.is_zero());
+        assert_eq!(first(&zeroed), at);
+        let other = std::thread::spawn(|| Iov::scratch(1 << 20)).join().expect("no panic");
+        drop(other);
+        for len in [0, 1, 4095, 4097, 2 << 20, (2 << 20) + 1, 5 << 20] {
+            let many: Vec<_> = (0..20).map(|_| Iov::scratch(len)).collect();
+            assert!(many.iter().all(|iov| iov.len() == len));
+        }
     }
 
     #[test]

@@ -469,7 +469,9 @@ mod tests {
 
     fn on_each(test: impl AsyncFn(File, &Path)) {
         for folder in ["/dev/shm", "/tmp"] {
-            let path = Path::new(folder).join(format!("underlay-sys-{}", std::process::id()));
+            static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let path = Path::new(folder).join(format!("underlay-sys-{}-{number}", std::process::id()));
             let options = OpenOptions { write: true, create: true, truncate: true, ..OpenOptions::default() };
             let file = File::open(&path, options).expect("a temporary file");
             block_on(test(file, &path));
