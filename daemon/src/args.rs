@@ -67,7 +67,8 @@ Underlay's storage daemon: serves disk images and changes them while they are in
 Options take effect in the order in which they are given.
 ";
 
-const WITH_ARGUMENT: [&str; 7] = ["blockdev", "chardev", "monitor", "nbd-server", "export", "object", "pidfile"];
+const WITH_ARGUMENT: [&str; 7] =
+    ["blockdev", "chardev", "monitor", "nbd-server", "export", "object", "pidfile"];
 const PLAIN: [&str; 3] = ["daemonize", "help", "version"];
 
 /// Reads a command line (without the program's name). Errors are whole messages but for the program's name.
@@ -130,11 +131,11 @@ fn complete(name: &str, word: &str) -> Result<&'static str, String> {
 }
 
 fn argument(name: &str, value: &str) -> CommandResult<Arg> {
-    let words = |implied| keyval::parse(value, Some(implied)).map_err(|error| CommandError::new(error.to_string()));
+    let words =
+        |implied| keyval::parse(value, Some(implied)).map_err(|error| CommandError::new(error.to_string()));
     let input = if value.starts_with('{') { Input::Json } else { Input::Words };
-    let checked = |object, by| {
-        schema::check(object, by, input).map_err(|error| CommandError::new(error.to_string()))
-    };
+    let checked =
+        |object, by| schema::check(object, by, input).map_err(|error| CommandError::new(error.to_string()));
     Ok(match name {
         "blockdev" => Arg::Blockdev(checked(words("driver")?, schema::blockdev_options())?),
         "export" => Arg::Export(checked(words("type")?, schema::block_export_options())?),
@@ -144,10 +145,12 @@ fn argument(name: &str, value: &str) -> CommandResult<Arg> {
         "pidfile" => Arg::PidFile(value.to_owned()),
         _ => {
             let kind = words("qom-type")?;
-            let kind = kind.get("qom-type").and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default();
+            let kind =
+                kind.get("qom-type").and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default();
             let text = match kind.as_str() {
-                "secret" | "iothread" | "throttle-group" | "tls-creds-x509" | "tls-creds-psk" | "tls-creds-anon"
-                | "authz-list" | "authz-simple" | "authz-pam" | "authz-list-file" | "secret_keyring" => {
+                "secret" | "iothread" | "throttle-group" | "tls-creds-x509" | "tls-creds-psk"
+                | "tls-creds-anon" | "authz-list" | "authz-simple" | "authz-pam" | "authz-list-file"
+                | "secret_keyring" => {
                     format!("Objects of type '{kind}' are not supported yet")
                 }
                 "" => "Parameter 'qom-type' is missing".to_owned(),
@@ -171,12 +174,18 @@ mod tests {
     #[test]
     fn complains_as_the_reference() {
         for (words, text) in [
-            ("--blockdev driver=foo", "--blockdev driver=foo: Parameter 'driver' does not accept value 'foo'"),
+            (
+                "--blockdev driver=foo",
+                "--blockdev driver=foo: Parameter 'driver' does not accept value 'foo'",
+            ),
             ("--foo", "unrecognized option '--foo'"),
             ("--blockdev", "option '--blockdev' requires an argument"),
             ("extra", "extra: Unexpected argument"),
             ("--object foo,id=a", "--object foo,id=a: Parameter 'qom-type' does not accept value 'foo'"),
-            ("--object iothread,id=a", "--object iothread,id=a: Objects of type 'iothread' are not supported yet"),
+            (
+                "--object iothread,id=a",
+                "--object iothread,id=a: Objects of type 'iothread' are not supported yet",
+            ),
             ("--blockdev driver=null-co,node-name=n,size=64k,read-zeroes=on --daem", ""),
         ] {
             assert_eq!(complaint(words), text, "{words}");

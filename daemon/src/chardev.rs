@@ -90,7 +90,9 @@ impl Words {
 async fn socket(options: &mut Words) -> CommandResult<Backend> {
     let server = options.flag("server", false)?;
     let wait = options.flag("wait", server)?;
-    for unsupported in ["telnet", "tn3270", "websocket", "tls-creds", "tls-authz", "reconnect", "reconnect-ms"] {
+    for unsupported in
+        ["telnet", "tn3270", "websocket", "tls-creds", "tls-authz", "reconnect", "reconnect-ms"]
+    {
         if options.take(unsupported).is_some_and(|value| value != "off" && value != "0") {
             return Err(CommandError::new(format!("chardev: option '{unsupported}' is not supported yet")));
         }
@@ -109,11 +111,16 @@ async fn socket(options: &mut Words) -> CommandResult<Backend> {
     };
     let failed = |what: &str, error| CommandError::new(format!("Failed to {what} socket: {error}"));
     if !server {
-        return Ok(Backend::Stream(Stream::connect(&address).await.map_err(|error| failed("connect", error))?));
+        return Ok(Backend::Stream(
+            Stream::connect(&address).await.map_err(|error| failed("connect", error))?,
+        ));
     }
     let listener = Listener::bind(&address).map_err(|error| failed("bind", error))?;
     if wait {
-        eprintln!("info: QEMU waiting for connection on: disconnected:{},server=on", listener.local_address());
+        eprintln!(
+            "info: QEMU waiting for connection on: disconnected:{},server=on",
+            listener.local_address()
+        );
         listener.readable().await.map_err(|error| failed("listen on", error))?;
     }
     Ok(Backend::Listener(listener))
@@ -124,7 +131,8 @@ fn file(options: &mut Words) -> CommandResult<Backend> {
         return Err(CommandError::new("chardev: file: no filename given"));
     };
     let append = options.flag("append", false)?;
-    let opened = std::fs::OpenOptions::new().create(true).write(true).append(append).truncate(!append).open(&path);
+    let opened =
+        std::fs::OpenOptions::new().create(true).write(true).append(append).truncate(!append).open(&path);
     let file = opened.map_err(|error| CommandError::new(format!("Could not open '{path}': {error}")))?;
     Ok(Backend::File(file))
 }
@@ -136,7 +144,9 @@ pub fn monitor(mut arguments: Arguments) -> CommandResult<(String, bool)> {
     match arguments.optional_text("mode").as_deref() {
         None | Some("control") => {}
         Some("readline") => return Err(CommandError::new("The human monitor is not supported yet")),
-        Some(other) => return Err(CommandError::new(format!("Parameter 'mode' does not accept value '{other}'"))),
+        Some(other) => {
+            return Err(CommandError::new(format!("Parameter 'mode' does not accept value '{other}'")));
+        }
     }
     arguments.optional_text("id");
     let pretty = match arguments.optional_text("pretty").as_deref() {

@@ -13,7 +13,10 @@ pub fn install(words: &[String]) -> i32 {
         return 1;
     };
     if folder == "--help" || folder == "-h" {
-        println!("Usage: underlay install-links DIR\nMakes links to this program in DIR: {}", NAMES.join(", "));
+        println!(
+            "Usage: underlay install-links DIR\nMakes links to this program in DIR: {}",
+            NAMES.join(", ")
+        );
         return 0;
     }
     match install_into(Path::new(folder)) {
@@ -26,7 +29,8 @@ pub fn install(words: &[String]) -> i32 {
 }
 
 fn install_into(folder: &Path) -> Result<(), String> {
-    let program = std::env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
+    let program =
+        std::env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
     for name in NAMES {
         let link = folder.join(name);
         if std::fs::read_link(&link).is_ok_and(|target| target == program) {

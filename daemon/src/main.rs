@@ -34,13 +34,16 @@ fn main() {
     let mut words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
     let program = words.next().unwrap_or_default();
     let rest: Vec<String> = words.collect();
-    let name = Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name =
+        Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     exit(match name.as_str() {
         "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
         "qemu-img" => underlay_img::main(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
         "qemu-nbd" => {
-            eprintln!("qemu-nbd: not part of this version of Underlay; qemu-storage-daemon exports images over NBD");
+            eprintln!(
+                "qemu-nbd: not part of this version of Underlay; qemu-storage-daemon exports images over NBD"
+            );
             1
         }
         _ => underlay(&rest),

@@ -1,7 +1,7 @@
 //! The daemon's state: what commands work on.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underlay_drivers::open::OnCorrupt;
 use underlay_exports::NbdServer;

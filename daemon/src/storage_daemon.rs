@@ -88,7 +88,9 @@ async fn set_up(daemon: &Arc<Daemon>, args: &[(String, Arg)]) -> Result<Option<P
     for (typed, arg) in args {
         match arg {
             Arg::PidFile(path) => pid_file = Some(path.clone()),
-            arg => carry_out(daemon, &mut chardevs, arg.clone()).await.map_err(|error| format!("{typed}: {error}"))?,
+            arg => carry_out(daemon, &mut chardevs, arg.clone())
+                .await
+                .map_err(|error| format!("{typed}: {error}"))?,
         }
     }
     let Some(path) = pid_file else { return Ok(None) };
@@ -138,7 +140,9 @@ fn nbd_server(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
     let mut limits = Arguments::new(Object::new());
     for name in ["max-connections", "handshake-max-seconds"] {
         if let Some(text) = options.optional_text(name) {
-            let number: i64 = text.parse().map_err(|_| CommandError::new(format!("Parameter '{name}' expects a number")))?;
+            let number: i64 = text
+                .parse()
+                .map_err(|_| CommandError::new(format!("Parameter '{name}' expects a number")))?;
             limits = Arguments::new(limits.rest().with(name, number));
         }
     }

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
-use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::graph::LastStep;
+use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation};
 use underlay_qmp::json::Object;
 
@@ -125,7 +125,9 @@ pub async fn change_backing_file(
         return Err(CommandError::new("Need a root block node"));
     }
     let image = plan.find(image_node_name);
-    let image = image.ok_or_else(|| CommandError::new(format!("Cannot find device='' nor node-name='{image_node_name}'")))?;
+    let image = image.ok_or_else(|| {
+        CommandError::new(format!("Cannot find device='' nor node-name='{image_node_name}'"))
+    })?;
     let bottom = plan.backing(image);
     if bottom.is_none() && plan.node(image).node.backing_ref().is_none() {
         return Err(CommandError::new("not allowing backing file change on an image without a backing file"));

@@ -31,7 +31,8 @@ pub struct Export {
 pub fn query(daemon: &Daemon) -> Value {
     let plan = daemon.graph.plan();
     let describe = |export: &Export| {
-        let node = plan.root(export.root).map_or_else(String::new, |root| plan.node(root.node).name.to_string());
+        let node =
+            plan.root(export.root).map_or_else(String::new, |root| plan.node(root.node).name.to_string());
         let object = Object::new().with("id", export.id.as_str()).with("type", "nbd").with("node-name", node);
         Value::Object(object.with("shutting-down", export.shutting_down))
     };
@@ -40,7 +41,8 @@ pub fn query(daemon: &Daemon) -> Value {
 
 /// nbd-server-start, with QMP's nested address.
 pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let mut address = arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
+    let mut address =
+        arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
     let kind = address.text("type");
     let mut data = address.object("data").unwrap_or_else(|| Arguments::new(Object::new()));
     let address = socket_address(&kind, &mut data)?;
@@ -77,12 +79,25 @@ pub fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address
         "inet" => Address::Inet { host: data.text("host"), port: data.text("port") },
         "fd" => {
             let number = data.text("str");
-            let fd = number.parse().map_err(|_| CommandError::new(format!("File descriptor '{number}' is not a number")))?;
+            let fd = number
+                .parse()
+                .map_err(|_| CommandError::new(format!("File descriptor '{number}' is not a number")))?;
             Address::Fd(fd)
         }
         other => return Err(CommandError::new(format!("Socket address type '{other}' is not supported"))),
     };
-    let rest = ["to", "numeric", "keep-alive", "mptcp", "abstract", "ipv4", "ipv6", "keep-alive-count", "keep-alive-idle", "keep-alive-interval"];
+    let rest = [
+        "to",
+        "numeric",
+        "keep-alive",
+        "mptcp",
+        "abstract",
+        "ipv4",
+        "ipv6",
+        "keep-alive-count",
+        "keep-alive-idle",
+        "keep-alive-interval",
+    ];
     match rest.into_iter().find(|option| data.has(option)) {
         Some(option) => Err(CommandError::new(format!("Socket option '{option}' is not supported yet"))),
         None => Ok(address),
@@ -127,7 +142,15 @@ pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandRe
     let writable = arguments.flag("writable", false) && !plan.node(node).read_only;
     drop(plan);
     let description = arguments.optional_text("description");
-    let spec = Spec { id: name.clone(), node_name: device, name, description, writable, writethrough: false, depth: false };
+    let spec = Spec {
+        id: name.clone(),
+        node_name: device,
+        name,
+        description,
+        writable,
+        writethrough: false,
+        depth: false,
+    };
     spec.add(daemon).await
 }
 
@@ -203,9 +226,20 @@ impl Spec {
             None => Err(GraphError::new("The node was removed in the meantime")),
         });
         let root_id = root.await?;
-        let root = daemon.graph.root(root_id).ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
+        let root = daemon
+            .graph
+            .root(root_id)
+            .ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
         let description = description.unwrap_or_default();
-        let export = NbdExport { id: id.clone(), name: name.clone(), description, root, writable, writethrough, allocation_depth: depth };
+        let export = NbdExport {
+            id: id.clone(),
+            name: name.clone(),
+            description,
+            root,
+            writable,
+            writethrough,
+            allocation_depth: depth,
+        };
         if let Err(error) = server.add(export) {
             daemon.graph.change(|plan| Ok(plan.remove_root(root_id))).await?;
             return Err(error.into());
@@ -239,7 +273,10 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
         None | Some(Err(ExportError::NotFound(_))) => {}
         Some(Err(error)) => {
             let mut exports = daemon.exports();
-            exports.iter_mut().filter(|export| export.id == id).for_each(|export| export.shutting_down = false);
+            exports
+                .iter_mut()
+                .filter(|export| export.id == id)
+                .for_each(|export| export.shutting_down = false);
             return Err(error.into());
         }
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
 use underlay_graph::{NodeId, Plan, View};
-use underlay_jobs::{CommitArgs, JobError, JobInfo, OnError, Settings, Started, Status, StreamArgs, StreamEnd};
+use underlay_jobs::{
+    CommitArgs, JobError, JobInfo, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
+};
 use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
@@ -123,8 +125,7 @@ fn settings(arguments: &mut Arguments) -> Settings {
 }
 
 fn find_node(plan: &Plan, name: &str) -> CommandResult<NodeId> {
-    plan.find(name)
-        .ok_or_else(|| CommandError::new(format!("Cannot find device='' nor node-name='{name}'")))
+    plan.find(name).ok_or_else(|| CommandError::new(format!("Cannot find device='' nor node-name='{name}'")))
 }
 
 /// The image of a chain that a file name means: as the image is called, or as its overlay calls it.

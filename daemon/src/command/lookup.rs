@@ -26,13 +26,15 @@ pub fn not_busy(plan: &Plan, id: NodeId) -> CommandResult<()> {
         let text = format!("Node '{name}' is busy: block device is in use by block job: {job}");
         return Err(CommandError::new(text));
     }
-    let overlay = plan.parents(id).find(|(parent, role)| {
-        *role == Role::Backing && plan.node(*parent).node.kind() != Kind::Filter
-    });
+    let overlay = plan
+        .parents(id)
+        .find(|(parent, role)| *role == Role::Backing && plan.node(*parent).node.kind() != Kind::Filter);
     match overlay {
         Some((overlay, _)) => {
             let overlay = &plan.node(overlay).name;
-            Err(CommandError::new(format!("Node '{name}' is busy: node is used as backing hd of '{overlay}'")))
+            Err(CommandError::new(format!(
+                "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
+            )))
         }
         None => Ok(()),
     }

@@ -68,7 +68,8 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
             blockdev::change_backing_file(daemon, &device, &image, &arguments.text("backing-file")).await?;
         }
         "block_resize" => {
-            let (device, node_name) = (arguments.optional_text("device"), arguments.optional_text("node-name"));
+            let (device, node_name) =
+                (arguments.optional_text("device"), arguments.optional_text("node-name"));
             let size = arguments.number("size", 0);
             blockdev::resize(daemon, device.as_deref(), node_name.as_deref(), size).await?;
         }
@@ -86,9 +87,9 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
             let id = arguments.text("id");
             export::del(daemon, &id, arguments.optional_text("mode").as_deref() == Some("hard")).await?;
         }
-        verb => job::verb(daemon, verb, &mut arguments).await.unwrap_or_else(|| {
-            Err(CommandError::new(format!("The command {verb} has no handler")))
-        })?,
+        verb => job::verb(daemon, verb, &mut arguments)
+            .await
+            .unwrap_or_else(|| Err(CommandError::new(format!("The command {verb} has no handler"))))?,
     }
     Ok(())
 }

@@ -206,7 +206,9 @@ fn graph_edge(parent: u64, child: u64, name: &str, required: Perms, shared: Perm
             (Perms::WRITE, "write"),
             (Perms::CONSISTENT_READ, "consistent-read"),
         ];
-        Value::List(listed.into_iter().filter(|(perm, _)| perms.has(*perm)).map(|(_, name)| text(name)).collect())
+        Value::List(
+            listed.into_iter().filter(|(perm, _)| perms.has(*perm)).map(|(_, name)| text(name)).collect(),
+        )
     };
     let mut object = Object::new();
     object.insert("parent", int(parent));

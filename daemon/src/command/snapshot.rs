@@ -37,7 +37,9 @@ pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandR
     let disk = lookup::device_or_node(&plan, device, node_name)?;
     lookup::not_busy(&plan, disk)?;
     match &arguments.snapshot_node_name {
-        None if arguments.node_name.is_some() => return Err(CommandError::new("New overlay node-name missing")),
+        None if arguments.node_name.is_some() => {
+            return Err(CommandError::new("New overlay node-name missing"));
+        }
         Some(name) if plan.find(name).is_some() => {
             return Err(CommandError::new("New overlay node-name already in use"));
         }
@@ -149,7 +151,8 @@ async fn open_overlay(
     format: &str,
 ) -> CommandResult<NewNode> {
     let plan = daemon.graph.plan();
-    let like = plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?.options;
+    let like =
+        plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?.options;
     let mut spec = NodeSpec::image(&arguments.snapshot_file, Some(format))?;
     spec.node_name = arguments.snapshot_node_name.clone();
     spec.cache_direct = Some(like.cache_direct);

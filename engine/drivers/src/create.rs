@@ -15,7 +15,9 @@ use crate::protocol::file::FileNode;
 /// image in use is not overwritten; it is durable on return.
 pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError> {
     options.check().map_err(|error| OpenError::text(format!("{name}: {error}")))?;
-    let could_not = |error: std::io::Error| OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")));
+    let could_not = |error: std::io::Error| {
+        OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")))
+    };
     let open = OpenOptions { write: true, create: true, ..OpenOptions::default() };
     drop(File::open(Path::new(plain_path(name)), open).map_err(could_not)?);
     let spec = NodeSpec::file(name);

@@ -30,7 +30,8 @@ pub struct Guest {
 impl Guest {
     /// Starts a guest on an export.
     pub fn start(socket: &Path, export: &str, seed: u64) -> Result<Self, String> {
-        let client = Client::connect(&Server::unix(socket), export, &[]).map_err(|error| format!("guest: {error}"))?;
+        let client =
+            Client::connect(&Server::unix(socket), export, &[]).map_err(|error| format!("guest: {error}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(AtomicU64::new(0));
         let (alive, failed) = mpsc::channel();

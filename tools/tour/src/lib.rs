@@ -210,7 +210,8 @@ impl Stop {
         let flat = Object::new().with("flat", true);
         let nodes = monitor.execute("query-named-block-nodes", flat)?;
         let text = |node: &Object, name: &str| node.get(name).and_then(Value::as_str).map(str::to_owned);
-        let nodes: Vec<&Object> = nodes.as_list().unwrap_or_default().iter().filter_map(Value::as_object).collect();
+        let nodes: Vec<&Object> =
+            nodes.as_list().unwrap_or_default().iter().filter_map(Value::as_object).collect();
         let mut chain = Vec::new();
         let mut at = nodes.iter().find(|node| text(node, "node-name").as_deref() == Some(&top));
         while let Some(node) = at {
@@ -218,7 +219,9 @@ impl Stop {
             chain.push(name.chars().nth(5).map(String::from).unwrap_or_default());
             let below = text(node, "backing_file");
             at = nodes.iter().find(|node| {
-                below.is_some() && text(node, "file") == below && text(node, "drv").as_deref() == Some("qcow2")
+                below.is_some()
+                    && text(node, "file") == below
+                    && text(node, "drv").as_deref() == Some("qcow2")
             });
         }
         chain.reverse();

@@ -24,7 +24,9 @@ impl Monitor {
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
-                Err(error) if begun.elapsed() > PATIENCE => return Err(format!("{}: {error}", path.display())),
+                Err(error) if begun.elapsed() > PATIENCE => {
+                    return Err(format!("{}: {error}", path.display()));
+                }
                 Err(_) => std::thread::sleep(Duration::from_millis(2)),
             }
         };

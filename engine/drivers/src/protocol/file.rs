@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use underlay_graph::info::ImageInfo;
 use underlay_graph::{
-    Access, Perms, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Place,
+    Access, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Perms, Place,
     Preallocation, Result, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
@@ -168,7 +168,8 @@ impl FileNode {
     fn reopen(&self, open: &mut Open, writable: bool) -> Result<()> {
         // By its descriptor, not by its name: the name may lead elsewhere by now.
         let options = OpenOptions { write: writable, direct: self.direct, ..OpenOptions::default() };
-        let file = Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.filename, error))?);
+        let file =
+            Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.filename, error))?);
         let mut held = Held::default();
         if self.locking {
             locks::carry_over(&file, &mut held, open.held)?;
