@@ -108,7 +108,13 @@ pub async fn resize(
         Ok((root, Some(step)))
     };
     let root = daemon.graph.change_with(edit).await?;
-    daemon.graph.change(|plan| Ok(plan.remove_root(root))).await?;
+    daemon
+        .graph
+        .change(|plan| {
+            plan.remove_root(root);
+            Ok(())
+        })
+        .await?;
     Ok(())
 }
 

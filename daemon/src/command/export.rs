@@ -241,7 +241,13 @@ impl Spec {
             allocation_depth: depth,
         };
         if let Err(error) = server.add(export) {
-            daemon.graph.change(|plan| Ok(plan.remove_root(root_id))).await?;
+            daemon
+                .graph
+                .change(|plan| {
+                    plan.remove_root(root_id);
+                    Ok(())
+                })
+                .await?;
             return Err(error.into());
         }
         daemon.exports().push(Export { id, name, root: root_id, shutting_down: false });
@@ -280,7 +286,13 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
             return Err(error.into());
         }
     }
-    daemon.graph.change(|plan| Ok(plan.remove_root(root))).await?;
+    daemon
+        .graph
+        .change(|plan| {
+            plan.remove_root(root);
+            Ok(())
+        })
+        .await?;
     daemon.exports().retain(|export| export.id != id);
     daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", id));
     Ok(())
