@@ -141,7 +141,8 @@ impl Stop {
         summary.guest.errors += account.errors;
         summary.copied += copied;
         summary.wrong_chains += u32::from(!right);
-        monitor.execute("block-export-del", Object::new().with("id", "guest"))?;
+        // The guest has said goodbye, but the server may not have heard it yet.
+        monitor.execute("block-export-del", Object::new().with("id", "guest").with("mode", "hard"))?;
         monitor.execute("blockdev-del", Object::new().with("node-name", self.node("A")))?;
         Ok(())
     }
