@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use tokio::sync::{RwLock, RwLockReadGuard};
 use underlay_graph::info::ImageInfo;
 use underlay_graph::{
     Access, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Place,
@@ -65,11 +66,13 @@ pub struct FileNode {
     no_flush: bool,
     locking: bool,
     force_share: bool,
-    auto_read_only: bool,
     read_only: bool,
     alignment: u32,
     grows: bool,
     length: AtomicU64,
+    /// Requests that write behind the end share it; whoever sets the length has it alone, or else it could cut off
+    /// what another thread has just written.
+    growth: RwLock<()>,
     /// A flush has failed: what was written before may be lost, and no later flush may say otherwise.
     lost_writes: AtomicBool,
 }
@@ -120,6 +123,12 @@ impl FileNode {
         let grows = file.kind() == FileKind::Regular;
         let length = file.len().map_err(|error| could_not_open(name, error))?;
         let alignment = file.request_alignment();
+        let locking = match spec.locking {
+            Locking::Off => false,
+            Locking::On => true,
+            // Not every kernel and file system has locks of open files.
+            Locking::Auto => file.is_locked_by_others(0).is_ok(),
+        };
         let file = Arc::new(file);
         Ok(Self {
             driver: spec.driver,
@@ -128,13 +137,13 @@ impl FileNode {
             current: std::sync::RwLock::new(file),
             direct,
             no_flush: options.cache_no_flush,
-            locking: spec.locking != Locking::Off,
+            locking,
             force_share: options.force_share,
-            auto_read_only,
             read_only,
             alignment,
             grows,
             length: AtomicU64::new(length),
+            growth: RwLock::new(()),
             lost_writes: AtomicBool::new(false),
         })
     }
@@ -150,6 +159,23 @@ impl FileNode {
 
     fn open_state(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be held while writing up to `end`.
+    async fn growing_to(&self, end: u64) -> Option<RwLockReadGuard<'_, ()>> {
+        let grows = self.grows && end > self.length.load(Ordering::Acquire);
+        if grows { Some(self.growth.read().await) } else { None }
+    }
+
+    /// Sets the length to `end` if that is more than it is.
+    async fn lengthen_to(&self, end: u64) -> Result<()> {
+        let _alone = self.growth.write().await;
+        let file = self.file();
+        if end > file.len()? {
+            file.set_len(end)?;
+        }
+        self.grown_to(end);
+        Ok(())
     }
 
     fn grown_to(&self, end: u64) {
@@ -233,6 +259,7 @@ impl Node for FileNode {
         if flags.compressed {
             return Err(IoError::ENOTSUP);
         }
+        let _growing = self.growing_to(range.end()).await;
         self.file().write_at(range.start(), &from).await?;
         self.grown_to(range.end());
         Ok(())
@@ -249,10 +276,9 @@ impl Node for FileNode {
         }
         if self.grows && range.start() >= length && !flags.no_fallback {
             // Behind the end everything reads as zeroes already; only the length is missing.
-            file.set_len(range.end().max(file.len()?))?;
-            self.grown_to(range.end());
-            return Ok(());
+            return self.lengthen_to(range.end()).await;
         }
+        let _growing = self.growing_to(range.end()).await;
         file.allocate(Allocate::Zero, range.start(), range.len()).await.map_err(unsupported)?;
         self.grown_to(range.end());
         Ok(())
@@ -310,6 +336,7 @@ impl Node for FileNode {
                 false => Err(IoError::EINVAL.with("Cannot grow device files")),
             };
         }
+        let _alone = self.growth.write().await;
         let (file, length) = (self.file(), self.length(cx));
         let cannot = |error: std::io::Error, what: &str| IoError::from(error).context(what);
         if size > length {
@@ -342,7 +369,7 @@ impl Node for FileNode {
 
     async fn set_access(&self, _cx: &Cx<'_>, access: Access) -> Result<()> {
         let mut open = self.open_state();
-        if access.writable != open.writable && !(open.writable && self.auto_read_only && access.writable) {
+        if access.writable != open.writable {
             self.reopen(&mut open, access.writable)?;
         }
         if !self.locking {

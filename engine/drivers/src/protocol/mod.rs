@@ -3,3 +3,6 @@
 pub mod file;
 mod locks;
 pub mod null;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! File nodes on real files.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use underlay_graph::{
+    Access, ByteRange, NodeOptions, Perms, Place, Preallocation, View, WriteFlags, ZeroFlags,
+};
+use underlay_sys::Iov;
+use underlay_sys::thread::{IoThread, block_on};
+
+use super::file::{Aio, FileNode, Locking};
+use super::null::NullNode;
+use crate::error::OpenError;
+use crate::options::{FileSpec, NullSpec};
+
+fn spec(path: &Path) -> FileSpec {
+    let filename = path.to_str().expect("plain").to_owned();
+    FileSpec { driver: "file", filename, locking: Locking::Auto, aio: Aio::Threads }
+}
+
+async fn open(path: &Path, read_only: bool) -> Result<Arc<View>, OpenError> {
+    let node = FileNode::open(&spec(path), &NodeOptions::default(), read_only, false).await?;
+    Ok(View::detached(Arc::new(node), []))
+}
+
+fn range(start: u64, len: u64) -> ByteRange {
+    ByteRange::new(start, len).expect("a range")
+}
+
+async fn content(view: &View) -> Vec<u8> {
+    let all = range(0, view.cx().length());
+    let into = Iov::scratch(all.buffer_len());
+    view.cx().read(all, into.clone()).await.expect("read");
+    into.to_vec()
+}
+
+const ZERO: ZeroFlags = ZeroFlags { may_unmap: false, no_fallback: false };
+
+#[test]
+fn what_was_written_is_read_and_the_file_grows() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a");
+    std::fs::write(&path, [1; 1024]).expect("written");
+    block_on(async {
+        let view = open(&path, false).await.expect("opened");
+        let (node, cx) = (view.node(), view.cx());
+        assert_eq!(node.length(&cx), 1024);
+        node.write(&cx, range(512, 4096), Iov::filled(4096, 2), WriteFlags::default())
+            .await
+            .expect("written");
+        assert_eq!(node.length(&cx), 4608);
+        for may_unmap in [false, true] {
+            let flags = ZeroFlags { may_unmap, ..ZERO };
+            cx.write_zeroes(range(1024, 1024), flags).await.expect("zeroed");
+            node.write_zeroes(&cx, range(1 << 20, 512), flags).await.expect("zeroed");
+        }
+        assert_eq!(node.length(&cx), (1 << 20) + 512);
+        cx.discard(range(0, 512)).await.expect("discarded");
+        node.flush(&cx).await.expect("flushed");
+        let bytes = content(&view).await;
+        assert_eq!(&bytes[512..1024], [2; 512]);
+        assert_eq!(&bytes[1024..2048], [0; 1024]);
+        assert_eq!(&bytes[2048..4608], [2; 2560]);
+        assert!(bytes[4608..].iter().all(|byte| *byte == 0));
+        node.close(&cx).await.expect("closed");
+        assert_eq!(std::fs::metadata(&path).expect("there").len(), (1 << 20) + 512);
+    });
+}
+
+#[test]
+fn holes_are_mapped_as_zeroes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a");
+    std::fs::write(&path, []).expect("written");
+    block_on(async {
+        let view = open(&path, false).await.expect("opened");
+        let (node, cx) = (view.node(), view.cx());
+        node.resize(&cx, 1 << 20, Preallocation::Off).await.expect("grown");
+        cx.write(range(64 << 10, 64 << 10), Iov::filled(64 << 10, 1), WriteFlags::default())
+            .await
+            .expect("written");
+        let mut at = 0;
+        let mut found = Vec::new();
+        while at < 1 << 20 {
+            let extent = node.map(&cx, ByteRange::between(at, 1 << 20)).await.expect("mapped");
+            found.push((at >> 10, extent.len >> 10, extent.place == Place::Zero));
+            at += extent.len;
+        }
+        assert_eq!(found, [(0, 64, true), (64, 64, false), (128, 896, true)]);
+        node.resize(&cx, 2 << 20, Preallocation::Falloc).await.expect("grown");
+        node.resize(&cx, 3 << 20, Preallocation::Full).await.expect("grown");
+        assert!(node.allocated_size().expect("known") >= 2 << 20);
+        let refused = node.resize(&cx, 4 << 20, Preallocation::Metadata).await.expect_err("no tables here");
+        assert_eq!(refused.to_string(), "Unsupported preallocation mode 'metadata'");
+        node.resize(&cx, 512, Preallocation::Off).await.expect("cut");
+        assert_eq!(content(&view).await, [0; 512]);
+    });
+}
+
+#[test]
+fn two_writers_are_kept_apart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a");
+    std::fs::write(&path, [0; 512]).expect("written");
+    let writer = Access {
+        writable: true,
+        required: Perms::CONSISTENT_READ | Perms::WRITE,
+        shared: Perms::CONSISTENT_READ | Perms::WRITE_UNCHANGED,
+    };
+    let reader = Access { writable: false, required: Perms::CONSISTENT_READ, shared: Perms::ALL };
+    block_on(async {
+        let a = open(&path, false).await.expect("opened");
+        let b = open(&path, false).await.expect("opened");
+        a.node().set_access(&a.cx(), writer).await.expect("free");
+        let refused = b.node().set_access(&b.cx(), writer).await.expect_err("taken");
+        assert_eq!(refused.to_string(), "Failed to get \"write\" lock");
+        let shy = Access { shared: Perms::CONSISTENT_READ, ..reader };
+        let refused = b.node().set_access(&b.cx(), shy).await.expect_err("taken");
+        assert_eq!(refused.to_string(), "Failed to get shared \"write\" lock");
+        b.node().set_access(&b.cx(), reader).await.expect("readers get on");
+        a.node().set_access(&a.cx(), Access::UNUSED).await.expect("given up");
+        b.node().set_access(&b.cx(), writer).await.expect("free again");
+        b.node().close(&b.cx()).await.expect("closed");
+        a.node().set_access(&a.cx(), writer).await.expect("free again");
+    });
+}
+
+#[test]
+fn a_node_becomes_writable_and_stays_with_its_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (path, moved) = (dir.path().join("a"), dir.path().join("b"));
+    std::fs::write(&path, [7; 512]).expect("written");
+    block_on(async {
+        let view = open(&path, true).await.expect("opened");
+        let (node, cx) = (view.node(), view.cx());
+        let zeroes = Iov::zeroed(512);
+        node.write(&cx, range(0, 512), zeroes.clone(), WriteFlags::default()).await.expect_err("read-only");
+        std::fs::rename(&path, &moved).expect("moved");
+        std::fs::write(&path, [8; 512]).expect("another one");
+        let access = Access { writable: true, required: Perms::WRITE, shared: Perms::ALL };
+        node.set_access(&cx, access).await.expect("writable");
+        node.write(&cx, range(0, 512), zeroes, WriteFlags::default()).await.expect("written");
+        assert_eq!(std::fs::read(&path).expect("read"), [8; 512]);
+        assert_eq!(std::fs::read(&moved).expect("read"), [0; 512]);
+    });
+}
+
+#[test]
+fn growing_from_several_threads_loses_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a");
+    std::fs::write(&path, []).expect("written");
+    block_on(async {
+        let view = open(&path, false).await.expect("opened");
+        let threads: Vec<_> =
+            ["one", "two"].into_iter().map(|name| IoThread::start(name).expect("a thread")).collect();
+        let work = |turn: u64| {
+            let view = view.clone();
+            async move {
+                for n in (turn..400).step_by(2) {
+                    let (node, cx, here) = (view.node(), view.cx(), range(n * 4096, 4096));
+                    match n % 8 {
+                        0 => node.write_zeroes(&cx, here, ZERO).await.expect("zeroed"),
+                        _ => node
+                            .write(&cx, here, Iov::filled(4096, 1), WriteFlags::default())
+                            .await
+                            .expect("written"),
+                    }
+                }
+            }
+        };
+        let (one, two) = (threads[0].spawner(), threads[1].spawner());
+        let there = underlay_sys::rt::spawn({
+            let first = work(0);
+            async move { one.run(first).await }
+        });
+        two.run(work(1)).await;
+        there.await;
+        for (n, block) in content(&view).await.chunks(4096).enumerate() {
+            let expected = u8::from(n % 8 != 0);
+            assert!(block.iter().all(|byte| *byte == expected), "block {n}");
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_opened_is_said_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    block_on(async {
+        let missing = dir.path().join("missing");
+        let error = open(&missing, false).await.expect_err("missing");
+        let text = format!("Could not open '{}': No such file or directory", missing.display());
+        assert_eq!(error.to_string(), text);
+        assert!(open(dir.path(), true).await.is_err());
+        assert!(open(Path::new("/dev/null"), true).await.is_err());
+    });
+}
+
+#[test]
+fn a_null_node_forgets() {
+    let spec = NullSpec { driver: "null-co", size: 1 << 20, latency_ns: 1000, read_zeroes: true };
+    let view = View::detached(Arc::new(NullNode::new(&spec)), []);
+    block_on(async {
+        view.cx().write(range(0, 4096), Iov::filled(4096, 1), WriteFlags::default()).await.expect("written");
+        assert!(content(&view).await.iter().all(|byte| *byte == 0));
+    });
+}
