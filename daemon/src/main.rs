@@ -1,2 +1,77 @@
-//! To be written.
-fn main() {}
+//! One binary for everything: the storage daemon, the image tools, and what helps to try them.
+#![forbid(unsafe_code)]
+
+mod args;
+mod chardev;
+mod command;
+mod error;
+mod event;
+mod links;
+mod monitor;
+mod state;
+mod storage_daemon;
+
+use std::path::Path;
+use std::process::exit;
+
+const HELP: &str = "\
+Usage: underlay COMMAND [arguments]
+
+Live block operations: snapshots, streaming and committing of disk images under a running guest.
+
+Commands:
+  storage-daemon    serve disk images and change them while they are in use (qemu-storage-daemon)
+  img               make, check and convert disk images (qemu-img)
+  io                read and write in disk images (qemu-io)
+  tour              see a chain of images changed under a writing guest, and verified
+  install-links DIR make symbolic links in DIR, so that the programs answer to QEMU's names
+  help, version
+
+Each command takes --help. Started by the name qemu-storage-daemon, qemu-img or qemu-io, this is that program.
+";
+
+fn main() {
+    let mut words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let program = words.next().unwrap_or_default();
+    let rest: Vec<String> = words.collect();
+    let name =
+        Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    exit(match name.as_str() {
+        "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
+        "qemu-img" => underlay_img::main(&program, &rest),
+        "qemu-io" => underlay_io::main(&program, &rest),
+        "qemu-nbd" => {
+            eprintln!(
+                "qemu-nbd: not part of this version of Underlay; qemu-storage-daemon exports images over NBD"
+            );
+            1
+        }
+        _ => underlay(&rest),
+    });
+}
+
+fn underlay(words: &[String]) -> i32 {
+    let Some((command, rest)) = words.split_first() else {
+        eprint!("{HELP}");
+        return 1;
+    };
+    match command.as_str() {
+        "storage-daemon" => storage_daemon::main("qemu-storage-daemon", rest),
+        "img" => underlay_img::main("qemu-img", rest),
+        "io" => underlay_io::main("qemu-io", rest),
+        "tour" => underlay_tour::main(rest),
+        "install-links" => links::install(rest),
+        "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            0
+        }
+        "version" | "--version" | "-V" => {
+            println!("underlay {}", env!("CARGO_PKG_VERSION"));
+            0
+        }
+        other => {
+            eprintln!("underlay: there is no command '{other}'; see underlay --help");
+            1
+        }
+    }
+}

@@ -123,12 +123,16 @@ fn install_needed() {
         install.env("DEBIAN_FRONTEND", "noninteractive");
         step(&mut install);
     } else {
-        println!("==> cannot install them here; install them by hand: apt-get install {}", packages.join(" "));
+        println!(
+            "==> cannot install them here; install them by hand: apt-get install {}",
+            packages.join(" ")
+        );
     }
 }
 
 fn is_installed(program: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+    env::var_os("PATH")
+        .is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
 fn is_root() -> bool {

@@ -249,17 +249,12 @@ impl Plan {
 
     /// Adds a node and the new nodes below it.
     pub fn add(&mut self, new: NewNode) -> Result<NodeId, GraphError> {
-        let name = match new.name {
-            Some(name) if self.names.contains_key(&name) => {
-                return Err(GraphError::DuplicateName(name.to_string()));
-            }
-            Some(name) => name,
-            None => self.generate_name(),
+        let taken = |names: &HashMap<_, _>, name: &Option<NodeName>| match name {
+            Some(name) if names.contains_key(name) => Err(GraphError::DuplicateName(name.to_string())),
+            _ => Ok(()),
         };
-        let id = NodeId(self.next);
-        self.next += 1;
-        // The name is taken before the children come, so that they cannot have the same.
-        self.names.insert(name.clone(), id);
+        taken(&self.names, &new.name)?;
+        // Children are older than their parent, which shows in the order of queries.
         let mut children = SmallVec::new();
         for (role, wiring) in new.children {
             let child = match wiring {
@@ -268,6 +263,11 @@ impl Plan {
             };
             children.push((role, child));
         }
+        taken(&self.names, &new.name)?;
+        let name = new.name.unwrap_or_else(|| self.generate_name());
+        let id = NodeId(self.next);
+        self.next += 1;
+        self.names.insert(name.clone(), id);
         self.nodes.insert(
             id,
             PlanNode {

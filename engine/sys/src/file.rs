@@ -389,10 +389,9 @@ impl File {
         self.alignment
     }
 
-    /// Which file it is: device and inode number.
-    pub fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = rustix::fs::fstat(&*self.fd)?;
-        Ok((stat.st_dev, stat.st_ino))
+    /// Opens the same file anew, whatever its name leads to by now.
+    pub fn reopen(&self, options: OpenOptions) -> io::Result<Self> {
+        Self::open(Path::new(&format!("/proc/self/fd/{}", self.raw())), options)
     }
 
     /// `statx` tells on newer kernels; else trying does.

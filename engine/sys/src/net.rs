@@ -95,7 +95,7 @@ impl Listener {
             Address::Fd(fd) => take_fd(*fd)?,
         };
         let path = match address {
-            Address::Unix(path) => Some(path.clone()),
+            Address::Unix(path) => Some(std::path::absolute(path)?),
             _ => None,
         };
         let listener = Self { fd: Arc::new(fd), path };

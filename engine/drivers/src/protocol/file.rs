@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tokio::sync::{RwLock, RwLockReadGuard};
 use underlay_graph::info::ImageInfo;
 use underlay_graph::{
-    Access, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Place,
+    Access, ByteRange, Cx, Extent, FormatInfo, IoError, Kind, Limits, Node, NodeOptions, Perms, Place,
     Preallocation, Result, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
@@ -43,8 +43,14 @@ pub enum Aio {
     IoUring,
 }
 
+/// Lengths are counted in units of this many bytes.
+const SECTOR: u64 = 512;
+
 /// Zeroes written at a time when a file is filled (`preallocation=full`), in bytes.
 const FILL: u64 = 2 << 20;
+
+/// What whoever makes an image asks of its file: nobody else may use it meanwhile.
+pub const EXCLUSIVE: Access = Access { writable: true, required: Perms::ALL, shared: Perms::NONE };
 
 /// The file as it is open now; replaced when the node becomes writable or stops being so.
 #[derive(Debug)]
@@ -186,14 +192,10 @@ impl FileNode {
 
     /// Opens the file anew for `writable`, with the locks carried over before the old one goes.
     fn reopen(&self, open: &mut Open, writable: bool) -> Result<()> {
-        let file = open_file(&self.filename, writable, self.direct);
-        let file = Arc::new(file.map_err(|error| could_not_open(&self.filename, error))?);
-        // Somebody may have put another file in its place; the node must stay with the one it has.
-        let same = (open.file.identity()?, file.identity()?);
-        if same.0 != same.1 {
-            let text = format!("Could not reopen '{}': it is another file now", self.filename);
-            return Err(IoError::EIO.with(text));
-        }
+        // By its descriptor, not by its name: the name may lead elsewhere by now.
+        let options = OpenOptions { write: writable, direct: self.direct, ..OpenOptions::default() };
+        let file =
+            Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.filename, error))?);
         let mut held = Held::default();
         if self.locking {
             locks::carry_over(&file, &mut held, open.held)?;
@@ -242,8 +244,9 @@ impl Node for FileNode {
         self
     }
 
+    /// In whole sectors, as QEMU counts; a file that ends in the middle of one reads as zeroes up to its end.
     fn length(&self, _cx: &Cx<'_>) -> u64 {
-        self.length.load(Ordering::Acquire)
+        self.length.load(Ordering::Acquire).next_multiple_of(SECTOR)
     }
 
     fn limits(&self, _cx: &Cx<'_>) -> Limits {

@@ -1,0 +1,64 @@
+//! Taking a command's arguments out of its checked object.
+
+use underlay_qmp::json::{Object, Value};
+
+/// Arguments whose names and types the description of the command vouches for.
+#[derive(Debug)]
+pub struct Arguments {
+    object: Object,
+}
+
+impl Arguments {
+    /// Of a request.
+    pub fn new(object: Object) -> Self {
+        Self { object }
+    }
+
+    /// A text that must be there.
+    pub fn text(&mut self, name: &str) -> String {
+        self.optional_text(name).unwrap_or_default()
+    }
+
+    /// A text that may be there.
+    pub fn optional_text(&mut self, name: &str) -> Option<String> {
+        match self.object.remove(name) {
+            Some(Value::Str(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A flag with a default.
+    pub fn flag(&mut self, name: &str, default: bool) -> bool {
+        match self.object.remove(name) {
+            Some(Value::Bool(flag)) => flag,
+            _ => default,
+        }
+    }
+
+    /// A number with a default; one beyond `i64` counts as the largest.
+    pub fn number(&mut self, name: &str, default: i64) -> i64 {
+        match self.object.remove(name) {
+            Some(Value::Int(number)) => number,
+            Some(Value::UInt(_)) => i64::MAX,
+            _ => default,
+        }
+    }
+
+    /// An object that may be there.
+    pub fn object(&mut self, name: &str) -> Option<Arguments> {
+        match self.object.remove(name) {
+            Some(Value::Object(object)) => Some(Self { object }),
+            _ => None,
+        }
+    }
+
+    /// Whether an argument was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.object.get(name).is_some()
+    }
+
+    /// Everything that is left.
+    pub fn rest(self) -> Object {
+        self.object
+    }
+}

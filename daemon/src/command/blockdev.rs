@@ -1,0 +1,170 @@
+//! Nodes come, go and change: blockdev-add, blockdev-del, change-backing-file, block_resize.
+
+use async_trait::async_trait;
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
+use underlay_graph::graph::LastStep;
+use underlay_graph::plan::{NewRoot, Wires};
+use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation};
+use underlay_qmp::json::Object;
+
+use super::lookup;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// How an unnamed user of a node is called in permission conflicts.
+pub const UNNAMED_USER: &str = "an unnamed block device";
+
+/// blockdev-add: opens a node that then belongs to the monitor.
+pub async fn add(daemon: &Daemon, options: Object) -> CommandResult<NodeId> {
+    let spec = NodeSpec::parse(options)?;
+    let Some(name) = spec.node_name.clone() else {
+        return Err(CommandError::new("'node-name' must be specified for the root node"));
+    };
+    if daemon.graph.plan().find(&name).is_some() {
+        return Err(GraphError::DuplicateName(name).into());
+    }
+    let new = Opener::new(&daemon.graph, BackingPolicy::Follow, Some(daemon.on_corrupt())).open(spec).await?;
+    let added = daemon.graph.change(|plan| {
+        let id = plan.add(new)?;
+        plan.node_mut(id).monitor_owned = true;
+        Ok(id)
+    });
+    Ok(added.await?)
+}
+
+/// blockdev-del: gives up a node that only the monitor keeps alive.
+pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
+    let edit = |plan: &mut Plan| {
+        let id = plan.find(node_name).ok_or_else(|| GraphError::NodeNotFound(node_name.to_owned()))?;
+        if plan.roots_of(id).next().is_some() {
+            return Err(GraphError::InUse(node_name.to_owned()));
+        }
+        lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;
+        if !plan.node(id).monitor_owned {
+            return Err(GraphError::NotMonitorOwned(node_name.to_owned()));
+        }
+        if plan.parents(id).next().is_some() {
+            return Err(GraphError::new(format!("Block device {node_name} is in use")));
+        }
+        plan.node_mut(id).monitor_owned = false;
+        Ok(())
+    };
+    Ok(daemon.graph.change(edit).await?)
+}
+
+/// A node's own method called between two wirings, while no request is inside.
+enum Held {
+    Resize(NodeId, u64),
+    SetBacking(NodeId, BackingRef),
+}
+
+#[async_trait]
+impl LastStep for Held {
+    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
+        match *self {
+            Self::Resize(id, size) => {
+                let view = new.view(id);
+                let resized = view.node().resize(&view.cx(), size, Preallocation::Off).await;
+                Ok(resized?)
+            }
+            Self::SetBacking(id, backing) => {
+                let view = new.view(id);
+                view.cx().flush().await?;
+                Ok(view.node().set_backing_ref(&view.cx(), Some(backing)).await?)
+            }
+        }
+    }
+}
+
+/// block_resize
+pub async fn resize(
+    daemon: &Daemon,
+    device: Option<&str>,
+    node_name: Option<&str>,
+    size: i64,
+) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let id = lookup::device_or_node(&plan, device, node_name)?;
+    let size = u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
+    lookup::not_busy(&plan, id)?;
+    let name = plan.node(id).name.clone();
+    let edit = move |plan: &mut Plan| {
+        // The node may have gone since it was looked up.
+        let id = plan.find(name.as_str()).ok_or_else(|| GraphError::NodeNotFound(name.to_string()))?;
+        let root = plan.add_root(NewRoot {
+            user: UNNAMED_USER.to_owned(),
+            role: "root",
+            node: id,
+            required: Perms::RESIZE,
+            shared: Perms::ALL,
+            pinned: true,
+            drained: None,
+        });
+        if plan.node(id).read_only {
+            return Err(GraphError::ReadOnly);
+        }
+        plan.touch(id);
+        let step: Box<dyn LastStep> = Box::new(Held::Resize(id, size));
+        Ok((root, Some(step)))
+    };
+    let root = daemon.graph.change_with(edit).await?;
+    daemon
+        .graph
+        .change(|plan| {
+            plan.remove_root(root);
+            Ok(())
+        })
+        .await?;
+    Ok(())
+}
+
+/// change-backing-file: rewrites only what the image says, not the wiring.
+pub async fn change_backing_file(
+    daemon: &Daemon,
+    device: &str,
+    image_node_name: &str,
+    backing_file: &str,
+) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let top = lookup::either(&plan, device)?;
+    if plan.parents(top).any(|(parent, _)| !plan.node(parent).implicit) {
+        return Err(CommandError::new("Need a root block node"));
+    }
+    let image = plan.find(image_node_name);
+    let image = image.ok_or_else(|| {
+        CommandError::new(format!("Cannot find device='' nor node-name='{image_node_name}'"))
+    })?;
+    let bottom = plan.backing(image);
+    if bottom.is_none() && plan.node(image).node.backing_ref().is_none() {
+        return Err(CommandError::new("not allowing backing file change on an image without a backing file"));
+    }
+    if !plan.chain(top).any(|id| id == image) {
+        return Err(CommandError::new(format!("'{device}' and image file are not in the same chain")));
+    }
+    lookup::not_frozen(&plan, image)?;
+    let format = plan.node(image).node.backing_ref().and_then(|backing| backing.format);
+    let format = format.or(bottom.map(|id| plan.node(id).node.driver().to_owned()));
+    let backing = BackingRef { file: backing_file.to_owned(), format };
+    let was_read_only = plan.node(image).read_only;
+    drop(plan);
+    let edit = move |plan: &mut Plan| {
+        plan.get(image).ok_or_else(|| GraphError::new("image file not found"))?;
+        if was_read_only {
+            plan.set_read_only(image, false);
+        }
+        plan.touch(image);
+        let step: Box<dyn LastStep> = Box::new(Held::SetBacking(image, backing));
+        Ok(((), Some(step)))
+    };
+    daemon.graph.change_with(edit).await?;
+    if was_read_only {
+        let restore = |plan: &mut Plan| {
+            if plan.get(image).is_some() {
+                plan.set_read_only(image, true);
+            }
+            Ok(())
+        };
+        daemon.graph.change(restore).await?;
+    }
+    Ok(())
+}

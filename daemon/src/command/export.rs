@@ -1,0 +1,299 @@
+//! How guests get in: the NBD server and its exports.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
+use underlay_graph::plan::NewRoot;
+use underlay_graph::{GraphError, Perms, RootId};
+use underlay_qmp::json::{Object, Value};
+use underlay_sys::net::Address;
+
+use super::arguments::Arguments;
+use super::blockdev::UNNAMED_USER;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// Longest name and description of an export, in bytes. Source: the NBD protocol's limit of a string.
+const MAX_STRING: usize = 4096;
+
+/// An export as the queries know it.
+#[derive(Clone, Debug)]
+pub struct Export {
+    id: String,
+    /// What NBD clients call it.
+    name: String,
+    root: RootId,
+    shutting_down: bool,
+}
+
+/// query-block-exports, newest first.
+pub fn query(daemon: &Daemon) -> Value {
+    let plan = daemon.graph.plan();
+    let describe = |export: &Export| {
+        let node =
+            plan.root(export.root).map_or_else(String::new, |root| plan.node(root.node).name.to_string());
+        let object = Object::new().with("id", export.id.as_str()).with("type", "nbd").with("node-name", node);
+        Value::Object(object.with("shutting-down", export.shutting_down))
+    };
+    Value::List(daemon.exports().iter().rev().map(describe).collect())
+}
+
+/// nbd-server-start, with QMP's nested address.
+pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let mut address =
+        arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
+    let kind = address.text("type");
+    let mut data = address.object("data").unwrap_or_else(|| Arguments::new(Object::new()));
+    let address = socket_address(&kind, &mut data)?;
+    start_at(daemon, &address, arguments)
+}
+
+/// Starts the server; the rest of the arguments are common to QMP and the command line.
+pub fn start_at(daemon: &Daemon, address: &Address, arguments: &mut Arguments) -> CommandResult<()> {
+    for option in ["tls-creds", "tls-authz"] {
+        if arguments.has(option) {
+            return Err(CommandError::new(format!("Parameter '{option}': TLS is not supported yet")));
+        }
+    }
+    let mut running = daemon.nbd();
+    if running.is_some() {
+        return Err(CommandError::new("NBD server already running"));
+    }
+    let limit = |number: i64| u32::try_from(number);
+    let max_connections = limit(arguments.number("max-connections", 100));
+    let seconds = limit(arguments.number("handshake-max-seconds", 10));
+    let (Ok(max_connections), Ok(seconds)) = (max_connections, seconds) else {
+        return Err(CommandError::new("Parameter 'max-connections' expects a non-negative value"));
+    };
+    let options =
+        ServerOptions { max_connections, handshake_timeout: Duration::from_secs(u64::from(seconds)) };
+    *running = Some(Arc::new(NbdServer::start(address, options, daemon.spawners())?));
+    Ok(())
+}
+
+/// A socket address from its parts: those of QMP's `data`, which the command line has without nesting.
+pub fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address> {
+    let address = match kind {
+        "unix" => Address::Unix(data.text("path").into()),
+        "inet" => Address::Inet { host: data.text("host"), port: data.text("port") },
+        "fd" => {
+            let number = data.text("str");
+            let fd = number
+                .parse()
+                .map_err(|_| CommandError::new(format!("File descriptor '{number}' is not a number")))?;
+            Address::Fd(fd)
+        }
+        other => return Err(CommandError::new(format!("Socket address type '{other}' is not supported"))),
+    };
+    let rest = [
+        "to",
+        "numeric",
+        "keep-alive",
+        "mptcp",
+        "abstract",
+        "ipv4",
+        "ipv6",
+        "keep-alive-count",
+        "keep-alive-idle",
+        "keep-alive-interval",
+    ];
+    match rest.into_iter().find(|option| data.has(option)) {
+        Some(option) => Err(CommandError::new(format!("Socket option '{option}' is not supported yet"))),
+        None => Ok(address),
+    }
+}
+
+/// nbd-server-stop: drops all NBD exports, whoever is connected.
+pub async fn server_stop(daemon: &Daemon) -> CommandResult<()> {
+    if daemon.nbd().is_none() {
+        return Err(CommandError::new("NBD server not running"));
+    }
+    close_all(daemon).await;
+    Ok(())
+}
+
+/// The end of the server and of all exports.
+pub async fn close_all(daemon: &Daemon) {
+    let ids: Vec<_> = daemon.exports().iter().rev().map(|export| export.id.clone()).collect();
+    for id in ids {
+        // One that is going already is gone soon.
+        let _ = close(daemon, &id, true).await;
+    }
+    let server = daemon.nbd().take();
+    if let Some(server) = server {
+        // All exports are gone, so nobody is left to wait for.
+        drop(server.stop().await);
+    }
+}
+
+/// nbd-server-add (deprecated): id and name are the same, and a read-only node is exported read-only.
+pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    if arguments.has("bitmap") {
+        return Err(CommandError::new("Dirty bitmaps are not supported yet"));
+    }
+    let device = arguments.text("device");
+    let name = arguments.optional_text("name").unwrap_or_else(|| device.clone());
+    if name.len() > MAX_STRING {
+        return Err(CommandError::new(format!("export name '{name}' too long")));
+    }
+    let plan = daemon.graph.plan();
+    let node = super::lookup::either(&plan, &device)?;
+    let writable = arguments.flag("writable", false) && !plan.node(node).read_only;
+    drop(plan);
+    let description = arguments.optional_text("description");
+    let spec = Spec {
+        id: name.clone(),
+        node_name: device,
+        name,
+        description,
+        writable,
+        writethrough: false,
+        depth: false,
+    };
+    spec.add(daemon).await
+}
+
+/// block-export-add
+pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    for option in ["iothread", "fixed-iothread", "bitmaps"] {
+        if arguments.has(option) {
+            return Err(CommandError::new(format!("Parameter '{option}' is not supported yet")));
+        }
+    }
+    arguments.flag("allow-inactive", false);
+    let node_name = arguments.text("node-name");
+    let spec = Spec {
+        id: arguments.text("id"),
+        name: arguments.optional_text("name").unwrap_or_else(|| node_name.clone()),
+        description: arguments.optional_text("description"),
+        writable: arguments.flag("writable", false),
+        writethrough: arguments.flag("writethrough", false),
+        depth: arguments.flag("allocation-depth", false),
+        node_name,
+    };
+    spec.add(daemon).await
+}
+
+/// An export to come.
+struct Spec {
+    id: String,
+    node_name: String,
+    name: String,
+    description: Option<String>,
+    writable: bool,
+    writethrough: bool,
+    depth: bool,
+}
+
+impl Spec {
+    async fn add(self, daemon: &Daemon) -> CommandResult<()> {
+        let Self { id, node_name, name, description, writable, writethrough, depth } = self;
+        if !underlay_graph::units::is_well_formed_id(&id) && name != id {
+            return Err(CommandError::new(format!("Invalid block export id '{id}'")));
+        }
+        if daemon.exports().iter().any(|export| export.id == id) {
+            return Err(CommandError::new(format!("Block export id '{id}' is already in use")));
+        }
+        let plan = daemon.graph.plan();
+        let node = super::lookup::device_or_node(&plan, None, Some(&node_name))?;
+        if writable && plan.node(node).read_only {
+            return Err(CommandError::new("Cannot export read-only node as writable"));
+        }
+        let node = super::lookup::above_implicit_filters(&plan, node);
+        drop(plan);
+        let server = daemon.nbd().clone().ok_or_else(|| CommandError::new("NBD server not running"))?;
+        for (what, text) in [("name", Some(&name)), ("description", description.as_ref())] {
+            if let Some(text) = text.filter(|text| text.len() > MAX_STRING) {
+                return Err(CommandError::new(format!("export {what} '{text}' too long")));
+            }
+        }
+        if daemon.exports().iter().any(|export| export.name == name) {
+            return Err(CommandError::new(format!("NBD server already has export named '{name}'")));
+        }
+        let writes = if writable { Perms::WRITE } else { Perms::NONE };
+        let new_root = NewRoot {
+            user: UNNAMED_USER.to_owned(),
+            role: "root",
+            node,
+            required: Perms::CONSISTENT_READ | writes,
+            shared: Perms::ALL.without(Perms::RESIZE),
+            pinned: false,
+            drained: None,
+        };
+        let root = daemon.graph.change(|plan| match plan.get(new_root.node) {
+            Some(_) => Ok(plan.add_root(new_root)),
+            None => Err(GraphError::new("The node was removed in the meantime")),
+        });
+        let root_id = root.await?;
+        let root = daemon
+            .graph
+            .root(root_id)
+            .ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
+        let description = description.unwrap_or_default();
+        let export = NbdExport {
+            id: id.clone(),
+            name: name.clone(),
+            description,
+            root,
+            writable,
+            writethrough,
+            allocation_depth: depth,
+        };
+        if let Err(error) = server.add(export) {
+            daemon
+                .graph
+                .change(|plan| {
+                    plan.remove_root(root_id);
+                    Ok(())
+                })
+                .await?;
+            return Err(error.into());
+        }
+        daemon.exports().push(Export { id, name, root: root_id, shutting_down: false });
+        Ok(())
+    }
+}
+
+/// block-export-del, nbd-server-remove: once its clients' last requests are done, the export is gone and
+/// BLOCK_EXPORT_DELETED is on its way.
+pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
+    close(daemon, id, hard).await
+}
+
+async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
+    let (name, root) = {
+        let mut exports = daemon.exports();
+        let found = exports.iter_mut().find(|export| export.id == id);
+        let export = found.ok_or_else(|| CommandError::new(format!("Export '{id}' is not found")))?;
+        if export.shutting_down {
+            return Err(CommandError::new(format!("Export '{id}' is already shutting down")));
+        }
+        export.shutting_down = true;
+        (export.name.clone(), export.root)
+    };
+    let server = daemon.nbd().clone();
+    let removed = server.map(|server| server.remove(&name, hard));
+    match removed {
+        Some(Ok(gone)) => gone.wait().await,
+        None | Some(Err(ExportError::NotFound(_))) => {}
+        Some(Err(error)) => {
+            let mut exports = daemon.exports();
+            exports
+                .iter_mut()
+                .filter(|export| export.id == id)
+                .for_each(|export| export.shutting_down = false);
+            return Err(error.into());
+        }
+    }
+    daemon
+        .graph
+        .change(|plan| {
+            plan.remove_root(root);
+            Ok(())
+        })
+        .await?;
+    daemon.exports().retain(|export| export.id != id);
+    daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", id));
+    Ok(())
+}

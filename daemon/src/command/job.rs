@@ -1,0 +1,224 @@
+//! Jobs: block-stream, block-commit, the verbs of both families, and their queries.
+
+use std::sync::Arc;
+
+use underlay_drivers::filename;
+use underlay_drivers::names::resolve_backing;
+use underlay_graph::{NodeId, Plan, View};
+use underlay_jobs::{
+    CommitArgs, JobError, JobInfo, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
+};
+use underlay_qmp::json::{Object, Value};
+
+use super::arguments::Arguments;
+use super::{lookup, snapshot};
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// block-stream
+pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let settings = settings(arguments);
+    let plan = daemon.graph.plan();
+    let device = arguments.text("device");
+    let names = ["base", "base-node", "bottom"].map(|name| arguments.optional_text(name));
+    for (a, b) in [(0, 1), (0, 2), (2, 1)] {
+        let spelled = ["base", "base-node", "bottom"];
+        if names[a].is_some() && names[b].is_some() {
+            let (a, b) = (spelled[a], spelled[b]);
+            return Err(CommandError::new(format!("'{a}' and '{b}' cannot be specified at the same time")));
+        }
+    }
+    let top = lookup::either(&plan, &device)?;
+    let [base, base_node, bottom] = names;
+    let end = if let Some(base) = base {
+        let found = find_in_chain(daemon, &plan, top, &base);
+        let missing = || CommandError::new(format!("Can't find '{base}' in the backing chain"));
+        StreamEnd::Above(found.ok_or_else(missing)?)
+    } else if let Some(base) = base_node {
+        StreamEnd::Above(find_node(&plan, &base)?)
+    } else if let Some(bottom) = bottom {
+        StreamEnd::Bottom(find_node(&plan, &bottom)?)
+    } else {
+        StreamEnd::Whole
+    };
+    drop(plan);
+    let args = StreamArgs {
+        settings,
+        top,
+        end,
+        backing_file: arguments.optional_text("backing-file"),
+        backing_mask_protocol: arguments.flag("backing-mask-protocol", false),
+        filter_node_name: arguments.optional_text("filter-node-name"),
+        names: Arc::new(name_in_header),
+    };
+    start(daemon, daemon.jobs.stream(&daemon.graph, args).await?);
+    Ok(())
+}
+
+/// block-commit
+pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let settings = settings(arguments);
+    let plan = daemon.graph.plan();
+    let device = arguments.text("device");
+    let root = plan.find(&device).ok_or_else(|| CommandError {
+        class: underlay_graph::Class::DeviceNotFound,
+        desc: format!("Device '{device}' not found"),
+    })?;
+    let mut ends = [None, None];
+    for (end, name) in ends.iter_mut().zip(["top", "base"]) {
+        let node_key = format!("{name}-node");
+        let (node, file) = (arguments.optional_text(&node_key), arguments.optional_text(name));
+        *end = match (node, file) {
+            (Some(_), Some(_)) => {
+                return Err(CommandError::new(format!("'{node_key}' and '{name}' are mutually exclusive")));
+            }
+            (Some(node), None) => {
+                let id = find_node(&plan, &node)?;
+                if !plan.chain(root).any(|image| image == id) {
+                    return Err(CommandError::new(format!("'{node}' is not in this backing file chain")));
+                }
+                Some(id)
+            }
+            (None, Some(file)) => Some(find_in_chain(daemon, &plan, root, &file).ok_or_else(|| {
+                CommandError::new(match name {
+                    "top" => format!("Top image file {file} not found"),
+                    _ => format!("Can't find '{file}' in the backing chain"),
+                })
+            })?),
+            (None, None) => None,
+        };
+    }
+    drop(plan);
+    let args = CommitArgs {
+        settings,
+        device: root,
+        top: ends[0],
+        base: ends[1],
+        backing_file: arguments.optional_text("backing-file"),
+        backing_mask_protocol: arguments.flag("backing-mask-protocol", false),
+        filter_node_name: arguments.optional_text("filter-node-name"),
+        names: Arc::new(name_in_header),
+    };
+    start(daemon, daemon.jobs.commit(&daemon.graph, args).await?);
+    Ok(())
+}
+
+fn start(daemon: &Daemon, started: Started) {
+    daemon.job_thread().spawn(started.task);
+}
+
+fn settings(arguments: &mut Arguments) -> Settings {
+    let on_error = match arguments.optional_text("on-error").as_deref() {
+        Some("ignore") => OnError::Ignore,
+        Some("enospc" | "auto") => OnError::Enospc,
+        Some("stop") => OnError::Stop,
+        _ => OnError::Report,
+    };
+    Settings {
+        id: arguments.optional_text("job-id"),
+        default_id: String::new(),
+        speed: arguments.number("speed", 0),
+        auto_finalize: arguments.flag("auto-finalize", true),
+        auto_dismiss: arguments.flag("auto-dismiss", true),
+        on_error,
+    }
+}
+
+fn find_node(plan: &Plan, name: &str) -> CommandResult<NodeId> {
+    plan.find(name).ok_or_else(|| CommandError::new(format!("Cannot find device='' nor node-name='{name}'")))
+}
+
+/// The image of a chain that a file name means: as the image is called, or as its overlay calls it.
+fn find_in_chain(daemon: &Daemon, plan: &Plan, top: NodeId, file: &str) -> Option<NodeId> {
+    let wires = daemon.graph.wires();
+    let absolute = |name: &str| std::fs::canonicalize(name).ok();
+    let wanted = absolute(file);
+    let mut called = None;
+    for id in plan.chain(top) {
+        let view = wires.view(id);
+        let own = filename::of(&view);
+        let same_file = wanted.is_some() && filename::exact(&view).and_then(|name| absolute(&name)) == wanted;
+        if own == file || called.as_deref() == Some(file) || same_file {
+            return Some(id);
+        }
+        let below = view.node().backing_ref().map(|backing| backing.file);
+        let image = filename::of_file(&view).unwrap_or_default();
+        if below.as_deref().is_some_and(|below| below == file || resolve_backing(&image, below) == file) {
+            called = Some(file.to_owned());
+        } else {
+            called = None;
+        }
+    }
+    None
+}
+
+/// How an image must call another in its header.
+fn name_in_header(image: &View, below: &View) -> String {
+    snapshot::name_from(&filename::of_file(image).unwrap_or_default(), &filename::of(below))
+}
+
+/// A verb of either family, on one job. `None`: not a verb.
+pub async fn verb(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<CommandResult<()>> {
+    let id = arguments.optional_text("device").or(arguments.optional_text("id")).unwrap_or_default();
+    let (job, verb) = match command.strip_prefix("block-job-") {
+        Some(verb) => (daemon.jobs.block_job(&id), verb),
+        None => (daemon.jobs.job(&id), command.strip_prefix("job-")?),
+    };
+    let job = match job {
+        Ok(job) => job,
+        Err(error) => return Some(Err(error.into())),
+    };
+    let done: Result<(), JobError> = match (command, verb) {
+        (_, "pause") => job.pause(),
+        (_, "resume") => job.resume(),
+        (_, "set-speed") => job.set_speed(arguments.number("speed", 0)),
+        ("block-job-cancel", _) => job.block_cancel(arguments.flag("force", false)),
+        (_, "cancel") => job.cancel(),
+        (_, "complete") => job.complete(),
+        (_, "finalize") => job.finalize().await,
+        (_, "dismiss") => daemon.jobs.dismiss(&job),
+        _ => return None,
+    };
+    Some(done.map_err(CommandError::from))
+}
+
+/// query-jobs
+pub fn query_jobs(daemon: &Daemon) -> Value {
+    let describe = |job: JobInfo| {
+        let mut object = Object::new()
+            .with("id", job.id)
+            .with("type", job.kind.as_str())
+            .with("status", job.status.as_str())
+            .with("current-progress", job.current)
+            .with("total-progress", job.total);
+        if let Some(error) = job.error {
+            object.insert("error", error);
+        }
+        Value::Object(object)
+    };
+    Value::List(daemon.jobs.query().into_iter().map(describe).collect())
+}
+
+/// query-block-jobs
+pub fn query_block_jobs(daemon: &Daemon) -> Value {
+    let describe = |job: JobInfo| {
+        let mut object = Object::new()
+            .with("type", job.kind.as_str())
+            .with("device", job.id)
+            .with("len", job.total)
+            .with("offset", job.current)
+            .with("busy", job.busy)
+            .with("paused", job.paused)
+            .with("speed", job.speed)
+            .with("io-status", job.io_status.as_str())
+            .with("ready", matches!(job.status, Status::Ready | Status::Standby) || job.ready)
+            .with("status", job.status.as_str())
+            .with("auto-finalize", job.auto_finalize)
+            .with("auto-dismiss", job.auto_dismiss);
+        if let Some(error) = job.error {
+            object.insert("error", error);
+        }
+        Value::Object(object)
+    };
+    Value::List(daemon.jobs.query().into_iter().map(describe).collect())
+}

@@ -1,0 +1,106 @@
+//! The one door for control: a checked request comes in, its handler's result goes out.
+
+pub mod arguments;
+pub mod blockdev;
+pub mod export;
+pub mod job;
+pub mod lookup;
+pub mod query;
+pub mod snapshot;
+
+use underlay_qmp::json::{Object, Value};
+use underlay_qmp::schema;
+use underlay_qmp::session::Request;
+
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+use arguments::Arguments;
+
+/// The version of QEMU whose interface this is, and our own.
+pub fn version() -> Value {
+    let qemu = Object::new().with("major", 10_i64).with("minor", 0_i64).with("micro", 2_i64);
+    let package = concat!("Underlay ", env!("CARGO_PKG_VERSION"));
+    Object::new().with("qemu", qemu).with("package", package).into()
+}
+
+/// Executes a request. Queries never wait; everything else takes turns.
+pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> {
+    let mut arguments = Arguments::new(request.arguments);
+    if let Some(answer) = query(daemon, request.command, &mut arguments) {
+        return Ok(answer);
+    }
+    let _turn = daemon.turn.lock().await;
+    change(daemon, request.command, arguments).await.map(|()| Value::Object(Object::new()))
+}
+
+fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Value> {
+    Some(match command {
+        "query-version" => version(),
+        "query-commands" => {
+            let name = |command: &schema::ty::Command| Object::new().with("name", command.name).into();
+            Value::List(schema::COMMANDS.iter().map(name).collect())
+        }
+        "query-qmp-schema" => schema::introspect::query_qmp_schema(),
+        "query-named-block-nodes" => query::named_block_nodes(daemon, arguments.flag("flat", false)),
+        "query-block" => query::block(),
+        "query-blockstats" => query::blockstats(daemon, arguments.flag("query-nodes", false)),
+        "x-debug-query-block-graph" => query::block_graph(daemon),
+        "query-jobs" => job::query_jobs(daemon),
+        "query-block-jobs" => job::query_block_jobs(daemon),
+        "query-block-exports" => export::query(daemon),
+        _ => return None,
+    })
+}
+
+async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
+    match command {
+        "quit" => daemon.quit.raise(),
+        "blockdev-add" => {
+            blockdev::add(daemon, arguments.rest()).await?;
+        }
+        "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
+        "blockdev-snapshot-sync" => snapshot::snapshot_sync(daemon, snapshot_sync(&mut arguments)).await?,
+        "blockdev-snapshot" => {
+            snapshot::snapshot(daemon, &arguments.text("node"), &arguments.text("overlay")).await?;
+        }
+        "change-backing-file" => {
+            let (device, image) = (arguments.text("device"), arguments.text("image-node-name"));
+            blockdev::change_backing_file(daemon, &device, &image, &arguments.text("backing-file")).await?;
+        }
+        "block_resize" => {
+            let (device, node_name) =
+                (arguments.optional_text("device"), arguments.optional_text("node-name"));
+            let size = arguments.number("size", 0);
+            blockdev::resize(daemon, device.as_deref(), node_name.as_deref(), size).await?;
+        }
+        "block-stream" => job::stream(daemon, &mut arguments).await?,
+        "block-commit" => job::commit(daemon, &mut arguments).await?,
+        "nbd-server-start" => export::server_start(daemon, &mut arguments)?,
+        "nbd-server-stop" => export::server_stop(daemon).await?,
+        "nbd-server-add" => export::server_add(daemon, &mut arguments).await?,
+        "nbd-server-remove" => {
+            let name = arguments.text("name");
+            export::del(daemon, &name, arguments.optional_text("mode").as_deref() == Some("hard")).await?;
+        }
+        "block-export-add" => export::add(daemon, &mut arguments).await?,
+        "block-export-del" => {
+            let id = arguments.text("id");
+            export::del(daemon, &id, arguments.optional_text("mode").as_deref() == Some("hard")).await?;
+        }
+        verb => job::verb(daemon, verb, &mut arguments)
+            .await
+            .unwrap_or_else(|| Err(CommandError::new(format!("The command {verb} has no handler"))))?,
+    }
+    Ok(())
+}
+
+fn snapshot_sync(arguments: &mut Arguments) -> snapshot::SnapshotSync {
+    snapshot::SnapshotSync {
+        device: arguments.optional_text("device"),
+        node_name: arguments.optional_text("node-name"),
+        snapshot_file: arguments.text("snapshot-file"),
+        snapshot_node_name: arguments.optional_text("snapshot-node-name"),
+        format: arguments.optional_text("format"),
+        existing: arguments.optional_text("mode").as_deref() == Some("existing"),
+    }
+}

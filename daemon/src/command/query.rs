@@ -1,0 +1,277 @@
+//! What the graph looks like: query-named-block-nodes, query-block, query-blockstats, x-debug-query-block-graph.
+//!
+//! Queries read the plan in force and never wait for a change of it.
+
+use underlay_drivers::filename;
+use underlay_drivers::names::resolve_backing;
+use underlay_graph::plan::{DetectZeroes, Wires};
+use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, perm};
+use underlay_qmp::json::{Object, Value};
+
+use crate::state::Daemon;
+
+/// Lengths are shown in whole sectors of this many bytes, rounded up.
+const SECTOR: u64 = 512;
+
+fn int(value: u64) -> Value {
+    i64::try_from(value).map_or(Value::UInt(value), Value::Int)
+}
+
+fn text(value: impl Into<String>) -> Value {
+    Value::Str(value.into())
+}
+
+/// query-named-block-nodes. `flat` leaves out the images below each image.
+pub fn named_block_nodes(daemon: &Daemon, flat: bool) -> Value {
+    let wires = daemon.graph.wires();
+    Value::List(wires.plan().nodes().rev().map(|(id, _)| block_device_info(&wires, id, flat)).collect())
+}
+
+/// BlockDeviceInfo
+fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
+    let node = wires.plan().node(id);
+    let view = wires.view(id);
+    let info = node.node.image_info();
+    let mut cache = Object::new();
+    cache.insert("writeback", Value::Bool(true));
+    cache.insert("direct", Value::Bool(node.options.cache_direct));
+    cache.insert("no-flush", Value::Bool(node.options.cache_no_flush));
+    let detect = match node.options.detect_zeroes {
+        DetectZeroes::Off => "off",
+        DetectZeroes::On => "on",
+        DetectZeroes::Unmap => "unmap",
+    };
+    let mut object = Object::new();
+    object.insert("file", text(filename::of(&view)));
+    object.insert("node-name", text(node.name.as_str()));
+    object.insert("ro", Value::Bool(node.read_only));
+    object.insert("drv", text(node.node.driver()));
+    object.insert("encrypted", Value::Bool(info.encrypted));
+    object.insert("detect_zeroes", text(detect));
+    object.insert("active", Value::Bool(true));
+    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
+        object.insert(limit, Value::Int(0));
+    }
+    object.insert("cache", Value::Object(cache));
+    if let Some(backing) = node.node.backing_ref().filter(|_| node.child(Role::Backing).is_some()) {
+        object.insert("backing_file", text(backing.file));
+    }
+    let depth = if flat { 0 } else { wires.plan().chain(id).count().saturating_sub(1) };
+    object.insert("backing_file_depth", int(depth as u64));
+    object.insert("image", image_info(wires, id, flat));
+    Value::Object(object)
+}
+
+/// ImageInfo, with the images below nested in it unless `flat`. Built from the bottom up: chains may be long.
+fn image_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
+    let plan = wires.plan();
+    let chain: Vec<_> = if flat { vec![id] } else { plan_chain(plan, id) };
+    let mut below = None;
+    for id in chain.into_iter().rev() {
+        let mut object = one_image(wires, id);
+        if let Some(below) = below.take() {
+            object.insert("backing-image", below);
+        }
+        below = Some(Value::Object(object));
+    }
+    below.unwrap_or(Value::Null)
+}
+
+/// The node itself and the images below it.
+fn plan_chain(plan: &Plan, id: NodeId) -> Vec<NodeId> {
+    std::iter::once(id).chain(plan.chain(id).skip(1)).collect()
+}
+
+fn one_image(wires: &Wires, id: NodeId) -> Object {
+    let view = wires.view(id);
+    let node = view.node();
+    let info = node.image_info();
+    let mut object = Object::new();
+    object.insert("filename", text(filename::of(&view)));
+    object.insert("format", text(node.driver()));
+    object.insert("virtual-size", int(view.cx().length().div_ceil(SECTOR).saturating_mul(SECTOR)));
+    if let Some(size) = allocated_size(wires, id) {
+        object.insert("actual-size", int(size));
+    }
+    object.insert("dirty-flag", Value::Bool(info.dirty));
+    if let Some(size) = info.cluster_size {
+        object.insert("cluster-size", int(size));
+    }
+    if info.encrypted {
+        object.insert("encrypted", Value::Bool(true));
+    }
+    if let Some(backing) = node.backing_ref() {
+        let own = filename::of_file(&view).unwrap_or_default();
+        object.insert("full-backing-filename", text(resolve_backing(&own, &backing.file)));
+        object.insert("backing-filename", text(backing.file));
+        if let Some(format) = backing.format {
+            object.insert("backing-filename-format", text(format));
+        }
+    }
+    if let Some(specific) = info.format_specific {
+        object.insert("format-specific", format_specific(specific));
+    }
+    object
+}
+
+/// Bytes that the image takes up on its medium.
+fn allocated_size(wires: &Wires, id: NodeId) -> Option<u64> {
+    let mut id = id;
+    loop {
+        let node = wires.plan().node(id);
+        if node.node.kind() == Kind::Protocol {
+            return node.node.allocated_size();
+        }
+        id = node.children.first()?.1;
+    }
+}
+
+fn format_specific(info: FormatInfo) -> Value {
+    let mut object = Object::new();
+    object.insert("type", text(info.kind));
+    object.insert("data", fields(info.fields));
+    Value::Object(object)
+}
+
+fn fields(fields: Vec<(&'static str, InfoValue)>) -> Value {
+    let mut object = Object::new();
+    for (name, value) in fields {
+        object.insert(name, info_value(value));
+    }
+    Value::Object(object)
+}
+
+fn info_value(value: InfoValue) -> Value {
+    match value {
+        InfoValue::Bool(flag) => Value::Bool(flag),
+        InfoValue::Int(number) => Value::Int(number),
+        InfoValue::Text(words) => Value::Str(words),
+        InfoValue::List(values) => Value::List(values.into_iter().map(info_value).collect()),
+        InfoValue::Object(inner) => fields(inner),
+    }
+}
+
+/// query-block: devices with names, of which a storage daemon has none.
+pub fn block() -> Value {
+    Value::List(Vec::new())
+}
+
+/// x-debug-query-block-graph: nodes, roots and the edges between them with their permissions.
+pub fn block_graph(daemon: &Daemon) -> Value {
+    let plan = daemon.graph.plan();
+    let mut numbers = std::collections::HashMap::new();
+    let mut nodes = Vec::new();
+    let mut edges = Vec::new();
+    for (at, (id, node)) in plan.nodes().rev().enumerate() {
+        numbers.insert(id, at as u64 + 1);
+        nodes.push(graph_node(at as u64 + 1, "block-driver", node.name.as_str()));
+    }
+    for (id, node) in plan.nodes().rev() {
+        let access = daemon.graph.access(id);
+        for (role, child) in &node.children {
+            let (required, shared) = perm::for_child(&*node.node, access, *role);
+            edges.push(graph_edge(numbers[&id], numbers[child], role.as_str(), required, shared));
+        }
+    }
+    let mut next = nodes.len() as u64;
+    for (_, root) in plan.roots() {
+        next += 1;
+        let (kind, name) = match root.user.split_once(" job '") {
+            Some((_, job)) => ("block-job", job.trim_end_matches('\'')),
+            None => ("block-backend", ""),
+        };
+        nodes.push(graph_node(next, kind, name));
+        edges.push(graph_edge(next, numbers[&root.node], root.role, root.required, root.shared));
+    }
+    let mut object = Object::new();
+    object.insert("nodes", Value::List(nodes));
+    object.insert("edges", Value::List(edges));
+    Value::Object(object)
+}
+
+fn graph_node(id: u64, kind: &str, name: &str) -> Value {
+    let mut object = Object::new();
+    object.insert("id", int(id));
+    object.insert("type", text(kind));
+    object.insert("name", text(name));
+    Value::Object(object)
+}
+
+fn graph_edge(parent: u64, child: u64, name: &str, required: Perms, shared: Perms) -> Value {
+    let perms = |perms: Perms| {
+        // In the order in which QEMU lists them.
+        let listed = [
+            (Perms::RESIZE, "resize"),
+            (Perms::WRITE_UNCHANGED, "write-unchanged"),
+            (Perms::WRITE, "write"),
+            (Perms::CONSISTENT_READ, "consistent-read"),
+        ];
+        Value::List(
+            listed.into_iter().filter(|(perm, _)| perms.has(*perm)).map(|(_, name)| text(name)).collect(),
+        )
+    };
+    let mut object = Object::new();
+    object.insert("parent", int(parent));
+    object.insert("child", int(child));
+    object.insert("name", text(name));
+    object.insert("perm", perms(required));
+    object.insert("shared-perm", perms(shared));
+    Value::Object(object)
+}
+
+/// query-blockstats: per node when asked for, else per named device, of which there are none.
+pub fn blockstats(daemon: &Daemon, query_nodes: bool) -> Value {
+    if !query_nodes {
+        return Value::List(Vec::new());
+    }
+    let plan = daemon.graph.plan();
+    Value::List(plan.nodes().rev().map(|(id, _)| node_stats(&plan, id, 0)).collect())
+}
+
+/// How deep the statistics of what is below are nested.
+const MAX_STATS_DEPTH: u32 = 1000;
+
+fn node_stats(plan: &Plan, id: NodeId, depth: u32) -> Value {
+    let node = plan.node(id);
+    let mut object = Object::new();
+    object.insert("node-name", text(node.name.as_str()));
+    object.insert("stats", Value::Object(device_stats()));
+    if matches!(node.node.driver(), "file" | "host_device") {
+        let mut specific = Object::new();
+        specific.insert("driver", text(node.node.driver()));
+        for count in ["discard-nb-ok", "discard-nb-failed", "discard-bytes-ok"] {
+            specific.insert(count, Value::Int(0));
+        }
+        object.insert("driver-specific", Value::Object(specific));
+    }
+    if depth < MAX_STATS_DEPTH {
+        if let Some(file) = node.child(Role::File) {
+            object.insert("parent", node_stats(plan, file, depth + 1));
+        }
+        if let Some(backing) = node.child(Role::Backing) {
+            object.insert("backing", node_stats(plan, backing, depth + 1));
+        }
+    }
+    Value::Object(object)
+}
+
+/// The counters that QEMU keeps for devices; nodes have them too, and they stay at zero there.
+fn device_stats() -> Object {
+    let mut object = Object::new();
+    for kind in ["rd", "wr", "flush", "unmap", "zone_append"] {
+        let plural = if kind == "zone_append" { "zone_append" } else { kind };
+        object.insert(&format!("{plural}_operations"), Value::Int(0));
+        object.insert(&format!("{plural}_total_time_ns"), Value::Int(0));
+        object.insert(&format!("failed_{plural}_operations"), Value::Int(0));
+        object.insert(&format!("invalid_{plural}_operations"), Value::Int(0));
+        if kind != "flush" {
+            object.insert(&format!("{plural}_bytes"), Value::Int(0));
+            object.insert(&format!("{plural}_merged"), Value::Int(0));
+        }
+    }
+    object.insert("wr_highest_offset", Value::Int(0));
+    object.insert("account_invalid", Value::Bool(false));
+    object.insert("account_failed", Value::Bool(false));
+    object.insert("timed_stats", Value::List(Vec::new()));
+    object
+}

@@ -1,0 +1,182 @@
+//! External snapshots: an overlay slides in between a disk and all its users.
+
+use std::path::Path;
+
+use underlay_drivers::names::resolve_backing;
+use underlay_drivers::options::{Backing, Child, DriverSpec};
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
+use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Role};
+
+use underlay_qcow2::CreateOptions;
+
+use super::lookup;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// Arguments of blockdev-snapshot-sync.
+#[derive(Clone, Debug)]
+pub struct SnapshotSync {
+    /// The disk, as a device.
+    pub device: Option<String>,
+    /// The disk, as a node.
+    pub node_name: Option<String>,
+    /// Where the overlay is or will be.
+    pub snapshot_file: String,
+    /// What the overlay will be called.
+    pub snapshot_node_name: Option<String>,
+    /// The overlay's format, qcow2 if absent.
+    pub format: Option<String>,
+    /// The file exists (mode `existing`) rather than being made (`absolute-paths`).
+    pub existing: bool,
+}
+
+/// blockdev-snapshot-sync
+pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let (device, node_name) = (arguments.device.as_deref(), arguments.node_name.as_deref());
+    let disk = lookup::device_or_node(&plan, device, node_name)?;
+    lookup::not_busy(&plan, disk)?;
+    match &arguments.snapshot_node_name {
+        None if arguments.node_name.is_some() => {
+            return Err(CommandError::new("New overlay node-name missing"));
+        }
+        Some(name) if plan.find(name).is_some() => {
+            return Err(CommandError::new("New overlay node-name already in use"));
+        }
+        _ => {}
+    }
+    let format = arguments.format.as_deref().unwrap_or("qcow2");
+    if !arguments.existing {
+        create_overlay(daemon, disk, &arguments.snapshot_file, format).await?;
+    }
+    let new = open_overlay(daemon, disk, &arguments, format).await?;
+    let edit = |plan: &mut Plan| {
+        still_there(plan, disk)?;
+        let overlay = plan.add(new)?;
+        put_on_top(plan, disk, overlay)
+    };
+    Ok(daemon.graph.change(edit).await?)
+}
+
+/// blockdev-snapshot: with an overlay that blockdev-add has opened.
+pub async fn snapshot(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let disk = lookup::either(&plan, node)?;
+    lookup::not_busy(&plan, disk)?;
+    let overlay = lookup::either(&plan, overlay)?;
+    let edit = |plan: &mut Plan| {
+        still_there(plan, disk)?;
+        still_there(plan, overlay)?;
+        put_on_top(plan, disk, overlay)
+    };
+    Ok(daemon.graph.change(edit).await?)
+}
+
+fn still_there(plan: &Plan, id: NodeId) -> Result<(), GraphError> {
+    plan.get(id).map(|_| ()).ok_or_else(|| GraphError::new("The node was removed in the meantime"))
+}
+
+/// Wires `overlay` between `disk` and its users; `disk` is only read from then on.
+fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), GraphError> {
+    if plan.roots_of(overlay).next().is_some() || plan.parents(overlay).next().is_some() {
+        return Err(GraphError::new("The overlay is already in use"));
+    }
+    let node = &plan.node(overlay).node;
+    if node.kind() == underlay_graph::Kind::Filter {
+        return Err(GraphError::new("Filters cannot be used as overlays"));
+    }
+    if plan.node(overlay).child(Role::Backing).is_some() {
+        return Err(GraphError::new("The overlay already has a backing image"));
+    }
+    if !node.supports_backing() {
+        return Err(GraphError::new("The overlay does not support backing images"));
+    }
+    let unused = plan.roots_of(disk).next().is_none() && plan.parents(disk).next().is_none();
+    plan.replace(disk, overlay, |parent| parent == overlay)?;
+    plan.set_child(overlay, Role::Backing, Some(disk))?;
+    if !plan.node(disk).read_only {
+        plan.set_read_only(disk, true);
+    }
+    // Nobody uses the disk yet: the overlay would go as soon as it came. The monitor keeps it, as it keeps the disk.
+    if unused {
+        plan.node_mut(overlay).monitor_owned = true;
+    }
+    Ok(())
+}
+
+/// Makes the overlay's file, naming the disk as what is below it.
+async fn create_overlay(daemon: &Daemon, disk: NodeId, file: &str, format: &str) -> CommandResult<()> {
+    let wires = daemon.graph.wires();
+    let view = wires.view(wires.plan().skip_filters(disk));
+    let size = view.cx().length();
+    let backing = name_from(file, &filename::of(&view));
+    let driver = view.node().driver();
+    if format != "qcow2" {
+        let known = matches!(format, "raw" | "file" | "host_device" | "null-co" | "null-aio");
+        return Err(CommandError::new(match known {
+            true => format!("Backing file not supported for file format '{format}'"),
+            false => format!("Unknown file format '{format}'"),
+        }));
+    }
+    let mut options = CreateOptions::new(size.div_ceil(512).saturating_mul(512));
+    options.backing = Some(BackingRef { file: backing.clone(), format: Some(driver.to_owned()) });
+    // QEMU announces this on standard output, as qemu-img does.
+    let comma = |text: &str| text.replace(',', ",,");
+    println!(
+        "Formatting '{file}', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size={} \
+         backing_file={} backing_fmt={driver} lazy_refcounts=off refcount_bits=16",
+        options.size,
+        comma(&backing)
+    );
+    Ok(underlay_drivers::create::qcow2(file, &options).await?)
+}
+
+/// How the image `from` must call the image `to`, a name that counts from our own folder: as it is, unless that
+/// would lead elsewhere from where `from` lies. (QEMU writes the name as it is, and the overlay then cannot be
+/// opened.)
+pub fn name_from(from: &str, to: &str) -> String {
+    if resolve_backing(from, to) == to || Path::new(to).is_absolute() {
+        return to.to_owned();
+    }
+    match std::path::absolute(to) {
+        Ok(path) if Path::new(to).exists() => path.to_string_lossy().into_owned(),
+        _ => to.to_owned(),
+    }
+}
+
+async fn open_overlay(
+    daemon: &Daemon,
+    disk: NodeId,
+    arguments: &SnapshotSync,
+    format: &str,
+) -> CommandResult<NewNode> {
+    let plan = daemon.graph.plan();
+    let like =
+        plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?.options;
+    let mut spec = NodeSpec::image(&arguments.snapshot_file, Some(format))?;
+    spec.node_name = arguments.snapshot_node_name.clone();
+    spec.cache_direct = Some(like.cache_direct);
+    spec.cache_no_flush = Some(like.cache_no_flush);
+    spec.discard = Some(like.discard);
+    spec.read_only = Some(false);
+    if let DriverSpec::Qcow2 { backing, .. } = &mut spec.driver {
+        *backing = Backing::None;
+    }
+    debug_assert!(!matches!(&spec.driver, DriverSpec::Qcow2 { file: Child::Reference(_), .. }));
+    let opener = Opener::new(&daemon.graph, BackingPolicy::Ignore, Some(daemon.on_corrupt()));
+    Ok(opener.open(spec).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name_from;
+
+    #[test]
+    fn a_name_that_would_lead_elsewhere_is_made_absolute() {
+        assert_eq!(name_from("b.qcow2", "a.qcow2"), "a.qcow2");
+        assert_eq!(name_from("sub/b.qcow2", "/x/a.qcow2"), "/x/a.qcow2");
+        assert_eq!(name_from("sub/b.qcow2", "json:{}"), "json:{}");
+
+        assert!(name_from("sub/b.qcow2", "Cargo.toml").ends_with("/Cargo.toml"));
+    }
+}

@@ -1,0 +1,43 @@
+//! `underlay install-links`: the names by which QEMU's users know the programs.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+const NAMES: [&str; 3] = ["qemu-img", "qemu-io", "qemu-storage-daemon"];
+
+/// Makes the links in the folder that is the one argument; the exit status. Nothing that is there is replaced,
+/// except links to this very program.
+pub fn install(words: &[String]) -> i32 {
+    let [folder] = words else {
+        eprintln!("Usage: underlay install-links DIR");
+        return 1;
+    };
+    if folder == "--help" || folder == "-h" {
+        println!(
+            "Usage: underlay install-links DIR\nMakes links to this program in DIR: {}",
+            NAMES.join(", ")
+        );
+        return 0;
+    }
+    match install_into(Path::new(folder)) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("underlay: {error}");
+            1
+        }
+    }
+}
+
+fn install_into(folder: &Path) -> Result<(), String> {
+    let program =
+        std::env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
+    for name in NAMES {
+        let link = folder.join(name);
+        if std::fs::read_link(&link).is_ok_and(|target| target == program) {
+            continue;
+        }
+        symlink(&program, &link).map_err(|error| format!("cannot make {}: {error}", link.display()))?;
+        println!("{} -> {}", link.display(), program.display());
+    }
+    Ok(())
+}

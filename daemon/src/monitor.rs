@@ -1,0 +1,149 @@
+//! Monitors: QMP sessions on character devices, any number at once.
+//!
+//! Each client has a task that reads and executes, one command after the other, and a task that writes what waits in
+//! its outbox. A client that sends nonsense, stops reading or goes away is its own problem only.
+
+use std::sync::Arc;
+
+use underlay_qmp::json::Value;
+use underlay_qmp::session::{self, ErrorClass, Incoming, Session};
+use underlay_sys::net::{Listener, Stream};
+use underlay_sys::{rt, stdio};
+
+use crate::chardev::Backend;
+use crate::command;
+use crate::error::CommandError;
+use crate::event::Outbox;
+use crate::state::Daemon;
+
+/// Bytes read from a client at a time.
+const READ: usize = 64 << 10;
+
+/// Serves QMP on a character device, until the daemon ends.
+pub fn serve(daemon: &Arc<Daemon>, backend: Backend, pretty: bool) {
+    let daemon = daemon.clone();
+    rt::spawn(async move {
+        match backend {
+            Backend::Listener(listener) => clients(&daemon, listener, pretty).await,
+            Backend::Stream(stream) => client(&daemon, Wire::Socket(Arc::new(stream)), pretty).await,
+            Backend::Stdio => client(&daemon, Wire::Stdio, pretty).await,
+            Backend::File(file) => client(&daemon, Wire::File(Arc::new(file)), pretty).await,
+        }
+    });
+}
+
+/// One client after the other, as a character device has one other end.
+async fn clients(daemon: &Arc<Daemon>, listener: Listener, pretty: bool) {
+    while !daemon.quit.is_raised() {
+        match listener.accept().await {
+            Ok(stream) => client(daemon, Wire::Socket(Arc::new(stream)), pretty).await,
+            Err(error) => {
+                tracing::warn!(%error, "a monitor could not accept a client");
+                rt::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// The two directions of a character device.
+#[derive(Clone)]
+enum Wire {
+    Socket(Arc<Stream>),
+    Stdio,
+    /// Output only.
+    File(Arc<std::fs::File>),
+}
+
+impl Wire {
+    async fn read(&self, into: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Socket(stream) => stream.recv(into).await,
+            Self::Stdio => stdio::read(into).await,
+            Self::File(_) => std::future::pending().await,
+        }
+    }
+
+    async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
+        match self {
+            Self::Socket(stream) => stream.send_all(bytes).await,
+            Self::Stdio => stdio::write_all(bytes).await,
+            Self::File(file) => std::io::Write::write_all(&mut &**file, bytes),
+        }
+    }
+
+    fn shut(&self) {
+        if let Self::Socket(stream) = self {
+            stream.shutdown();
+        }
+    }
+}
+
+async fn client(daemon: &Arc<Daemon>, wire: Wire, pretty: bool) {
+    let outbox = daemon.events.subscribe();
+    let writer = rt::spawn(write_out(wire.clone(), outbox.clone()));
+    push(&outbox, session::greeting(command::version()), pretty);
+    let mut session = Session::default();
+    let mut buffer = vec![0; READ];
+    loop {
+        let bytes = match wire.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(count) => &buffer[..count],
+        };
+        for incoming in session.push(bytes) {
+            // Events begin with the reply to the negotiation.
+            let reply = match incoming {
+                Incoming::Reply(reply) => reply,
+                Incoming::Request(request) => execute(daemon, request).await,
+            };
+            push(&outbox, reply, pretty);
+            if session.is_negotiated() {
+                outbox.want_events();
+            }
+        }
+    }
+    outbox.close();
+    writer.await;
+}
+
+async fn execute(daemon: &Daemon, request: session::Request) -> Value {
+    let id = request.id.clone();
+    match command::execute(daemon, request).await {
+        Ok(result) => session::reply(result, id),
+        Err(CommandError { class, desc }) => {
+            let class = match class {
+                underlay_graph::Class::Generic => ErrorClass::GenericError,
+                underlay_graph::Class::DeviceNotFound => ErrorClass::DeviceNotFound,
+                underlay_graph::Class::DeviceNotActive => ErrorClass::DeviceNotActive,
+            };
+            session::error(class, &desc, id)
+        }
+    }
+}
+
+fn push(outbox: &Outbox, message: Value, pretty: bool) {
+    outbox.push(&if pretty { message.to_pretty() } else { message.to_string() });
+}
+
+async fn write_out(wire: Wire, outbox: Arc<Outbox>) {
+    while let Some(bytes) = outbox.take().await {
+        if wire.write(&bytes).await.is_err() {
+            outbox.close();
+            break;
+        }
+    }
+    wire.shut();
+}
+
+/// How often, and how long apart, the end of the daemon looks whether its last replies and events are out.
+const LAST_WORDS: (u32, std::time::Duration) = (100, std::time::Duration::from_millis(10));
+
+/// Gives the clients that still read a moment to get what waits for them.
+pub async fn last_words(daemon: &Daemon) {
+    for _ in 0..LAST_WORDS.0 {
+        rt::yield_now().await;
+        if daemon.events.is_quiet() {
+            return;
+        }
+        rt::sleep(LAST_WORDS.1).await;
+    }
+}

@@ -1,0 +1,99 @@
+//! The daemon's state: what commands work on.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use underlay_drivers::open::OnCorrupt;
+use underlay_exports::NbdServer;
+use underlay_graph::Graph;
+use underlay_jobs::Jobs;
+use underlay_sys::rt::StopSign;
+use underlay_sys::thread::{IoThread, Spawner};
+
+use crate::command::export::Export;
+use crate::event::{self, EventBus};
+
+/// Most I/O threads that are started, however many processors there are.
+const MAX_IO_THREADS: usize = 16;
+
+/// See the module. Commands run on the control thread, requests and jobs on the I/O threads.
+pub struct Daemon {
+    /// The disks.
+    pub graph: Arc<Graph>,
+    /// The jobs.
+    pub jobs: Arc<Jobs>,
+    /// The way to the monitors.
+    pub events: Arc<EventBus>,
+    /// Raised when the daemon is to end.
+    pub quit: StopSign,
+    /// One command that changes something at a time, whichever monitor it comes from.
+    pub turn: tokio::sync::Mutex<()>,
+    nbd: Mutex<Option<Arc<NbdServer>>>,
+    exports: Mutex<Vec<Export>>,
+    threads: Vec<IoThread>,
+    next_job_thread: AtomicUsize,
+}
+
+impl Daemon {
+    /// With nothing in it, and its I/O threads running.
+    pub fn start() -> std::io::Result<Arc<Self>> {
+        let count = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_IO_THREADS);
+        let threads = (0..count).map(|at| IoThread::start(&format!("io{at}"))).collect::<Result<_, _>>()?;
+        let events = Arc::<EventBus>::default();
+        Ok(Arc::new(Self {
+            graph: Graph::new(),
+            jobs: Jobs::new(events.clone()),
+            events,
+            quit: StopSign::default(),
+            turn: tokio::sync::Mutex::default(),
+            nbd: Mutex::default(),
+            exports: Mutex::default(),
+            threads,
+            next_job_thread: AtomicUsize::new(0),
+        }))
+    }
+
+    /// Every I/O thread, for a server to spread its clients over.
+    pub fn spawners(&self) -> Vec<Spawner> {
+        self.threads.iter().map(IoThread::spawner).collect()
+    }
+
+    /// An I/O thread for a job: the last one first, as clients begin with the first.
+    pub fn job_thread(&self) -> Spawner {
+        let at = self.next_job_thread.fetch_add(1, Ordering::Relaxed);
+        self.threads[self.threads.len() - 1 - at % self.threads.len()].spawner()
+    }
+
+    /// What a node calls when it finds its image damaged: a line on stderr and an event.
+    pub fn on_corrupt(&self) -> OnCorrupt {
+        let events = self.events.clone();
+        Arc::new(move |node_name, corruption| {
+            eprintln!("{corruption}");
+            events.emit("BLOCK_IMAGE_CORRUPTED", event::corrupted(node_name, &corruption));
+        })
+    }
+
+    /// The NBD server, while one runs.
+    pub fn nbd(&self) -> MutexGuard<'_, Option<Arc<NbdServer>>> {
+        self.nbd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The exports, oldest first.
+    pub fn exports(&self) -> MutexGuard<'_, Vec<Export>> {
+        self.exports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The end: jobs cancelled, exports closed, nodes flushed and closed.
+    pub async fn shut_down(&self) {
+        self.jobs.cancel_all().await;
+        crate::command::export::close_all(self).await;
+        let emptied = self.graph.change(|plan| {
+            let nodes: Vec<_> = plan.nodes().map(|(id, _)| id).collect();
+            nodes.into_iter().for_each(|id| plan.node_mut(id).monitor_owned = false);
+            Ok(())
+        });
+        if let Err(error) = emptied.await {
+            eprintln!("Could not close all block nodes: {error}");
+        }
+    }
+}
