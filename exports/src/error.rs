@@ -1,36 +1,24 @@
 //! What can go wrong with exports. The texts are QEMU's; clients match on them.
 
 /// Why an export cannot be made, changed or served.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExportError {
-    /// A second server.
-    #[error("NBD server already running")]
-    AlreadyRunning,
-    /// No server.
-    #[error("NBD server not running")]
-    NotRunning,
-    /// The export id is taken.
-    #[error("Block export id '{0}' is already in use")]
-    IdInUse(String),
     /// The NBD name is taken.
     #[error("NBD server already has export named '{0}'")]
     NameInUse(String),
-    /// Longer than [`underlay_nbd::MAX_NAME`].
+    /// More than 4096 bytes.
     #[error("export name '{0}' too long")]
     NameTooLong(String),
-    /// Longer than [`underlay_nbd::MAX_NAME`].
+    /// More than 4096 bytes.
     #[error("description '{0}' too long")]
     DescriptionTooLong(String),
-    /// A writable export of a read-only node.
-    #[error("Cannot export read-only node as writable")]
-    ReadOnlyNode,
     /// No such export.
     #[error("Export '{0}' is not found")]
     NotFound(String),
-    /// It is going already.
+    /// It is being removed.
     #[error("Export '{0}' is already shutting down")]
     ShuttingDown(String),
-    /// A client is connected and the removal was a safe one.
+    /// A client is connected. (QEMU adds the hint: Use mode='hard' to force client disconnect)
     #[error("export '{0}' still in use")]
     StillInUse(String),
     /// The address cannot be listened on.
@@ -39,7 +27,7 @@ pub enum ExportError {
         /// The address, as a person writes it.
         address: String,
         /// The system's reason.
-        error: std::io::Error,
+        error: String,
     },
     /// The server was given no thread to run on.
     #[error("no I/O thread for the NBD server")]

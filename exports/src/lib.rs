@@ -1,10 +1,10 @@
-//! Ways in for programs outside: disks of the graph, served over a protocol.
+//! How guests and tools reach a disk: each kind of export takes a [`underlay_graph::Root`] and serves it.
 //!
-//! An export owns a [`underlay_graph::Root`] that its owner made for it, and lives until its last client is gone.
+//! No export knows the control protocol; errors carry the texts that QEMU's clients match on.
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod nbd;
 
 pub use error::ExportError;
-pub use nbd::{Gone, NbdExport, NbdServer, ServerOptions};
+pub use nbd::{ExportState, Gone, NbdExport, NbdServer, ServerOptions};

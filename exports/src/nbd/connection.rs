@@ -1,254 +1,291 @@
-//! The life of one client, all on one I/O thread.
+//! One connection: the handshake, then requests from the socket until either side has enough.
 
-use std::future::Future;
-use std::io;
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
-use std::task::{Context, Waker};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use underlay_nbd::handshake::server::Ask;
 use underlay_nbd::transmission::command;
-use underlay_nbd::{Agreed, Errno, Framing, MAX_PAYLOAD, Request, ServerHandshake, Step};
-use underlay_sys::Iov;
+use underlay_nbd::{Agreed, MAX_PAYLOAD, Request, ServerHandshake, Step};
 use underlay_sys::net::Stream;
-use underlay_sys::rt;
+use underlay_sys::{Iov, rt};
 
-use super::export::Served;
+use super::export::Membership;
 use super::outbox::Outbox;
-use super::requests::{self, Refusal};
-use super::server::Shared;
+use super::request::{self, Session};
+use super::{Handle, Shared};
 
-/// Bytes of the receive buffer: two batches of 32 writes of 4 KiB.
+/// Bytes received at a time while requests are small.
 const RECEIVE: usize = 256 << 10;
-/// Payloads up to this size go through the receive buffer, so that one call receives many of them; of larger ones
-/// the part that has not arrived yet is received straight into place.
-const SMALL_PAYLOAD: usize = 64 << 10;
+/// Bytes received at a time after a large payload, so that the next one mostly goes straight into its buffer.
+const RECEIVE_LITTLE: usize = 4096;
+/// From here on a payload is large.
+const LARGE: u64 = 64 << 10;
+/// Memory of requests and replies under way, in bytes.
+const BUDGET: u32 = 64 << 20;
+/// The budget is counted in pieces of this many bytes; every request costs at least one.
+const PIECE: u32 = 4096;
+/// After so many wake-ups in a row that found something to do, other tasks get their turn.
+const TURNS: u32 = 16;
 
-/// A client after the handshake.
-#[derive(Debug)]
-pub(super) struct Session {
-    pub(super) served: Arc<Served>,
-    /// Bytes of the export, as the client was told.
-    pub(super) size: u64,
-    pub(super) framing: Framing,
-    /// Ids of the negotiated contexts.
-    pub(super) contexts: Vec<u32>,
-    pub(super) outbox: Outbox,
-}
-
-/// Serves a client to its end; what goes wrong is this client's matter only.
-pub(super) async fn serve(shared: Arc<Shared>, client: u64, stream: Arc<Stream>) {
-    if let Err(error) = live(&shared, client, &stream).await {
-        tracing::debug!(client, %error, "NBD connection ended");
-    }
-    stream.shutdown();
-    shared.leave(client);
-}
-
-async fn live(shared: &Arc<Shared>, client: u64, stream: &Arc<Stream>) -> io::Result<()> {
-    let in_time = Arc::new(AtomicBool::new(false));
-    watch(shared, Arc::downgrade(stream), in_time.clone());
-    let greeted = handshake(shared, stream).await?;
-    let Some((agreed, size, rest)) = greeted else { return Ok(()) };
-    let Some(served) = shared.attach(client, &agreed.name) else { return Ok(()) };
-    in_time.store(true, Ordering::Relaxed);
-    let session = Arc::new(Session {
-        served,
-        size,
+/// Serves one client to the end.
+pub(crate) async fn serve(shared: &Arc<Shared>, handle: &Arc<Handle>) {
+    watch(shared, handle);
+    let Some((agreed, membership, rest, size)) = shake_hands(shared, handle).await else { return };
+    handle.chosen.raise();
+    let session = Session {
         framing: agreed.framing,
-        contexts: agreed.contexts.iter().map(|context| context.id).collect(),
-        outbox: Outbox::new(stream.clone()),
-    });
-    let result = Reader::new(session.clone(), stream.clone(), &rest).run().await;
-    session.flush();
-    session.outbox.idle().await;
-    result
+        contexts: agreed.contexts,
+        size,
+        root: membership.export().root.clone(),
+        writable: membership.export().writable,
+        writethrough: membership.export().writethrough,
+    };
+    transmit(handle, session, rest).await;
+    drop(membership);
 }
 
-/// Drops the client if the handshake takes too long.
-fn watch(shared: &Shared, stream: Weak<Stream>, in_time: Arc<AtomicBool>) {
+/// Drops the client if it takes too long to choose an export.
+fn watch(shared: &Shared, handle: &Arc<Handle>) {
     let limit = shared.options.handshake_timeout;
     if limit.is_zero() {
         return;
     }
+    let handle = Arc::downgrade(handle);
     rt::spawn(async move {
         rt::sleep(limit).await;
-        if let (false, Some(stream)) = (in_time.load(Ordering::Relaxed), stream.upgrade()) {
-            stream.shutdown();
+        if let Some(handle) = handle.upgrade()
+            && !handle.chosen.is_raised()
+        {
+            tracing::debug!("an NBD client took too long to choose an export");
+            handle.close();
         }
     });
 }
 
-/// What was agreed, the size of the export, and bytes that came too early; nothing when the client went away.
-async fn handshake(shared: &Shared, stream: &Stream) -> io::Result<Option<(Agreed, u64, Vec<u8>)>> {
-    let mut machine = ServerHandshake::new();
-    let mut buffer = [0; 4096];
+async fn shake_hands(shared: &Shared, handle: &Arc<Handle>) -> Option<(Agreed, Membership, Vec<u8>, u64)> {
+    let stream = &handle.stream;
+    let mut handshake = ServerHandshake::new();
+    let mut buffer = vec![0; 4096];
     let mut size = 0;
     loop {
-        let step = machine.step();
+        let step = handshake.step();
+        if !matches!(step, Step::Ask(_)) {
+            let output = handshake.take_output();
+            stream.send_all(&output).await.ok()?;
+        }
         match step {
-            Step::Ask(Ask::List) => {
-                machine.answer_list(&shared.list());
-                continue;
-            }
+            Step::NeedBytes => match stream.recv(&mut buffer).await {
+                Ok(0) | Err(_) => return None,
+                Ok(got) => handshake.feed(&buffer[..got]),
+            },
+            Step::Ask(Ask::List) => handshake.answer_list(&shared.exports.names()),
             Step::Ask(Ask::Export(name)) => {
-                let info = match shared.find(&name) {
-                    Some(served) => served.export.info(shared.multi()).await.ok(),
+                let info = match shared.exports.find(&name) {
+                    Some(entry) => entry.info(shared.options.max_connections != 1).await.ok(),
                     None => None,
                 };
                 size = info.as_ref().map_or(0, |info| info.size);
-                machine.answer_export(info.as_ref());
-                continue;
+                handshake.answer_export(info.as_ref());
             }
-            _ => stream.send_all(&machine.take_output()).await?,
-        }
-        match step {
-            Step::Done(agreed) => return Ok(Some((agreed, size, machine.into_rest()))),
-            Step::Fail(error) => return Err(io::Error::other(error)),
-            Step::Abort => return Ok(None),
-            Step::NeedBytes | Step::Ask(_) => {}
-        }
-        let got = stream.recv(&mut buffer).await?;
-        if got == 0 {
-            return Ok(None);
-        }
-        machine.feed(&buffer[..got]);
-    }
-}
-
-impl Session {
-    /// Sends queued replies: at once as far as the socket takes them, the rest by a task of its own.
-    fn flush(self: &Arc<Self>) {
-        if self.outbox.claim() {
-            let session = self.clone();
-            start(async move { session.outbox.send().await });
-        }
-    }
-
-    /// Sends queued replies once the tasks that are ready now have run, too.
-    fn flush_soon(self: &Arc<Self>) {
-        if self.outbox.claim() {
-            let session = self.clone();
-            rt::spawn(async move { session.outbox.send().await });
+            Step::Done(agreed) => {
+                // Removed just now: the client sees the connection end.
+                let membership = shared.exports.find(&agreed.name)?.join(handle)?;
+                return Some((agreed, membership, handshake.into_rest(), size));
+            }
+            Step::Abort => return None,
+            Step::Fail(error) => {
+                tracing::debug!(%error, "NBD handshake failed");
+                return None;
+            }
         }
     }
 }
 
-/// Runs a future as far as it goes now; if it must wait, it goes on as a task.
-fn start(future: impl Future<Output = ()> + Send + 'static) {
-    let mut future = Box::pin(future);
-    if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
-        // The task polls it again at once, with a waker that counts.
-        rt::spawn(future);
-    }
+/// Received bytes that are not parsed yet.
+struct Received {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+    little: bool,
 }
 
-/// Takes requests off the socket and starts them.
-struct Reader {
-    session: Arc<Session>,
-    stream: Arc<Stream>,
-    buffer: Vec<u8>,
-    /// The part of `buffer` that holds received bytes.
-    have: Range<usize>,
-}
-
-impl Reader {
-    fn new(session: Arc<Session>, stream: Arc<Stream>, rest: &[u8]) -> Self {
-        let mut buffer = vec![0; RECEIVE.max(rest.len())];
-        buffer[..rest.len()].copy_from_slice(rest);
-        Self { session, stream, buffer, have: 0..rest.len() }
+impl Received {
+    fn new(rest: &[u8]) -> Self {
+        let mut bytes = vec![0; RECEIVE.max(rest.len())];
+        bytes[..rest.len()].copy_from_slice(rest);
+        Self { bytes, start: 0, end: rest.len(), little: false }
     }
 
-    /// Until the client says goodbye or goes away.
-    async fn run(mut self) -> io::Result<()> {
-        loop {
-            while let Some((request, payload)) = self.next()? {
-                if request.command == command::DISCONNECT {
-                    return Ok(());
-                }
-                self.begin(request, payload).await?;
-            }
-            self.session.flush();
-            if !self.receive().await? {
-                return Ok(());
-            }
-        }
+    fn have(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
     }
 
-    /// The next request whose payload is here or too large to wait for, and the payload's length.
-    fn next(&mut self) -> io::Result<Option<(Request, usize)>> {
-        let framing = self.session.framing;
-        let bytes = &self.buffer[self.have.clone()];
-        let Some(request) = Request::parse(framing, bytes).map_err(io::Error::other)? else {
-            return Ok(None);
-        };
-        let header = Request::header_len(framing);
-        let payload = usize::try_from(request.payload_len(framing)).unwrap_or(usize::MAX);
-        if payload <= SMALL_PAYLOAD && bytes.len() < header + payload {
-            return Ok(None);
-        }
-        self.have.start += header;
-        Ok(Some((request, payload)))
-    }
-
-    async fn begin(&mut self, request: Request, payload: usize) -> io::Result<()> {
-        let limit = usize::try_from(MAX_PAYLOAD).unwrap_or(0);
-        let cost = requests::cost(&request, payload.min(limit) as u64);
-        if !self.session.outbox.try_begin(cost) {
-            self.session.flush();
-            while !self.session.outbox.try_begin(cost) {
-                self.session.outbox.room(cost).await;
+    /// Waits for more; false at the end of the stream.
+    async fn more(&mut self, stream: &Stream) -> bool {
+        self.bytes.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        let limit = if self.little { self.end + RECEIVE_LITTLE } else { self.bytes.len() };
+        let limit = limit.min(self.bytes.len());
+        match stream.recv(&mut self.bytes[self.end..limit]).await {
+            Ok(0) => false,
+            Ok(got) => {
+                self.end += got;
+                true
             }
-        }
-        if payload > limit {
-            // What follows is not worth reading, so nothing more can be understood.
-            let text = format!("len ({payload}) is larger than max len ({limit})");
-            requests::refuse(&self.session, &request, cost, Refusal::new(Errno::EINVAL, text));
-            return Err(io::Error::other("a payload that is too large"));
-        }
-        let payload = match self.take_payload(payload).await {
-            Ok(payload) => payload,
             Err(error) => {
-                // Paid back; nobody reads the reply.
-                requests::refuse(&self.session, &request, cost, Refusal::new(Errno::EIO, ""));
-                return Err(error);
+                tracing::debug!(%error, "lost an NBD client");
+                false
+            }
+        }
+    }
+
+    /// Fills `into` from what is there and then straight from the socket; false at the end of the stream.
+    async fn payload(&mut self, stream: &Stream, into: &Iov) -> bool {
+        let ready = into.len().min(self.end - self.start);
+        into.write_at(0, &self.bytes[self.start..self.start + ready]);
+        self.start += ready;
+        if ready == into.len() {
+            return true;
+        }
+        stream.recv_exact_iov(&into.slice(ready, into.len() - ready)).await.is_ok()
+    }
+}
+
+/// The receiving side of the transmission phase.
+struct Receiver {
+    stream: Arc<Stream>,
+    session: Arc<Session>,
+    outbox: Arc<Outbox>,
+    budget: Arc<Semaphore>,
+    received: Received,
+}
+
+/// Receives and starts requests until the client goes, and waits for those under way.
+async fn transmit(handle: &Handle, session: Session, rest: Vec<u8>) {
+    let outbox = Arc::new(Outbox::new(handle.stream.clone()));
+    let sender = {
+        let outbox = outbox.clone();
+        rt::spawn(async move { outbox.run().await })
+    };
+    let pieces = BUDGET / PIECE;
+    let budget = Arc::new(Semaphore::new(usize::try_from(pieces).unwrap_or(0)));
+    let mut receiver = Receiver {
+        stream: handle.stream.clone(),
+        session: Arc::new(session),
+        outbox: outbox.clone(),
+        budget: budget.clone(),
+        received: Received::new(&rest),
+    };
+    receiver.run().await;
+    outbox.flush().await;
+    // Every request has its share of the budget until its reply is sent or nobody is there to take it.
+    outbox.kick();
+    drop(budget.acquire_many(pieces).await);
+    outbox.close();
+    sender.await;
+}
+
+impl Receiver {
+    async fn run(&mut self) {
+        let mut turns = 0;
+        loop {
+            while let Some(go_on) = self.next().await {
+                if !go_on {
+                    return;
+                }
+            }
+            self.outbox.flush().await;
+            turns += 1;
+            if turns % TURNS == 0 {
+                rt::yield_now().await;
+            }
+            if !self.received.more(&self.stream).await {
+                return;
+            }
+        }
+    }
+
+    /// Works on the next request: `None` when it is not there yet, false when it was the last.
+    async fn next(&mut self) -> Option<bool> {
+        let framing = self.session.framing;
+        let request = match Request::parse(framing, self.received.have()) {
+            Ok(request) => request?,
+            Err(error) => {
+                tracing::debug!(%error, "an NBD client sends garbage");
+                return Some(false);
             }
         };
-        let session = self.session.clone();
-        let mut future = Box::pin(async move { requests::run(&session, request, payload).await });
-        if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
-            let session = self.session.clone();
+        self.received.start += Request::header_len(framing);
+        if request.command == command::DISCONNECT {
+            return Some(false);
+        }
+        Some(self.take(request).await)
+    }
+
+    async fn take(&mut self, request: Request) -> bool {
+        // Writes have their payload even if an extended client forgot to say so, as QEMU takes it.
+        let payload = match request.command {
+            command::WRITE => request.length,
+            _ => request.payload_len(self.session.framing),
+        };
+        if payload > u64::from(MAX_PAYLOAD) {
+            // There is no way to go on behind a payload like this.
+            let text = request::too_long(payload);
+            self.session.refuse(&self.outbox, &request, None, &text);
+            return false;
+        }
+        self.received.little = payload >= LARGE;
+        let Some(permit) = self.admit(payload.max(request::reply_memory(&request))).await else {
+            return false;
+        };
+        let mut from = None;
+        if payload > 0 {
+            let len = usize::try_from(payload).unwrap_or(0);
+            let into = Iov::scratch(len);
+            if len > self.received.have().len() {
+                self.outbox.flush().await;
+            }
+            if !self.received.payload(&self.stream, &into).await {
+                return false;
+            }
+            from = Some(into);
+        }
+        if payload > 0 && request.command != command::WRITE && request.command != command::BLOCK_STATUS {
+            let text = request::unsupported_flags(&request);
+            self.session.refuse(&self.outbox, &request, Some(permit), &text);
+            return true;
+        }
+        self.start(request, from, permit).await;
+        true
+    }
+
+    /// Waits until the connection's budget has room for a request with this many bytes.
+    async fn admit(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let pieces = u32::try_from(bytes.div_ceil(u64::from(PIECE))).unwrap_or(u32::MAX);
+        let pieces = pieces.clamp(1, BUDGET / PIECE);
+        match self.budget.clone().try_acquire_many_owned(pieces) {
+            Ok(permit) => Some(permit),
+            Err(_) => {
+                self.outbox.flush().await;
+                self.budget.clone().acquire_many_owned(pieces).await.ok()
+            }
+        }
+    }
+
+    /// Runs the request at once; what must wait becomes a task.
+    async fn start(&self, request: Request, payload: Option<Iov>, permit: OwnedSemaphorePermit) {
+        let (session, outbox) = (self.session.clone(), self.outbox.clone());
+        let mut work: Pin<Box<dyn Future<Output = ()> + Send>> =
+            Box::pin(async move { session.work(&outbox, request, payload, permit).await });
+        let waits = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_pending())).await;
+        if waits {
+            let outbox = self.outbox.clone();
             rt::spawn(async move {
-                future.await;
-                session.flush_soon();
+                work.await;
+                outbox.kick();
             });
         }
-        Ok(())
-    }
-
-    async fn take_payload(&mut self, len: usize) -> io::Result<Iov> {
-        if len == 0 {
-            return Ok(Iov::default());
-        }
-        let payload = Iov::scratch(len);
-        let ready = len.min(self.have.len());
-        payload.write_at(0, &self.buffer[self.have.start..self.have.start + ready]);
-        self.have.start += ready;
-        if ready < len {
-            // Replies must not wait for a slow sender.
-            self.session.flush();
-            self.stream.recv_exact_iov(&payload.slice(ready, len - ready)).await?;
-        }
-        Ok(payload)
-    }
-
-    /// Receives more. False at the end.
-    async fn receive(&mut self) -> io::Result<bool> {
-        self.buffer.copy_within(self.have.clone(), 0);
-        self.have = 0..self.have.len();
-        let got = self.stream.recv(&mut self.buffer[self.have.end..]).await?;
-        self.have.end += got;
-        Ok(got > 0)
     }
 }

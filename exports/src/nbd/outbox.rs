@@ -1,177 +1,157 @@
-//! Replies on their way to one client, and the account of what it has under way.
-//!
-//! Whoever finishes a request puts the reply here. Nobody sends at once: the reader sends when it has started
-//! everything that arrived, other tasks schedule one sending task behind all tasks that are about to finish
-//! too. So one system call carries many replies. A request is paid back to the account only when its reply is
-//! out (or can never be), which bounds both the requests at work and the data that a slow reader leaves here.
+//! The replies of a connection on their way out: collected by whoever has one, sent many at a time.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
-use underlay_nbd::MAX_PAYLOAD;
+use smallvec::SmallVec;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use underlay_sys::Iov;
 use underlay_sys::net::{Part, Stream};
 
-/// Most requests under way of one client.
-const MAX_REQUESTS: usize = 256;
-/// Most bytes of data under way of one client; at least two requests of the largest size fit.
-const MAX_BYTES: usize = 64 << 20;
-const _: () = assert!(MAX_BYTES as u64 >= 2 * MAX_PAYLOAD as u64);
+/// Pieces in one system call; the kernel's limit is 1024.
+const PARTS: usize = 512;
 
-#[derive(Debug)]
-enum Item {
-    /// A part of `heads`.
-    Head(Range<usize>),
-    Data(Iov),
+/// Replies that are sent together.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// Headers and small things, one behind the other.
+    bytes: Vec<u8>,
+    /// Where in `bytes` each payload belongs.
+    payloads: Vec<(usize, Iov)>,
+    /// Room in the connection's budget, given back once sent.
+    permits: Vec<OwnedSemaphorePermit>,
+}
+
+impl Batch {
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.payloads.clear();
+        self.permits.clear();
+    }
+
+    /// Where headers are to be added.
+    pub(crate) fn bytes(&mut self) -> &mut Vec<u8> {
+        &mut self.bytes
+    }
+
+    /// Adds a payload behind the bytes so far.
+    pub(crate) fn payload(&mut self, payload: Iov) {
+        self.payloads.push((self.bytes.len(), payload));
+    }
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    heads: Vec<u8>,
-    items: Vec<Item>,
-    paid: Account,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Account {
-    requests: usize,
-    bytes: usize,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    queue: Queue,
-    /// An empty queue with memory, used in turns with the other.
-    spare: Queue,
-    under_way: Account,
-    /// Somebody sends or will.
+    batch: Batch,
+    spare: Batch,
     sending: bool,
-    /// The client is gone; replies are thrown away.
     dead: bool,
+    closed: bool,
 }
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub(crate) struct Outbox {
     stream: Arc<Stream>,
-    state: Mutex<State>,
-    paid_back: Notify,
+    queue: Mutex<Queue>,
+    wake: Notify,
 }
 
 impl Outbox {
-    pub(super) fn new(stream: Arc<Stream>) -> Self {
-        Self { stream, state: Mutex::default(), paid_back: Notify::new() }
+    pub(crate) fn new(stream: Arc<Stream>) -> Self {
+        Self { stream, queue: Mutex::default(), wake: Notify::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Books a request with `bytes` of data, if there is room.
-    pub(super) fn try_begin(&self, bytes: usize) -> bool {
-        let mut state = self.state();
-        let now = state.under_way;
-        let fits = now.requests < MAX_REQUESTS && now.bytes.saturating_add(bytes) <= MAX_BYTES;
-        if fits {
-            state.under_way = Account { requests: now.requests + 1, bytes: now.bytes + bytes };
+    /// Adds one reply. `permit` goes when it has been sent, or cannot be.
+    pub(crate) fn push(&self, permit: Option<OwnedSemaphorePermit>, write: impl FnOnce(&mut Batch)) {
+        let mut queue = self.queue();
+        if queue.dead {
+            return;
         }
-        fits
+        write(&mut queue.batch);
+        queue.batch.permits.extend(permit);
     }
 
-    /// Waits until a request is paid back, if `blocked` still holds.
-    async fn wait_while(&self, blocked: impl Fn(&State) -> bool) {
+    /// Makes [`Outbox::run`] send soon, after the tasks that are ready now.
+    pub(crate) fn kick(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Sends what was pushed without anybody flushing, until [`Outbox::close`].
+    pub(crate) async fn run(&self) {
         loop {
-            let mut notified = std::pin::pin!(self.paid_back.notified());
-            notified.as_mut().enable();
-            if !blocked(&self.state()) {
+            self.flush().await;
+            if self.queue().closed {
                 return;
             }
-            notified.await;
+            self.wake.notified().await;
         }
     }
 
-    /// Waits until there is room for `bytes` more.
-    pub(super) async fn room(&self, bytes: usize) {
-        self.wait_while(|state| {
-            let now = state.under_way;
-            now.requests >= MAX_REQUESTS || now.bytes.saturating_add(bytes) > MAX_BYTES
-        })
-        .await;
+    /// Ends [`Outbox::run`].
+    pub(crate) fn close(&self) {
+        self.queue().closed = true;
+        self.wake.notify_one();
     }
 
-    /// Waits until nothing is under way.
-    pub(super) async fn idle(&self) {
-        self.wait_while(|state| state.under_way.requests > 0 || state.sending).await;
-    }
-
-    /// Queues the reply of a request that was booked with `bytes`. `write_head` adds its head; `data` follows.
-    pub(super) fn push(&self, bytes: usize, data: Option<Iov>, write_head: impl FnOnce(&mut Vec<u8>)) {
-        let mut state = self.state();
-        let queue = &mut state.queue;
-        queue.paid.requests += 1;
-        queue.paid.bytes += bytes;
-        let start = queue.heads.len();
-        write_head(&mut queue.heads);
-        let end = queue.heads.len();
-        match queue.items.last_mut() {
-            Some(Item::Head(last)) => last.end = end,
-            _ => queue.items.push(Item::Head(start..end)),
-        }
-        queue.items.extend(data.map(Item::Data));
-    }
-
-    /// Whether somebody must send now: there are replies, and nobody sends. The caller then must call
-    /// [`Outbox::send`].
-    pub(super) fn claim(&self) -> bool {
-        let mut state = self.state();
-        let wanted = state.queue.paid.requests > 0 && !state.sending;
-        state.sending |= wanted;
-        wanted
-    }
-
-    /// Sends until the queue is empty. Only after [`Outbox::claim`].
-    pub(super) async fn send(&self) {
-        loop {
-            let (mut queue, dead) = {
-                let mut state = self.state();
-                if state.queue.paid.requests == 0 {
-                    state.sending = false;
-                    break;
-                }
-                let empty = std::mem::take(&mut state.spare);
-                (std::mem::replace(&mut state.queue, empty), state.dead)
-            };
-            let result = if dead { Ok(()) } else { self.write(&queue).await };
-            let mut state = self.state();
-            if result.is_err() {
-                state.dead = true;
-                // The reader must notice, too.
+    /// Sends everything that is queued, unless somebody is at it, who then sends that too.
+    pub(crate) async fn flush(&self) {
+        while let Some(mut batch) = self.take() {
+            let result = send(&self.stream, &batch).await;
+            batch.clear();
+            let mut queue = self.queue();
+            queue.sending = false;
+            if let Err(error) = result {
+                tracing::debug!(%error, "an NBD client does not take its replies");
+                queue.dead = true;
+                queue.batch.clear();
+                // The receiving side notices by this that there is nobody to work for.
                 self.stream.shutdown();
+                return;
             }
-            state.under_way.requests -= queue.paid.requests;
-            state.under_way.bytes -= queue.paid.bytes;
-            queue.heads.clear();
-            queue.items.clear();
-            queue.paid = Account::default();
-            state.spare = queue;
-            drop(state);
-            self.paid_back.notify_waiters();
+            if batch.bytes.capacity() <= 1 << 20 {
+                queue.spare = batch;
+            }
         }
-        self.paid_back.notify_waiters();
     }
 
-    async fn write(&self, queue: &Queue) -> std::io::Result<()> {
-        let parts: Vec<Part<'_>> = queue.items.iter().map(|item| queue.part(item)).collect();
-        self.stream.send_parts(&parts).await
+    fn take(&self) -> Option<Batch> {
+        let mut queue = self.queue();
+        if queue.sending || queue.batch.is_empty() {
+            return None;
+        }
+        queue.sending = true;
+        let spare = std::mem::take(&mut queue.spare);
+        Some(std::mem::replace(&mut queue.batch, spare))
     }
 }
 
-impl Queue {
-    fn part<'a>(&'a self, item: &'a Item) -> Part<'a> {
-        match item {
-            Item::Head(range) => Part::Bytes(&self.heads[range.clone()]),
-            Item::Data(iov) => Part::Iov(iov),
+async fn send(stream: &Stream, batch: &Batch) -> std::io::Result<()> {
+    if batch.payloads.is_empty() {
+        return stream.send_all(&batch.bytes).await;
+    }
+    let mut parts: SmallVec<[Part<'_>; 64]> = SmallVec::new();
+    let mut sent = 0;
+    for (at, payload) in &batch.payloads {
+        if *at > sent {
+            parts.push(Part::Bytes(&batch.bytes[sent..*at]));
+        }
+        sent = *at;
+        parts.push(Part::Iov(payload));
+        if parts.len() >= PARTS {
+            stream.send_parts(&parts).await?;
+            parts.clear();
         }
     }
+    if sent < batch.bytes.len() {
+        parts.push(Part::Bytes(&batch.bytes[sent..]));
+    }
+    if parts.is_empty() { Ok(()) } else { stream.send_parts(&parts).await }
 }
