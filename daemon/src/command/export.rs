@@ -122,8 +122,7 @@ pub async fn close_all(daemon: &Daemon) {
     }
     let server = daemon.nbd().take();
     if let Some(server) = server {
-        // All exports are gone, so nobody is left to wait for.
-        drop(server.stop().await);
+        server.stop().await;
     }
 }
 
