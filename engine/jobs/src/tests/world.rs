@@ -7,7 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use underlay_sys::rt::{self, Runtime, Task};
@@ -119,7 +119,7 @@ pub fn run<F: Future<Output = T> + Send + 'static, T: Send + 'static>(seed: u64,
         };
         let Some(mut task) = world.inner.borrow_mut().tasks[id].take() else { continue };
         let waker = Waker::from(Arc::new(WakeTask { ready: world.ready.clone(), id }));
-        if let Poll::Pending = Pin::new(&mut task).poll(&mut Context::from_waker(&waker)) {
+        if Pin::new(&mut task).poll(&mut Context::from_waker(&waker)).is_pending() {
             world.inner.borrow_mut().tasks[id] = Some(task);
         }
     }
