@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -213,13 +214,19 @@ pub enum Part<'a> {
 #[derive(Debug)]
 pub struct Stream {
     fd: Arc<OwnedFd>,
+    /// The last call took all that had come: waiting first saves a call that would find nothing.
+    drained: AtomicBool,
 }
 
 impl Stream {
     fn new(fd: OwnedFd) -> Self {
         // Fails on Unix sockets, which have no need for it.
         let _ = sockopt::set_tcp_nodelay(&fd, true);
-        Self { fd: Arc::new(fd) }
+        Self::over(Arc::new(fd))
+    }
+
+    fn over(fd: Arc<OwnedFd>) -> Self {
+        Self { fd, drained: AtomicBool::new(false) }
     }
 
     /// Takes over a connected socket.
@@ -243,7 +250,7 @@ impl Stream {
                 let address = unix_address(path)?;
                 let fd = Arc::new(socket(AddressFamily::UNIX)?);
                 connected(&fd, rustix::net::connect(&*fd, &address)).await?;
-                Ok(Self { fd })
+                Ok(Self::over(fd))
             }
             Address::Inet { host, port } => {
                 let mut last = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
@@ -253,7 +260,7 @@ impl Stream {
                     match connected(&fd, rustix::net::connect(&*fd, &address)).await {
                         Ok(()) => {
                             let _ = sockopt::set_tcp_nodelay(&*fd, true);
-                            return Ok(Self { fd });
+                            return Ok(Self::over(fd));
                         }
                         Err(error) => last = error,
                     }
@@ -266,10 +273,12 @@ impl Stream {
     /// Receives some bytes; 0: the other side has closed.
     pub async fn recv(&self, into: &mut [u8]) -> io::Result<usize> {
         loop {
+            self.expect_data().await?;
             let len = into.len();
             // SAFETY: the kernel writes at most `len` bytes into the borrowed slice, during the call.
             let count = unsafe { libc::recv(self.fd.as_raw_fd(), into.as_mut_ptr().cast(), len, 0) };
             if let Some(count) = self.after(count, libc::POLLIN).await? {
+                self.drained.store(count < len, Ordering::Relaxed);
                 return Ok(count);
             }
         }
@@ -279,6 +288,7 @@ impl Stream {
     pub async fn recv_exact_iov(&self, into: &Iov) -> io::Result<()> {
         let mut done = 0;
         while done < into.len() {
+            self.expect_data().await?;
             let count = {
                 let mut vecs = pieces(&[Part::Iov(into)], done);
                 let mut message = message(&mut vecs);
@@ -287,7 +297,10 @@ impl Stream {
             };
             match self.after(count, libc::POLLIN).await? {
                 Some(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Some(count) => done += count,
+                Some(count) => {
+                    done += count;
+                    self.drained.store(done < into.len(), Ordering::Relaxed);
+                }
                 None => {}
             }
         }
@@ -313,6 +326,13 @@ impl Stream {
             done += self.after(count, libc::POLLOUT).await?.unwrap_or(0);
         }
         Ok(())
+    }
+
+    async fn expect_data(&self) -> io::Result<()> {
+        match self.drained.swap(false, Ordering::Relaxed) {
+            true => driver::ready(&self.fd, libc::POLLIN).await,
+            false => Ok(()),
+        }
     }
 
     /// What a call gave; `None` after waiting for `events`: try again.
