@@ -135,7 +135,7 @@ fn call(fd: i32, direction: Direction, offset: i64, vecs: &[libc::iovec], flags:
 }
 
 impl File {
-    /// Opens a file or block device, closed on exec. Never waits for a FIFO's other end. EISDIR for folders.
+    /// Opens a file or block device, closed on exec. Never waits for a FIFO's other end.
     pub fn open(path: &Path, options: OpenOptions) -> io::Result<Self> {
         let name = CString::new(path.as_os_str().as_bytes())?;
         let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
@@ -163,7 +163,6 @@ impl File {
         let kind = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
             FileType::RegularFile => FileKind::Regular,
             FileType::BlockDevice => FileKind::BlockDevice,
-            FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
             _ => FileKind::Other,
         };
         let memory = kind == FileKind::Regular

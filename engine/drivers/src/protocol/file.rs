@@ -114,11 +114,9 @@ impl FileNode {
             _ => could_not_open(name, error),
         })?;
         match (spec.driver, file.kind()) {
-            ("file", FileKind::Regular | FileKind::BlockDevice) | (_, FileKind::BlockDevice) => {}
+            ("file", FileKind::Regular) | ("host_device", FileKind::BlockDevice) => {}
             ("file", _) => {
-                let text =
-                    format!("Could not open '{name}': 'file' driver requires '{name}' to be a regular file");
-                return Err(OpenError::text(text));
+                return Err(OpenError::text(format!("'file' driver requires '{name}' to be a regular file")));
             }
             (driver, _) => {
                 return Err(OpenError::text(format!(

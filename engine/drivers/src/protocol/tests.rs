@@ -192,8 +192,13 @@ fn what_cannot_be_opened_is_said_so() {
         let error = open(&missing, false).await.expect_err("missing");
         let text = format!("Could not open '{}': No such file or directory", missing.display());
         assert_eq!(error.to_string(), text);
-        assert!(open(dir.path(), true).await.is_err());
-        assert!(open(Path::new("/dev/null"), true).await.is_err());
+        let error = open(dir.path(), false).await.expect_err("a folder");
+        assert_eq!(error.to_string(), format!("Could not open '{}': Is a directory", dir.path().display()));
+        for other in [dir.path(), Path::new("/dev/null")] {
+            let error = open(other, true).await.expect_err("not a file");
+            let text = format!("'file' driver requires '{}' to be a regular file", other.display());
+            assert_eq!(error.to_string(), text);
+        }
     });
 }
 
