@@ -4,7 +4,9 @@ use std::any::Any;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use underlay_graph::{ByteRange, Cx, IoError, Kind, Node, Preallocation, Result, WriteFlags, ZeroFlags};
+use underlay_graph::{
+    ByteRange, Cx, Extent, IoError, Kind, Node, Place, Preallocation, Result, WriteFlags, ZeroFlags,
+};
 use underlay_qmp::json::Value;
 use underlay_sys::{Iov, rt};
 
@@ -75,6 +77,11 @@ impl Node for NullNode {
     async fn write_zeroes(&self, _cx: &Cx<'_>, _range: ByteRange, _flags: ZeroFlags) -> Result<()> {
         self.pretend().await;
         Ok(())
+    }
+
+    async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        let place = if self.spec.read_zeroes { Place::Zero } else { Place::Data(range.start()) };
+        Ok(Extent::new(place, range.len()))
     }
 
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {

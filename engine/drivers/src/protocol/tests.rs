@@ -209,5 +209,7 @@ fn a_null_node_forgets() {
     block_on(async {
         view.cx().write(range(0, 4096), Iov::filled(4096, 1), WriteFlags::default()).await.expect("written");
         assert!(content(&view).await.iter().all(|byte| *byte == 0));
+        let extent = view.node().map(&view.cx(), range(0, 8192)).await.expect("mapped");
+        assert_eq!((extent.place, extent.len), (Place::Zero, 8192));
     });
 }
