@@ -89,14 +89,15 @@ pub async fn sleep(time: Duration) {
 
 /// Waits until [`now`] has reached `at`.
 pub async fn sleep_until(at: Duration) {
-    let mut armed = false;
+    // A future may be polled by another task later on; the last one is to be woken.
+    let mut armed: Option<Waker> = None;
     std::future::poll_fn(move |cx| {
         if now() >= at {
             return Poll::Ready(());
         }
-        if !armed {
+        if !armed.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             current().wake_at(at, cx.waker().clone());
-            armed = true;
+            armed = Some(cx.waker().clone());
         }
         Poll::Pending
     })
@@ -142,5 +143,21 @@ impl StopSign {
         if !self.is_raised() {
             notified.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::thread::block_on;
+
+    #[test]
+    fn who_polled_last_is_woken_from_sleep() {
+        block_on(async {
+            let mut nap = Box::pin(sleep(Duration::from_millis(2)));
+            assert!(nap.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            // Without its own alarm this would sleep for ever.
+            spawn(nap).await;
+        });
     }
 }
