@@ -1,5 +1,7 @@
 //! The NBD server over a disk in memory, asked through real sockets.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "../examples/nbd_null/ram.rs"]
 mod ram;
 
