@@ -179,6 +179,9 @@ pub async fn verb(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> 
         (_, "dismiss") => daemon.jobs.dismiss(&job),
         _ => return None,
     };
+    if done.is_ok() && verb == "cancel" {
+        job.after_cancel().await;
+    }
     Some(done.map_err(CommandError::from))
 }
 

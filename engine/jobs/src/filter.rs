@@ -99,7 +99,8 @@ impl Pass {
         let new = NewNode {
             name: named,
             node: Arc::new(self),
-            read_only: below.read_only,
+            // Nobody writes through the filter above what is being committed.
+            read_only: below.read_only || self == Self::CommitTop,
             // Discards are for the node below to pass on or not.
             options: underlay_graph::plan::NodeOptions {
                 discard: true,

@@ -343,6 +343,18 @@ impl Job {
         Ok(())
     }
 
+    /// For the reply to a cancel: waits until the job is over, unless it has requests under way. QEMU's jobs that
+    /// sleep, are paused or pending end before the reply; clients have come to expect it.
+    pub async fn after_cancel(&self) {
+        let over_soon = {
+            let state = self.state();
+            state.cancel == Some(Cancel::Hard) && state.in_flight == 0
+        };
+        if over_soon {
+            self.concluded().await;
+        }
+    }
+
     fn cancel_hard(&self, state: &mut State) {
         state.cancel = Some(Cancel::Hard);
         // It goes on in order to end.
