@@ -81,8 +81,11 @@ fn root() -> PathBuf {
 fn check() -> bool {
     let formatted = step(cargo().args(["fmt", "--all", "--check"]));
     let linted = step(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
-    let documented =
-        step(cargo().args(["doc", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"));
+    let documented = step(
+        cargo()
+            .args(["doc", "--workspace", "--no-deps", "--quiet"])
+            .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"),
+    );
     formatted && linted && documented
 }
 

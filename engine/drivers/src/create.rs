@@ -15,6 +15,16 @@ use crate::protocol::file::FileNode;
 /// image in use is not overwritten; it is durable on return.
 pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError> {
     options.check().map_err(|error| OpenError::text(format!("{name}: {error}")))?;
+    let view = exclusive_file(name).await?;
+    let cx = view.cx();
+    let made = write_image(&cx, options).await;
+    let closed = cx.node().close(&cx).await;
+    made?;
+    Ok(closed?)
+}
+
+/// Opens the file `name`, made if need be, for nobody else.
+async fn exclusive_file(name: &str) -> Result<std::sync::Arc<View>, OpenError> {
     let could_not = |error: std::io::Error| {
         OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")))
     };
@@ -29,14 +39,34 @@ pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError>
     let view = View::detached(node, []);
     let cx = view.cx();
     cx.node().set_access(&cx, crate::protocol::file::EXCLUSIVE).await?;
-    let made = write_image(&cx, options).await;
-    let closed = cx.node().close(&cx).await;
-    made?;
-    Ok(closed?)
+    Ok(view)
 }
 
 async fn write_image(cx: &underlay_graph::Cx<'_>, options: &CreateOptions) -> Result<(), OpenError> {
     cx.node().resize(cx, 0, underlay_graph::Preallocation::Off).await?;
     underlay_qcow2::create(cx, options).await.map_err(|error| OpenError::text(error.to_string()))?;
     Ok(cx.flush().await?)
+}
+
+/// Makes (or empties) the file `name` as a raw image of `size` bytes.
+pub async fn raw(
+    name: &str,
+    size: u64,
+    preallocation: underlay_graph::Preallocation,
+) -> Result<(), OpenError> {
+    let view = exclusive_file(name).await?;
+    let cx = view.cx();
+    let emptied = cx.node().resize(&cx, 0, underlay_graph::Preallocation::Off).await;
+    let mut sized = match emptied {
+        Ok(()) => cx.node().resize(&cx, size, preallocation).await,
+        error => error,
+    };
+    if sized.is_ok() && size > 0 {
+        // As the reference does: programs that probe a file's alignment want something to read.
+        let head = underlay_graph::ByteRange::between(0, size.min(4096));
+        sized = cx.write(head, underlay_sys::Iov::zeroed(head.buffer_len()), Default::default()).await;
+    }
+    let closed = cx.node().close(&cx).await;
+    sized?;
+    Ok(closed?)
 }

@@ -4,6 +4,7 @@ mod parse;
 mod print;
 
 pub use parse::{ParseError, parse};
+pub use print::printed_order;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq)]

@@ -26,6 +26,11 @@ fn in_order(object: &Object) -> Vec<(&str, &Value)> {
     members
 }
 
+/// The names of an object's members in the order in which they are printed.
+pub fn printed_order(object: &Object) -> Vec<String> {
+    in_order(object).into_iter().map(|(name, _)| name.to_owned()).collect()
+}
+
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,0 +1,174 @@
+//! `check`: whether an image's own tables agree.
+
+use underlay_graph::{Role, View};
+use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, check};
+use underlay_qmp::json::{Object, Value};
+
+use crate::getopt::{Known, parse};
+use crate::info::is_json;
+use crate::open::{How, image};
+use crate::{Failure, Outcome};
+
+const KNOWN: Known = Known {
+    short: "hf:r:T:qU",
+    long: &[
+        ("help", "h", false),
+        ("format", "f", true),
+        ("repair", "r", true),
+        ("output", "output", true),
+        ("object", "object", true),
+        ("image-opts", "image-opts", false),
+        ("force-share", "U", false),
+    ],
+};
+
+pub async fn run(words: &[String]) -> Outcome {
+    let (options, others) = parse(KNOWN, words)?;
+    let (mut format, mut json, mut quiet, mut force_share, mut fix) = (None, false, false, false, Fix::None);
+    for (name, value) in options {
+        match name.as_str() {
+            "f" => format = Some(value),
+            "output" => json = is_json(&value)?,
+            "q" => quiet = true,
+            "U" => force_share = true,
+            // The cache mode matters for speed alone here.
+            "T" => {}
+            "r" => {
+                fix = match value.as_str() {
+                    "leaks" => Fix::Leaks,
+                    "all" => Fix::All,
+                    _ => {
+                        return Err(Failure::new(
+                            "-r expects 'leaks' or 'all' not '".to_owned() + &value + "'",
+                        ));
+                    }
+                }
+            }
+            "h" => {
+                println!(
+                    "Usage: qemu-img check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME"
+                );
+                return Ok(());
+            }
+            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+        }
+    }
+    let [name] = others.as_slice() else {
+        return Err(Failure::usage("Expecting one image file name", "check"));
+    };
+    let how = How {
+        format: format.as_deref(),
+        force_share,
+        no_backing: true,
+        write: fix != Fix::None,
+        ..How::default()
+    };
+    let opened = image(name, how).await?;
+    let wires = opened.wires();
+    let view = wires.view(opened.node());
+    if view.node().driver() != "qcow2" {
+        if !quiet {
+            eprintln!("qemu-img: This image format does not support checks");
+        }
+        return Err(Failure::status(63));
+    }
+    let file = view.child(Role::File).cloned().ok_or_else(|| Failure::new("the image has no file"))?;
+    let status = checked(name, &file, fix, json, quiet).await?;
+    drop((view, wires));
+    opened.close().await?;
+    if status == 0 { Ok(()) } else { Err(Failure::status(status)) }
+}
+
+async fn once(file: &View, fix: Fix, quiet: bool) -> Result<Found, Failure> {
+    let mut say = |finding: Finding| match finding {
+        _ if quiet => {}
+        Finding::Line(line) => eprintln!("{line}"),
+        Finding::Error(line) => eprintln!("qemu-img: {line}"),
+    };
+    check(&file.cx(), fix, &mut say).await.map_err(|error| match error {
+        CheckError::Failed(error) => Failure::new(format!("Check failed: {error}")),
+        other => Failure::new(other.to_string()),
+    })
+}
+
+async fn checked(name: &str, file: &View, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
+    let mut found = once(file, fix, quiet || json).await?;
+    let fixed = (found.leaks_fixed, found.corruptions_fixed);
+    if fixed != (0, 0) {
+        if !json && !quiet {
+            println!(
+                "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+                 Double checking the fixed image now...",
+                fixed.0, fixed.1
+            );
+        }
+        found = once(file, Fix::None, quiet || json).await?;
+        (found.leaks_fixed, found.corruptions_fixed) = fixed;
+    }
+    if json {
+        println!("{}", Value::Object(as_json(name, &found)).to_pretty());
+    } else if !quiet {
+        print_human(&found);
+    }
+    Ok(match (found.corruptions, found.check_errors, found.leaks) {
+        (_, errors, _) if errors > 0 => 1,
+        (corruptions, _, _) if corruptions > 0 => 2,
+        (_, _, leaks) if leaks > 0 => 3,
+        _ => 0,
+    })
+}
+
+fn print_human(found: &Found) {
+    if found.corruptions == 0 && found.leaks == 0 && found.check_errors == 0 {
+        println!("No errors were found on the image.");
+    }
+    if found.corruptions > 0 {
+        println!(
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
+            found.corruptions
+        );
+    }
+    if found.leaks > 0 {
+        println!(
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
+            found.leaks
+        );
+    }
+    if found.check_errors > 0 {
+        println!("\n{} internal errors have occurred during the check.", found.check_errors);
+    }
+    if found.total_clusters > 0 && found.allocated_clusters > 0 {
+        let share = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        println!(
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            found.allocated_clusters,
+            found.total_clusters,
+            share(found.allocated_clusters, found.total_clusters),
+            share(found.fragmented_clusters, found.allocated_clusters),
+            share(found.compressed_clusters, found.allocated_clusters)
+        );
+    }
+    if found.image_end_offset > 0 {
+        println!("Image end offset: {}", found.image_end_offset);
+    }
+}
+
+fn as_json(name: &str, found: &Found) -> Object {
+    let mut object =
+        Object::new().with("filename", name).with("format", "qcow2").with("check-errors", found.check_errors);
+    let counts = [
+        ("image-end-offset", found.image_end_offset),
+        ("corruptions", found.corruptions),
+        ("leaks", found.leaks),
+        ("corruptions-fixed", found.corruptions_fixed),
+        ("leaks-fixed", found.leaks_fixed),
+        ("total-clusters", found.total_clusters),
+        ("allocated-clusters", found.allocated_clusters),
+        ("fragmented-clusters", found.fragmented_clusters),
+        ("compressed-clusters", found.compressed_clusters),
+    ];
+    for (name, count) in counts.into_iter().filter(|(_, count)| *count > 0) {
+        object.insert(name, count);
+    }
+    object
+}

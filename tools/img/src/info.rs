@@ -1,0 +1,241 @@
+//! `info`: what an image is.
+
+use underlay_drivers::filename;
+use underlay_drivers::names::resolve_backing;
+use underlay_graph::plan::Wires;
+use underlay_graph::{InfoValue, Kind, NodeId, Role};
+use underlay_qmp::json::{Object, Value};
+
+use crate::getopt::{Known, parse};
+use crate::open::{How, image};
+use crate::sizes::human;
+use crate::{Failure, Outcome};
+
+const KNOWN: Known = Known {
+    short: "f:hU",
+    long: &[
+        ("help", "h", false),
+        ("format", "f", true),
+        ("output", "output", true),
+        ("backing-chain", "chain", false),
+        ("object", "object", true),
+        ("image-opts", "image-opts", false),
+        ("force-share", "U", false),
+    ],
+};
+
+pub async fn run(words: &[String]) -> Outcome {
+    let (options, others) = parse(KNOWN, words)?;
+    let (mut format, mut json, mut chain, mut force_share) = (None, false, false, false);
+    for (name, value) in options {
+        match name.as_str() {
+            "f" => format = Some(value),
+            "output" => json = is_json(&value)?,
+            "chain" => chain = true,
+            "U" => force_share = true,
+            "h" => {
+                println!(
+                    "Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME"
+                );
+                return Ok(());
+            }
+            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+        }
+    }
+    let [name] = others.as_slice() else {
+        return Err(Failure::usage("Expecting one image file name", "info"));
+    };
+    let mut infos = Vec::new();
+    let mut next = Some((name.clone(), format));
+    let mut seen = std::collections::HashSet::new();
+    while let Some((name, format)) = next.take() {
+        if !seen.insert(std::fs::canonicalize(&name).unwrap_or_else(|_| name.clone().into())) {
+            return Err(Failure::new(format!("Backing file '{name}' creates an infinite loop.")));
+        }
+        let how = How { format: format.as_deref(), force_share, no_backing: true, ..How::default() };
+        let opened = image(&name, how).await?;
+        let info = Info::of(&opened.wires(), opened.node(), &name);
+        if chain && let Some(backing) = &info.backing {
+            next = Some((backing.full.clone(), backing.format.clone()));
+        }
+        infos.push(info);
+        opened.close().await?;
+    }
+    if json {
+        let mut values: Vec<_> = infos.iter().map(|info| Value::Object(info.json())).collect();
+        let value = if chain { Value::List(values) } else { values.remove(0) };
+        println!("{}", value.to_pretty());
+    } else {
+        let texts: Vec<_> = infos.iter().map(Info::human).collect();
+        print!("{}", texts.join("\n"));
+    }
+    Ok(())
+}
+
+/// `--output`
+pub fn is_json(value: &str) -> Result<bool, Failure> {
+    match value {
+        "json" => Ok(true),
+        "human" => Ok(false),
+        other => Err(Failure::new(format!("--output expects 'human' or 'json' not '{other}'"))),
+    }
+}
+
+struct Backing {
+    name: String,
+    full: String,
+    format: Option<String>,
+}
+
+/// What is told about one image and, below it, about its file.
+struct Info {
+    filename: String,
+    driver: &'static str,
+    length: u64,
+    allocated: Option<u64>,
+    image: underlay_graph::info::ImageInfo,
+    backing: Option<Backing>,
+    children: Vec<(&'static str, Info)>,
+}
+
+impl Info {
+    fn of(wires: &Wires, id: NodeId, name: &str) -> Self {
+        let view = wires.view(id);
+        let node = view.node();
+        let backing = node.backing_ref().map(|backing| Backing {
+            full: resolve_backing(name, &backing.file),
+            name: backing.file,
+            format: backing.format,
+        });
+        let children = view.children().iter().filter(|(role, _)| *role == Role::File);
+        let children: Vec<_> =
+            children.map(|(role, child)| (role.as_str(), Self::of(wires, child.id(), name))).collect();
+        let below = children.iter().find_map(|(_, child)| child.allocated);
+        let own = (node.kind() == Kind::Protocol).then(|| node.allocated_size()).flatten();
+        Self {
+            filename: if node.backing_ref().is_some() { name.to_owned() } else { filename::of(&view) },
+            driver: node.driver(),
+            length: view.cx().length().next_multiple_of(512),
+            allocated: own.or(below),
+            image: node.image_info(),
+            backing,
+            children,
+        }
+    }
+
+    fn human(&self) -> String {
+        let mut text = String::new();
+        let mut line = |line: String| text.push_str(&(line + "\n"));
+        line(format!("image: {}", self.filename));
+        line(format!("file format: {}", self.driver));
+        line(format!("virtual size: {} ({} bytes)", human(self.length), self.length));
+        line(format!("disk size: {}", self.allocated.map_or("unavailable".to_owned(), human)));
+        if self.image.encrypted {
+            line("encrypted: yes".to_owned());
+        }
+        if let Some(size) = self.image.cluster_size {
+            line(format!("cluster_size: {size}"));
+        }
+        if self.image.dirty {
+            line("cleanly shut down: no".to_owned());
+        }
+        if let Some(backing) = &self.backing {
+            let actual = match backing.full == backing.name {
+                true => String::new(),
+                false => format!(" (actual path: {})", backing.full),
+            };
+            line(format!("backing file: {}{actual}", backing.name));
+            if let Some(format) = &backing.format {
+                line(format!("backing file format: {format}"));
+            }
+        }
+        if let Some(specific) = &self.image.format_specific
+            && !specific.fields.is_empty()
+        {
+            line("Format specific information:".to_owned());
+            fields(&specific.fields, 1, &mut line);
+        }
+        for (role, child) in &self.children {
+            line(format!("Child node '/{role}':"));
+            line(format!("    filename: {}", child.filename));
+            line(format!("    protocol type: {}", child.driver));
+            line(format!("    file length: {} ({} bytes)", human(child.length), child.length));
+            line(format!("    disk size: {}", child.allocated.map_or("unavailable".to_owned(), human)));
+        }
+        text
+    }
+
+    fn json(&self) -> Object {
+        let mut object = Object::new()
+            .with("filename", self.filename.as_str())
+            .with("format", self.driver)
+            .with("virtual-size", self.length)
+            .with("dirty-flag", self.image.dirty);
+        if let Some(size) = self.allocated {
+            object.insert("actual-size", size);
+        }
+        if let Some(size) = self.image.cluster_size {
+            object.insert("cluster-size", size);
+        }
+        if let Some(backing) = &self.backing {
+            object.insert("full-backing-filename", backing.full.as_str());
+            object.insert("backing-filename", backing.name.as_str());
+            if let Some(format) = &backing.format {
+                object.insert("backing-filename-format", format.as_str());
+            }
+        }
+        if let Some(specific) = &self.image.format_specific {
+            let mut data = Object::new();
+            specific.fields.iter().for_each(|(name, value)| data.insert(name, json_value(value)));
+            object.insert("format-specific", Object::new().with("type", specific.kind).with("data", data));
+        }
+        let child = |(role, child): &(&str, Info)| {
+            Value::Object(Object::new().with("name", *role).with("info", child.json()))
+        };
+        object.with("children", self.children.iter().map(child).collect::<Vec<_>>())
+    }
+}
+
+fn json_value(value: &InfoValue) -> Value {
+    match value {
+        InfoValue::Bool(flag) => Value::Bool(*flag),
+        InfoValue::Int(number) => Value::Int(*number),
+        InfoValue::Text(text) => Value::Str(text.clone()),
+        InfoValue::List(values) => Value::List(values.iter().map(json_value).collect()),
+        InfoValue::Object(fields) => {
+            let mut object = Object::new();
+            fields.iter().for_each(|(name, value)| object.insert(name, json_value(value)));
+            Value::Object(object)
+        }
+    }
+}
+
+/// Fields in the order in which their JSON is printed, four blanks a level.
+fn fields(fields_here: &[(&'static str, InfoValue)], depth: usize, line: &mut impl FnMut(String)) {
+    let mut object = Object::new();
+    fields_here.iter().for_each(|(name, _)| object.insert(name, true));
+    let order = underlay_qmp::json::printed_order(&object);
+    for name in order {
+        let Some((_, value)) = fields_here.iter().find(|(field, _)| *field == name) else { continue };
+        one(&name.replace('-', " "), value, depth, line);
+    }
+}
+
+fn one(name: &str, value: &InfoValue, depth: usize, line: &mut impl FnMut(String)) {
+    let indent = " ".repeat(depth * 4);
+    match value {
+        InfoValue::Bool(flag) => line(format!("{indent}{name}: {flag}")),
+        InfoValue::Int(number) => line(format!("{indent}{name}: {number}")),
+        InfoValue::Text(text) => line(format!("{indent}{name}: {text}")),
+        InfoValue::List(values) => {
+            line(format!("{indent}{name}:"));
+            for (at, value) in values.iter().enumerate() {
+                one(&format!("[{at}]"), value, depth + 1, line);
+            }
+        }
+        InfoValue::Object(inner) => {
+            line(format!("{indent}{name}:"));
+            fields(inner, depth + 1, line);
+        }
+    }
+}

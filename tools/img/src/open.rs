@@ -1,0 +1,101 @@
+//! Opening images for a tool: a graph of one's own, and everything flushed and closed at the end.
+
+use std::sync::Arc;
+
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
+use underlay_graph::plan::{NewRoot, Wires};
+use underlay_graph::{Graph, NodeId, Perms, Root, RootId};
+
+use crate::Failure;
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How<'a> {
+    /// Its format; probed when absent.
+    pub format: Option<&'a str>,
+    /// For writing too.
+    pub write: bool,
+    /// Resizing it, too.
+    pub resize: bool,
+    /// Share it with whoever uses it.
+    pub force_share: bool,
+    /// Without what is below it.
+    pub no_backing: bool,
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct Image {
+    graph: Arc<Graph>,
+    node: NodeId,
+    root_id: RootId,
+    /// The way in.
+    pub root: Root,
+}
+
+/// Opens an image; errors are worded as qemu-img's, but for its name.
+pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
+    let failed = |error: &dyn std::fmt::Display, hint: Option<&str>| {
+        let text = error.to_string();
+        let text = format!("Could not open '{name}': {text}");
+        Failure::new(match hint {
+            Some(hint) => format!("{text}\n{hint}"),
+            None => text,
+        })
+    };
+    let mut spec = NodeSpec::image(name, how.format).map_err(|error| failed(&error, None))?;
+    spec.read_only = Some(!how.write);
+    spec.force_share = Some(how.force_share);
+    spec.discard = Some(true);
+    let graph = Graph::new();
+    let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
+    let opened = Opener::new(&graph, policy, None).open(spec).await;
+    let new = opened.map_err(|error| failed(&error, None))?;
+    let mut required = Perms::CONSISTENT_READ;
+    if how.write {
+        required = required | Perms::WRITE;
+    }
+    if how.resize {
+        required = required | Perms::RESIZE;
+    }
+    let edit = |plan: &mut underlay_graph::Plan| {
+        let node = plan.add(new)?;
+        let user = "an unnamed block device".to_owned();
+        let shared = Perms::ALL;
+        let root = NewRoot { user, role: "root", node, required, shared, pinned: false, drained: None };
+        Ok((node, plan.add_root(root)))
+    };
+    let changed = graph.change(edit).await;
+    let (node, root_id) = changed.map_err(|error| {
+        let hint = match &error {
+            underlay_graph::GraphError::Io(error) => error.hint().map(str::to_owned),
+            _ => None,
+        };
+        failed(&error, hint.as_deref())
+    })?;
+    let root = graph.root(root_id).ok_or_else(|| Failure::new("the image was closed"))?;
+    Ok(Image { graph, node, root_id, root })
+}
+
+impl Image {
+    /// The wiring, for questions.
+    pub fn wires(&self) -> Wires {
+        self.graph.wires()
+    }
+
+    /// The image's node.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Flushes and closes it.
+    pub async fn close(self) -> Result<(), Failure> {
+        let flushed = self.root.flush().await;
+        let closed = self.graph.change(|plan| {
+            plan.remove_root(self.root_id);
+            Ok(())
+        });
+        closed.await.map_err(|error| Failure::new(error.to_string()))?;
+        flushed.map_err(|error| Failure::new(format!("Error while flushing: {error}")))
+    }
+}
