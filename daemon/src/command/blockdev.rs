@@ -36,7 +36,8 @@ pub async fn add(daemon: &Daemon, options: Object) -> CommandResult<NodeId> {
 pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
     let edit = |plan: &mut Plan| {
         let id = plan.find(node_name).ok_or_else(|| GraphError::NodeNotFound(node_name.to_owned()))?;
-        if plan.roots_of(id).next().is_some() {
+        // A job's own ends are told by what follows.
+        if plan.roots_of(id).any(|(_, root)| !root.pinned) {
             return Err(GraphError::InUse(node_name.to_owned()));
         }
         lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;

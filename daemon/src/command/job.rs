@@ -64,6 +64,7 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
         class: underlay_graph::Class::DeviceNotFound,
         desc: format!("Device '{device}' not found"),
     })?;
+    underlay_jobs::commit::check_root(&plan, root)?;
     let mut ends = [None, None];
     for (end, name) in ends.iter_mut().zip(["top", "base"]) {
         let node_key = format!("{name}-node");

@@ -52,6 +52,15 @@ pub struct CommitArgs {
     pub names: BackingNames,
 }
 
+/// `device` must be the root of its chain, with no job on it. (QEMU says the same of both: a job is a user.)
+pub fn check_root(plan: &Plan, device: NodeId) -> Result<(), JobError> {
+    let is_free = plan.get(device).is_some_and(|node| node.busy.is_none());
+    if is_free && plan.parents(device).next().is_none() {
+        return Ok(());
+    }
+    Err(wrong("Need a root block node".into()))
+}
+
 /// The part of a chain that a commit is about.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Part {
@@ -68,9 +77,7 @@ impl Part {
         if plan.get(args.device).is_none() {
             return Err(wrong("The node was removed in the meantime".into()));
         }
-        if plan.parents(args.device).next().is_some() {
-            return Err(wrong("Need a root block node".into()));
-        }
+        check_root(plan, args.device)?;
         let images: Vec<_> = plan.chain(args.device).collect();
         let top =
             args.top.map_or(images.first().copied(), |top| plan.get(top).map(|_| plan.skip_filters(top)));
