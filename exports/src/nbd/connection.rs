@@ -225,11 +225,7 @@ impl Receiver {
     }
 
     async fn take(&mut self, request: Request) -> bool {
-        // Writes have their payload even if an extended client forgot to say so, as QEMU takes it.
-        let payload = match request.command {
-            command::WRITE => request.length,
-            _ => request.payload_len(self.session.framing),
-        };
+        let payload = request.payload_len(self.session.framing);
         if payload > u64::from(MAX_PAYLOAD) {
             // There is no way to go on behind a payload like this.
             let text = request::too_long(payload);

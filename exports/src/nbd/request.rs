@@ -2,9 +2,10 @@
 //!
 //! Errors and their sentences are those of qemu-storage-daemon 10.0.2, found by asking it.
 
+use smallvec::SmallVec;
 use tokio::sync::OwnedSemaphorePermit;
 use underlay_graph::status::status;
-use underlay_graph::{ByteRange, Cx, IoError, Root, WriteFlags, ZeroFlags};
+use underlay_graph::{ByteRange, IoError, Root, WriteFlags, ZeroFlags};
 use underlay_nbd::flags as bits;
 use underlay_nbd::transmission::{Chunks, command, simple_reply};
 use underlay_nbd::{Errno, Extents, Framing, MAX_PAYLOAD, MetaContext, Request};
@@ -12,10 +13,8 @@ use underlay_sys::Iov;
 
 use super::outbox::{Batch, Outbox};
 
-/// From this length on, a read asks for holes first; shorter ones are read and looked at.
-const SPARSE: u64 = 64 << 10;
-/// Pieces of a sparse read; what comes after them is sent as data.
-const PIECES: usize = 32;
+/// Zeroes are looked for in blocks of this many bytes.
+const GRAIN: u64 = 64 << 10;
 /// Status calls under one entry through the gate, so that a change of the graph need not wait for all of them.
 const CALLS: usize = 256;
 /// Entries through the gate for one block status request; the answer may be shorter than the question.
@@ -285,35 +284,22 @@ impl Session {
     }
 
     async fn read(&self, request: &Request, range: ByteRange, into: Iov) -> Outcome<Answer> {
-        let failed = failed("reading from file failed");
-        let may_split = self.framing != Framing::Simple && request.flags & bits::CMD_DF == 0;
-        if !may_split || range.len() < SPARSE {
-            self.root.read(range, into.clone()).await.map_err(failed)?;
-            if may_split && into.is_zero() {
-                let len = u32::try_from(range.len()).unwrap_or(0);
-                return Ok(Answer::Read(vec![Piece::Hole(range.start(), len)]));
-            }
+        self.root.read(range, into.clone()).await.map_err(failed("reading from file failed"))?;
+        if self.framing == Framing::Simple || request.flags & bits::CMD_DF != 0 {
             return Ok(Answer::Whole(into));
         }
-        let inside = self.root.enter().await.map_err(&failed)?;
-        let cx = inside.cx();
-        let pieces = pieces(&cx, range).await.map_err(&failed)?;
+        let pieces = pieces(range, &into);
         if let [(_, false)] = pieces[..] {
-            cx.read(range, into.clone()).await.map_err(&failed)?;
             return Ok(Answer::Whole(into));
         }
-        let mut answer = Vec::with_capacity(pieces.len());
-        for (piece, zero) in pieces {
+        let piece = |(piece, zero): (ByteRange, bool)| {
             if zero {
-                answer.push(Piece::Hole(piece.start(), u32::try_from(piece.len()).unwrap_or(0)));
-                continue;
+                return Piece::Hole(piece.start(), u32::try_from(piece.len()).unwrap_or(0));
             }
             let at = usize::try_from(piece.start() - range.start()).unwrap_or(0);
-            let data = into.slice(at, piece.buffer_len());
-            cx.read(piece, data.clone()).await.map_err(&failed)?;
-            answer.push(Piece::Data(piece.start(), data));
-        }
-        Ok(Answer::Read(answer))
+            Piece::Data(piece.start(), into.slice(at, piece.buffer_len()))
+        };
+        Ok(Answer::Read(pieces.into_iter().map(piece).collect()))
     }
 
     /// Which contexts the client wants to hear about, and about which range.
@@ -384,25 +370,22 @@ impl Session {
     }
 }
 
-/// The parts of a range that are data or zeroes, in turn.
-async fn pieces(cx: &Cx<'_>, range: ByteRange) -> underlay_graph::Result<Vec<(ByteRange, bool)>> {
-    let mut pieces: Vec<(ByteRange, bool)> = Vec::new();
-    let mut rest = range;
+/// The parts of what was read that are data or zeroes, in turn. Looking at the bytes is cheaper than asking every
+/// layer where its holes are, which file systems may need long to find, and says more.
+fn pieces(range: ByteRange, read: &Iov) -> SmallVec<[(ByteRange, bool); 1]> {
+    let mut pieces: SmallVec<[(ByteRange, bool); 1]> = SmallVec::new();
+    let (mut rest, mut at) = (range, 0);
     while !rest.is_empty() {
-        let mut zero = false;
-        let mut len = rest.len();
-        if pieces.len() < PIECES {
-            let found = status(cx, rest, None).await?;
-            (zero, len) = (found.zero, found.len.clamp(1, rest.len()));
-        }
-        let (piece, after) = rest.split(len);
+        let (piece, after) = rest.split(GRAIN - rest.start() % GRAIN);
+        let zero = read.slice(at, piece.buffer_len()).is_zero();
+        at += piece.buffer_len();
         match pieces.last_mut() {
             Some((last, was)) if *was == zero => *last = ByteRange::between(last.start(), piece.end()),
             _ => pieces.push((piece, zero)),
         }
         rest = after;
     }
-    Ok(pieces)
+    pieces
 }
 
 fn steps(range: ByteRange) -> impl Iterator<Item = ByteRange> {
