@@ -11,17 +11,11 @@ Usage: cargo xtask COMMAND
 
 Commands:
   test    install what the comparison tests need (where it may), then run all tests:
-          unit, property and simulation tests, comparison with QEMU's tools, a short run of each
-          fuzz target, and a few rounds of the kill program
+          unit, property and power-cut tests, and the comparisons with QEMU's tools
   check   formatting, lints and documentation
-  bench   build the benchmark in release mode and run it; further arguments go to it
-  kill    build the kill program in release mode and run it; further arguments go to it
 
 Environment:
-  UNDERLAY_SEEDS=N          simulated worlds per property (default: what CI runs)
-  UNDERLAY_SEED=N           only this one, to reproduce a failure
-  UNDERLAY_FUZZ_RUNS=N      inputs per fuzz target
-  UNDERLAY_KILL_ROUNDS=N    rounds per operation of the kill program (default here: 3)
+  UNDERLAY_SEEDS=N          seeds per property (default: what CI runs)
 ";
 
 /// Programs that the comparison tests call, and the Debian package that each comes from.
@@ -38,12 +32,9 @@ const NEEDED: [(&str, &str); 7] = [
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
     let command = arguments.next().unwrap_or_default();
-    let rest: Vec<String> = arguments.collect();
     let ok = match command.as_str() {
         "test" => test(),
         "check" => check(),
-        "bench" => run_release("underlay-bench", &rest),
-        "kill" => run_release("underlay-kill", &rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             true
@@ -93,20 +84,7 @@ fn test() -> bool {
     install_needed();
     // The binary first: tests of the command line start it.
     let built = step(cargo().args(["build", "--release", "--package", "underlay"]));
-    let tested = built && step(cargo().args(["test", "--workspace", "--no-fail-fast"]));
-    let rounds = env::var("UNDERLAY_KILL_ROUNDS").unwrap_or_else(|_| "3".to_owned());
-    let survived = built && run_release("underlay-kill", &["--rounds".to_owned(), rounds]);
-    tested && survived
-}
-
-/// Builds a program of the workspace and the daemon that it works on, and runs it.
-fn run_release(package: &str, arguments: &[String]) -> bool {
-    step(cargo().args(["build", "--release", "--package", "underlay", "--package", package]))
-        && step(Command::new(target().join("release").join(package)).args(arguments).current_dir(root()))
-}
-
-fn target() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+    built && step(cargo().args(["test", "--workspace", "--no-fail-fast"]))
 }
 
 /// Installs the programs that the comparison tests need, if this is a Debian on which we may; else says what is

@@ -1,6 +1,6 @@
 //! The kernel's side of Underlay, and the only crate with `unsafe`.
 //!
-//! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`file`]) and sockets ([`net`]) here
+//! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`mod@file`]) and sockets ([`net`]) here
 //! and nowhere else, so that the same code runs on a real machine and in the simulated world.
 
 pub mod buf;

@@ -70,8 +70,7 @@ fn short(
     words: &mut std::slice::Iter<'_, String>,
     options: &mut Vec<(String, String)>,
 ) -> Result<(), Failure> {
-    let mut rest = letters.char_indices();
-    while let Some((at, letter)) = rest.next() {
+    for (at, letter) in letters.char_indices() {
         let Some(found) = known.short.find(letter).filter(|_| letter != ':') else {
             return Err(Failure::new(format!("invalid option -- '{letter}'")));
         };

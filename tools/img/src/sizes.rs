@@ -22,7 +22,7 @@ fn three_digits(value: f64) -> String {
         v if v >= 9.995 => 1,
         v if v >= 0.9995 => 2,
         v if v >= 0.099_95 => 3,
-        v if v == 0.0 => 0,
+        0.0 => 0,
         _ => 4,
     };
     let text = format!("{value:.places$}");
