@@ -506,6 +506,30 @@ mod tests {
     }
 
     #[test]
+    fn random_bytes_do_no_harm() {
+        let mut state = 88_172_645_463_325_252_u64;
+        let mut random = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_be_bytes()[0]
+        };
+        for _ in 0..20_000 {
+            let len = random() % 48;
+            let bytes: Vec<u8> = (0..len).map(|_| if random() % 2 == 0 { 0 } else { random() }).collect();
+            for framing in [Framing::Simple, Framing::Structured, Framing::Extended] {
+                let _ = Request::parse(framing, &bytes);
+                for magic in [SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, EXTENDED_REPLY_MAGIC] {
+                    let _ = Reply::parse(framing, &[&magic.to_be_bytes()[..], &bytes].concat());
+                }
+            }
+            for kind in [0, 1, 2, 5, 6, 7, 0x8000, 0x8001, 0x8002] {
+                let _ = Payload::parse(kind, &bytes);
+            }
+        }
+    }
+
+    #[test]
     fn an_endless_chunk_is_refused() {
         let mut out = Vec::new();
         Chunk { done: true, kind: 1, cookie: 0, offset: 0, length: 1 << 31 }
