@@ -35,8 +35,9 @@ use crate::filter::Pass;
 use crate::job::{HeldBack, Job, Kind};
 use crate::jobs::Work;
 
-/// Bytes per bit. Source: QEMU's default for images with the usual clusters.
-const GRANULARITY: u64 = 64 << 10;
+/// Bytes per bit: less than QEMU's 64 KiB, so that a guest that writes at random makes less work than it does
+/// itself, and the job catches up with it.
+const GRANULARITY: u64 = 16 << 10;
 /// So little may be left for the time when the guest has to wait.
 const LITTLE: u64 = 8 << 20;
 /// How often the job goes through what is dirty before it takes what is left for the last step.
@@ -44,7 +45,7 @@ const ROUNDS: u32 = 6;
 /// How long it waits for the guest to write something.
 const NAP: Duration = Duration::from_millis(50);
 /// Bits are set for so many bytes at once, as writes of the guest wait meanwhile.
-const STRIDE: u64 = 1 << 30;
+const STRIDE: u64 = 128 << 20;
 
 /// What the job has put into the graph.
 #[derive(Clone, Debug)]
