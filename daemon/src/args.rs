@@ -186,7 +186,7 @@ mod tests {
                 "--object iothread,id=a",
                 "--object iothread,id=a: Objects of type 'iothread' are not supported yet",
             ),
-            ("--blockdev driver=null-co,node-name=n,size=64k,read-zeroes=on --daem", ""),
+            ("--blockdev driver=null-co,node-name=n,size=65536,read-zeroes=on --daem", ""),
         ] {
             assert_eq!(complaint(words), text, "{words}");
         }

@@ -3,7 +3,7 @@
 mod parse;
 mod print;
 
-pub use parse::{ParseError, parse};
+pub use parse::{ParseError, parse, parse_message};
 pub use print::printed_order;
 
 /// A JSON value.
@@ -151,6 +151,11 @@ impl Object {
     /// All members, in the order in which they came.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.members.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
+    /// All members, in the order in which they are printed: that of the reference's hash table.
+    pub fn iter_printed(&self) -> impl Iterator<Item = (&str, &Value)> {
+        print::in_order(self).into_iter()
     }
 
     /// How many members there are.

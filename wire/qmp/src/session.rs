@@ -112,7 +112,7 @@ impl Session {
             Piece::Value(bytes) => bytes,
             Piece::Garbage(text) => return refuse(&text, None),
         };
-        let mut object = match json::parse(&bytes) {
+        let mut object = match json::parse_message(&bytes) {
             Ok(Value::Object(object)) => object,
             Ok(_) => return refuse("QMP input must be a JSON object", None),
             Err(error) => return refuse(&error.to_string(), None),
@@ -132,7 +132,7 @@ impl Session {
         let generic = |desc: &str| (ErrorClass::GenericError, desc.to_owned());
         let execute = object.remove("execute");
         let arguments = object.remove("arguments");
-        if let Some((name, _)) = object.iter().next() {
+        if let Some((name, _)) = object.iter_printed().next() {
             return Err(generic(&format!("QMP input member '{name}' is unexpected")));
         }
         let name = match execute {
@@ -150,15 +150,16 @@ impl Session {
             let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
             return Err(unavailable(desc.to_owned()));
         }
-        if self.negotiated && name == "qmp_capabilities" {
-            let desc = "Capabilities negotiation is already complete, command ignored";
-            return Err(unavailable(desc.to_owned()));
-        }
         let Some(command) = schema::command(&name) else {
             return Err(unavailable(format!("The command {name} has not been found")));
         };
         let arguments = schema::check(arguments, command.arguments, Input::Json);
-        arguments.map(|arguments| (command.name, arguments)).map_err(|error| generic(&error.to_string()))
+        let arguments = arguments.map_err(|error| generic(&error.to_string()))?;
+        if self.negotiated && name == "qmp_capabilities" {
+            let desc = "Capabilities negotiation is already complete, command ignored";
+            return Err(unavailable(desc.to_owned()));
+        }
+        Ok((command.name, arguments))
     }
 
     fn negotiate(&mut self, arguments: &Object) -> Result<(), String> {

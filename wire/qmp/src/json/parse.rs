@@ -1,39 +1,55 @@
 //! Parsing, as lenient as QEMU: strings may stand in single quotes.
 
+use std::collections::HashSet;
+
 use super::{Object, Value};
+use crate::codec::{Piece, Splitter};
 
-/// Deepest nesting. Source: QEMU's limit.
-const MAX_NESTING: usize = 1024;
-
-/// Why some bytes are not JSON, in QEMU's words.
+/// Why some bytes are not JSON: the whole message, in QEMU's words.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("JSON parse error, {0}")]
+#[error("{0}")]
 pub struct ParseError(pub String);
 
 /// Parses exactly one value with nothing but blanks around it.
 pub fn parse(bytes: &[u8]) -> Result<Value, ParseError> {
-    let mut parser = Parser { bytes, at: 0, depth: 0 };
-    let value = parser.value()?;
-    parser.blanks();
-    if parser.at < bytes.len() {
-        return Err(parser.stray());
+    let mut splitter = Splitter::default();
+    let mut pieces = splitter.push(bytes);
+    // A number's end shows only in what follows it.
+    pieces.extend(splitter.push(b" "));
+    let mut values = Vec::new();
+    for piece in pieces {
+        match piece {
+            Piece::Value(bytes) => values.push(parse_message(&bytes)?),
+            Piece::Garbage(text) => return Err(ParseError(text)),
+        }
     }
-    Ok(value)
+    if splitter.is_within() {
+        return error("premature EOI");
+    }
+    match (values.pop(), values.is_empty()) {
+        (Some(value), true) => Ok(value),
+        (None, _) => Err(ParseError("Expecting a JSON value".to_owned())),
+        _ => Err(ParseError("Expecting at most one JSON value".to_owned())),
+    }
+}
+
+/// Parses a message of which a [`Splitter`] has said that it is one.
+pub fn parse_message(bytes: &[u8]) -> Result<Value, ParseError> {
+    Parser { bytes, at: 0 }.value()
 }
 
 struct Parser<'a> {
     bytes: &'a [u8],
     at: usize,
-    depth: usize,
 }
 
-fn error<T>(text: impl Into<String>) -> Result<T, ParseError> {
-    Err(ParseError(text.into()))
+fn error<T>(text: impl AsRef<str>) -> Result<T, ParseError> {
+    Err(ParseError(format!("JSON parse error, {}", text.as_ref())))
 }
 
 impl Parser<'_> {
     fn blanks(&mut self) {
-        while self.peek().is_some_and(|b| matches!(b, b' ' | b'\t' | b'\n' | b'\r')) {
+        while self.peek() == Some(b' ') {
             self.at += 1;
         }
     }
@@ -42,23 +58,12 @@ impl Parser<'_> {
         self.bytes.get(self.at).copied()
     }
 
-    /// The next token that is not blank, as a message names it.
-    fn stray(&self) -> ParseError {
-        let rest = &self.bytes[self.at..];
-        let word = rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'-').count().max(1);
-        let token = String::from_utf8_lossy(rest.get(..word).unwrap_or(rest)).into_owned();
-        if token.is_empty() {
-            return ParseError("premature end of input".to_owned());
-        }
-        ParseError(format!("stray '{token}'"))
-    }
-
     fn value(&mut self) -> Result<Value, ParseError> {
         self.blanks();
         match self.peek() {
-            None => error("premature end of input"),
-            Some(b'{') => self.nested(Self::object),
-            Some(b'[') => self.nested(Self::list),
+            None => error("premature EOI"),
+            Some(b'{') => self.object(),
+            Some(b'[') => self.list(),
             Some(quote @ (b'"' | b'\'')) => Ok(Value::Str(self.string(quote)?)),
             Some(b'-' | b'0'..=b'9') => self.number(),
             Some(b'a'..=b'z') => self.keyword(),
@@ -66,38 +71,24 @@ impl Parser<'_> {
         }
     }
 
-    fn nested(&mut self, inner: fn(&mut Self) -> Result<Value, ParseError>) -> Result<Value, ParseError> {
-        self.depth += 1;
-        if self.depth > MAX_NESTING {
-            return error("JSON nesting depth limit exceeded");
-        }
-        self.at += 1;
-        let value = inner(self)?;
-        self.depth -= 1;
-        Ok(value)
-    }
-
     fn object(&mut self) -> Result<Value, ParseError> {
+        self.at += 1;
         let mut object = Object::new();
+        let mut names = HashSet::new();
         self.blanks();
         if self.peek() == Some(b'}') {
             self.at += 1;
             return Ok(Value::Object(object));
         }
         loop {
-            self.blanks();
-            let name = match self.peek() {
-                Some(quote @ (b'"' | b'\'')) => self.string(quote)?,
-                None => return error("premature end of input"),
-                Some(_) => return error("key is not a string in object"),
-            };
+            let Value::Str(name) = self.value()? else { return error("key is not a string in object") };
             self.blanks();
             if self.peek() != Some(b':') {
                 return error("missing : in object pair");
             }
             self.at += 1;
             let value = self.value()?;
-            if object.get(&name).is_some() {
+            if !names.insert(name.clone()) {
                 return error("duplicate key");
             }
             object.members.push((name, value));
@@ -112,6 +103,7 @@ impl Parser<'_> {
     }
 
     fn list(&mut self) -> Result<Value, ParseError> {
+        self.at += 1;
         let mut values = Vec::new();
         self.blanks();
         if self.peek() == Some(b']') {
@@ -145,54 +137,52 @@ impl Parser<'_> {
 
     fn number(&mut self) -> Result<Value, ParseError> {
         let rest = &self.bytes[self.at..];
-        let len =
-            rest.iter().take_while(|b| matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E')).count();
-        let text = std::str::from_utf8(&rest[..len]).unwrap_or_default();
-        let digits = text.strip_prefix('-').unwrap_or(text);
-        let whole = digits.bytes().all(|b| b.is_ascii_digit());
-        let leading_zero =
-            digits.len() > 1 && digits.starts_with('0') && digits.as_bytes()[1].is_ascii_digit();
-        let bad = digits.is_empty()
-            || !digits.as_bytes()[0].is_ascii_digit()
-            || leading_zero
-            || digits.ends_with('.');
-        let token = || format!("invalid token '{text}'");
-        if bad {
-            return error(token());
+        let digits = |from: usize| from + rest.iter().skip(from).take_while(|b| b.is_ascii_digit()).count();
+        let mut len = digits(usize::from(rest.starts_with(b"-")));
+        let whole = !matches!(rest.get(len), Some(b'.' | b'e' | b'E'));
+        if rest.get(len) == Some(&b'.') {
+            len = digits(len + 1);
         }
-        self.at += len;
-        if whole {
-            if let Ok(number) = text.parse() {
-                return Ok(Value::Int(number));
-            }
-            if let Ok(number) = text.parse() {
-                return Ok(Value::UInt(number));
-            }
+        if matches!(rest.get(len), Some(b'e' | b'E')) {
+            len = digits(len + 1 + usize::from(matches!(rest.get(len + 1), Some(b'+' | b'-'))));
         }
-        match text.parse::<f64>() {
-            Ok(number) if number.is_finite() => Ok(Value::Float(number)),
-            _ => error(token()),
+        let text = std::str::from_utf8(rest.get(..len).unwrap_or(rest)).unwrap_or_default();
+        self.at += text.len();
+        if whole && let Ok(number) = text.parse() {
+            return Ok(Value::Int(number));
         }
+        if whole && let Ok(number) = text.parse() {
+            return Ok(Value::UInt(number));
+        }
+        // Too large a number is infinite, in the reference too.
+        text.parse().map(Value::Float).or_else(|_| error(format!("stray '{text}'")))
     }
 
     fn string(&mut self, quote: u8) -> Result<String, ParseError> {
         self.at += 1;
         let mut text = Vec::new();
         loop {
-            let Some(byte) = self.peek() else { return error("premature end of input") };
+            let Some(byte) = self.peek() else { return error("premature EOI") };
             self.at += 1;
             match byte {
                 b if b == quote => break,
                 b'\\' => self.escape(&mut text)?,
-                0..=0x1f => return error("invalid token in string"),
+                // The one overlong sequence that the reference takes.
+                0xc0 if self.peek() == Some(0x80) => {
+                    self.at += 1;
+                    text.push(0);
+                }
                 other => text.push(other),
             }
         }
-        String::from_utf8(text).or_else(|_| error("invalid UTF-8 sequence in string"))
+        match String::from_utf8(text) {
+            Ok(text) if text.chars().all(is_character) => Ok(text),
+            _ => error("invalid UTF-8 sequence in string"),
+        }
     }
 
     fn escape(&mut self, text: &mut Vec<u8>) -> Result<(), ParseError> {
-        let Some(byte) = self.peek() else { return error("premature end of input") };
+        let Some(byte) = self.peek() else { return error("premature EOI") };
         self.at += 1;
         let plain = match byte {
             b'"' | b'\'' | b'\\' | b'/' => byte,
@@ -208,37 +198,44 @@ impl Parser<'_> {
         Ok(())
     }
 
+    /// What follows `\u`: four digits, and as many again when they are the first half of a pair.
     fn unicode(&mut self, text: &mut Vec<u8>) -> Result<(), ParseError> {
-        let first = self.hex4()?;
-        let code = match first {
-            0xd800..=0xdbff if self.bytes[self.at..].starts_with(b"\\u") => {
-                self.at += 2;
-                let second = self.hex4()?;
-                if !(0xdc00..=0xdfff).contains(&second) {
-                    return error("\\u escape is not a valid Unicode character");
-                }
-                0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00)
+        let start = self.at - 2;
+        let mut end = self.at + 4;
+        let mut code = self.hex4(self.at);
+        if let Some(first @ 0xd800..=0xdbff) = code {
+            let pair = self.bytes.get(end..end + 2).is_some_and(|next| next == b"\\u");
+            code = None;
+            if let (true, Some(second @ 0xdc00..=0xdfff)) = (pair, self.hex4(end + 2)) {
+                code = Some(0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00));
+                end += 6;
             }
-            other => other,
-        };
-        match char::from_u32(code) {
-            Some(c) if code != 0 => text.extend(c.encode_utf8(&mut [0; 4]).bytes()),
-            _ => return error(format!("\\u{first:04x} is not a valid Unicode character")),
         }
+        let Some(c) = code.and_then(char::from_u32).filter(|c| is_character(*c)) else {
+            let token = &self.bytes[start..end.min(self.end_of_string(start))];
+            return error(format!("{} is not a valid Unicode character", String::from_utf8_lossy(token)));
+        };
+        text.extend(c.encode_utf8(&mut [0; 4]).bytes());
+        self.at = end;
         Ok(())
     }
 
-    fn hex4(&mut self) -> Result<u32, ParseError> {
-        let digits = self.bytes.get(self.at..self.at + 4).and_then(|digits| std::str::from_utf8(digits).ok());
-        let code = digits.filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
-        match code.and_then(|digits| u32::from_str_radix(digits, 16).ok()) {
-            Some(code) => {
-                self.at += 4;
-                Ok(code)
-            }
-            None => error("invalid hex escape in string"),
-        }
+    fn hex4(&self, at: usize) -> Option<u32> {
+        let digits = self.bytes.get(at..at + 4).filter(|d| d.iter().all(u8::is_ascii_hexdigit))?;
+        u32::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
     }
+
+    /// Behind the quote that ends a string, for messages: the next quote after `from`.
+    fn end_of_string(&self, from: usize) -> usize {
+        let quote = self.bytes[from..].iter().position(|b| matches!(b, b'"' | b'\''));
+        quote.map_or(self.bytes.len(), |at| from + at + 1)
+    }
+}
+
+/// Whether a code stands for a character at all.
+fn is_character(c: char) -> bool {
+    let code = u32::from(c);
+    code & 0xfffe != 0xfffe && !(0xfdd0..=0xfdef).contains(&code)
 }
 
 #[cfg(test)]
@@ -247,7 +244,8 @@ mod tests {
 
     #[test]
     fn takes_what_qemu_takes() {
-        assert_eq!(parse(b"'it''"), Err(ParseError("stray '''".into())));
+        assert_eq!(parse(b"1 2"), Err(ParseError("Expecting at most one JSON value".into())));
+        assert_eq!(parse(b"{"), Err(ParseError("JSON parse error, premature EOI".into())));
         assert_eq!(parse(br#" 'a"b' "#), Ok(Value::Str("a\"b".into())));
         assert_eq!(parse(br#""\ud83d\ude00""#), Ok(Value::Str("\u{1f600}".into())));
         assert_eq!(parse(b"18446744073709551615"), Ok(Value::UInt(u64::MAX)));

@@ -19,7 +19,7 @@ fn bucket(name: &str) -> u32 {
 }
 
 /// The members in the order in which QEMU prints them.
-fn in_order(object: &Object) -> Vec<(&str, &Value)> {
+pub(super) fn in_order(object: &Object) -> Vec<(&str, &Value)> {
     let mut members: Vec<_> = object.iter().collect();
     members.reverse();
     members.sort_by_key(|(name, _)| bucket(name));
@@ -100,10 +100,30 @@ fn print_scalar(out: &mut impl Write, value: &Value) -> fmt::Result {
         Value::Bool(flag) => write!(out, "{flag}"),
         Value::Int(number) => write!(out, "{number}"),
         Value::UInt(number) => write!(out, "{number}"),
-        Value::Float(number) => write!(out, "{number:?}"),
+        Value::Float(number) => float(out, *number),
         Value::Str(text) => string(out, text),
         Value::List(_) | Value::Object(_) => Ok(()),
     }
+}
+
+/// A number with 17 digits, as C prints it with `%.17g`.
+fn float(out: &mut impl Write, number: f64) -> fmt::Result {
+    if !number.is_finite() {
+        return out.write_str(&number.to_string().to_lowercase());
+    }
+    let text = format!("{number:.16e}");
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or_default();
+    if (-4..17).contains(&exponent) {
+        let decimals = usize::try_from(16 - exponent).unwrap_or_default();
+        return out.write_str(without_zeroes(&format!("{number:.decimals$}")));
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    write!(out, "{}e{sign}{:02}", without_zeroes(mantissa), exponent.unsigned_abs())
+}
+
+fn without_zeroes(text: &str) -> &str {
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { text }
 }
 
 /// A string as QEMU escapes it: ASCII only.

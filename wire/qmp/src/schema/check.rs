@@ -37,6 +37,9 @@ pub enum ArgumentError {
         /// What was given.
         value: String,
     },
+    /// Words of members where one word should be.
+    #[error("Parameters '{0}.*' are unexpected")]
+    Nested(String),
     /// A word that does not read as what is wanted.
     #[error("Parameter '{name}' expects {expected}")]
     Word {
@@ -90,17 +93,37 @@ fn take_members(
     Ok(())
 }
 
+/// A name as the reference gives it where it says no more than the last part; items of lists have none.
+fn last(name: &str) -> String {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    let item = last.ends_with(']') || (last != name && last.bytes().all(|b| b.is_ascii_digit()));
+    if item { "null".to_owned() } else { last.to_owned() }
+}
+
 fn checked(value: Value, ty: &Type, input: Input, name: &str) -> Result<Value, ArgumentError> {
     let wrong = |expected: &str| ArgumentError::Type { name: name.to_owned(), expected: expected.to_owned() };
+    let number = matches!(ty, Type::Int | Type::U16 | Type::U32 | Type::U64 | Type::Number);
     match (ty, value) {
         (Type::Any, value) => Ok(value),
-        (Type::Int | Type::Number | Type::Bool, Value::Str(word)) if input == Input::Words => {
-            read(&word, ty, name)
+        (Type::Bool, Value::Str(word)) if input == Input::Words => read_flag(&word, name),
+        (_, Value::Str(word)) if number && input == Input::Words => {
+            let wrong = ArgumentError::Word { name: name.to_owned(), expected: "integer" };
+            in_range(read_number(&word).ok_or(wrong)?, ty, name)
+        }
+        (Type::Str | Type::Enum(_) | Type::Bool, Value::Object(_) | Value::List(_))
+            if input == Input::Words =>
+        {
+            Err(ArgumentError::Nested(name.to_owned()))
+        }
+        (_, Value::Object(_) | Value::List(_)) if number && input == Input::Words => {
+            Err(ArgumentError::Nested(name.to_owned()))
         }
         (Type::Str, Value::Str(text)) => Ok(Value::Str(text)),
         (Type::Str, _) => Err(wrong("string")),
-        (Type::Int, value @ (Value::Int(_) | Value::UInt(_))) => Ok(value),
-        (Type::Int, _) => Err(wrong("integer")),
+        (Type::Int | Type::U16 | Type::U32 | Type::U64, value @ (Value::Int(_) | Value::UInt(_))) => {
+            in_range(value, ty, name)
+        }
+        (Type::Int | Type::U16 | Type::U32 | Type::U64, _) => Err(wrong("integer")),
         (Type::Bool, Value::Bool(flag)) => Ok(Value::Bool(flag)),
         (Type::Bool, _) => Err(wrong("boolean")),
         (Type::Number, value @ (Value::Int(_) | Value::UInt(_) | Value::Float(_))) => Ok(value),
@@ -110,21 +133,37 @@ fn checked(value: Value, ty: &Type, input: Input, name: &str) -> Result<Value, A
         (Type::Enum(words), Value::Str(text)) if words.values.contains(&text.as_str()) => {
             Ok(Value::Str(text))
         }
-        (Type::Enum(_), Value::Str(value)) => Err(ArgumentError::Value { name: name.to_owned(), value }),
+        (Type::Enum(_), Value::Str(value)) => Err(ArgumentError::Value { name: last(name), value }),
         (Type::Enum(_), _) => Err(wrong("string")),
         (Type::Object(by), Value::Object(object)) => {
             Ok(Value::Object(checked_object(object, by, input, &format!("{name}."))?))
         }
         (Type::Object(_), _) => Err(wrong("object")),
         (Type::List(item), Value::List(values)) => {
-            let each = values
-                .into_iter()
-                .enumerate()
-                .map(|(at, value)| checked(value, item, input, &format!("{name}[{at}]")));
+            let each = values.into_iter().enumerate().map(|(at, value)| {
+                let name = match input {
+                    Input::Json => format!("{name}[{at}]"),
+                    Input::Words => format!("{name}.{at}"),
+                };
+                checked(value, item, input, &name)
+            });
             Ok(Value::List(each.collect::<Result<_, _>>()?))
         }
         (Type::List(_), _) => Err(wrong("array")),
         (Type::Alternate(alternate), value) => choose(value, alternate, input, name),
+    }
+}
+
+/// A whole number, if its type can hold it.
+fn in_range(value: Value, ty: &Type, name: &str) -> Result<Value, ArgumentError> {
+    let wrong = |expected| ArgumentError::Word { name: last(name), expected };
+    match ty {
+        Type::Int if matches!(value, Value::UInt(_)) => {
+            Err(ArgumentError::Type { name: name.to_owned(), expected: "integer".to_owned() })
+        }
+        Type::U16 if value.as_u64().is_none_or(|n| n > u64::from(u16::MAX)) => Err(wrong("uint16_t")),
+        Type::U32 if value.as_u64().is_none_or(|n| n > u64::from(u32::MAX)) => Err(wrong("uint32_t")),
+        _ => Ok(value),
     }
 }
 
@@ -140,37 +179,38 @@ fn choose(value: Value, alternate: &Alternate, input: Input, name: &str) -> Resu
     };
     match alternate.choices.iter().find(fits) {
         Some(ty) => checked(value, ty, input, name),
-        None => Err(ArgumentError::Type { name: name.to_owned(), expected: alternate.name.to_owned() }),
+        None => Err(ArgumentError::Type { name: last(name), expected: alternate.name.to_owned() }),
     }
 }
 
-/// Reads a word of a command line as a number or a flag.
-fn read(word: &str, ty: &Type, name: &str) -> Result<Value, ArgumentError> {
-    let wrong = |expected| ArgumentError::Word { name: name.to_owned(), expected };
-    match ty {
-        Type::Bool => match word {
-            "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
-            "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
-            _ => Err(wrong("'on' or 'off'")),
-        },
-        _ => number(word).ok_or_else(|| wrong("a number")),
+/// Reads a word of a command line as a flag.
+fn read_flag(word: &str, name: &str) -> Result<Value, ArgumentError> {
+    match word {
+        "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
+        "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
+        _ => Err(ArgumentError::Word { name: name.to_owned(), expected: "'on' or 'off'" }),
     }
 }
 
-fn number(word: &str) -> Option<Value> {
-    if let Ok(number) = word.parse::<i64>() {
-        return Some(Value::Int(number));
-    }
-    let (digits, suffix) = word.split_at(word.len().checked_sub(1).filter(|at| word.is_char_boundary(*at))?);
-    let shift = match suffix {
-        "k" | "K" => 10,
-        "M" | "m" => 20,
-        "G" | "g" => 30,
-        "T" | "t" => 40,
-        "P" | "p" => 50,
-        _ => return u64::from_str_radix(word.strip_prefix("0x")?, 16).ok().map(Value::from),
+/// Reads a word of a command line as a whole number, as C does: hexadecimal after 0x, octal after 0. No suffixes:
+/// the reference takes none here.
+fn read_number(word: &str) -> Option<Value> {
+    let word = word.trim_start();
+    let (negative, digits) = match word.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, word.strip_prefix('+').unwrap_or(word)),
     };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift).map(Value::from)
+    let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(digits) => (16, digits),
+        None if digits.len() > 1 && digits.starts_with('0') => (8, digits),
+        None => (10, digits),
+    };
+    if digits.starts_with(['+', '-']) {
+        return None;
+    }
+    let number = i128::from(u64::from_str_radix(digits, radix).ok()?);
+    let number = if negative { -number } else { number };
+    i64::try_from(number).map(Value::Int).ok().or_else(|| u64::try_from(number).map(Value::UInt).ok())
 }
 
 #[cfg(test)]
@@ -228,7 +268,8 @@ mod tests {
 
     #[test]
     fn words_become_values() {
-        let object = crate::keyval::parse("raw,file=f,size=64k,read-only=on", Some("driver")).expect("valid");
+        let object =
+            crate::keyval::parse("raw,file=f,size=0x10000,read-only=on", Some("driver")).expect("valid");
         let checked = check(object, crate::schema::blockdev_options(), Input::Words).expect("fits");
         assert_eq!(checked.get("size"), Some(&Value::Int(65536)));
         assert_eq!(checked.get("read-only"), Some(&Value::Bool(true)));

@@ -70,7 +70,7 @@ pub(super) static BLOCKDEV_OPTIONS_FILE: Object = Object {
 };
 
 pub(super) static BLOCKDEV_OPTIONS_NULL_AIO: Object = Object {
-    members: &[opt("size", Type::Int), opt("latency-ns", Type::Int), opt("read-zeroes", Type::Bool)],
+    members: &[opt("size", Type::Int), opt("latency-ns", Type::U64), opt("read-zeroes", Type::Bool)],
     tag: None,
     cases: &[],
 };
@@ -103,7 +103,7 @@ pub(super) static OVERLAP_CHECK_FLAGS: Object = Object {
 };
 
 pub(super) static BLOCKDEV_OPTIONS_QCOW2_OVERLAP_CHECK: Alternate = Alternate {
-    name: "BlockdevAddArgQcow2OverlapCheck",
+    name: "Qcow2OverlapChecks",
     choices: &[Type::Object(&OVERLAP_CHECK_FLAGS), Type::Enum(&OVERLAP_CHECK_TEMPLATE)],
 };
 
@@ -608,7 +608,7 @@ pub(super) static SOCKET_ADDRESS_INET_DATA: Object = Object {
         req("host", Type::Str),
         req("port", Type::Str),
         opt("numeric", Type::Bool),
-        opt("to", Type::Int),
+        opt("to", Type::U16),
         opt("ipv4", Type::Bool),
         opt("ipv6", Type::Bool),
         opt("keep-alive", Type::Bool),
@@ -644,10 +644,10 @@ pub(super) static SOCKET_ADDRESS: Object = Object {
 
 pub(super) static NBD_SERVER_START_ARG: Object = Object {
     members: &[
-        opt("handshake-max-seconds", Type::Int),
+        opt("handshake-max-seconds", Type::U32),
         opt("tls-creds", Type::Str),
         opt("tls-authz", Type::Str),
-        opt("max-connections", Type::Int),
+        opt("max-connections", Type::U32),
         req("addr", Type::Object(&SOCKET_ADDRESS)),
     ],
     tag: None,
@@ -680,7 +680,7 @@ pub(super) static BITMAP_OF_NODE: Object =
     Object { members: &[req("node", Type::Str), req("name", Type::Str)], tag: None, cases: &[] };
 
 pub(super) static BLOCK_EXPORT_OPTIONS_NBD_BITMAPS: Alternate =
-    Alternate { name: "BlockExportAddArgNbdBitmaps", choices: &[Type::Str, Type::Object(&BITMAP_OF_NODE)] };
+    Alternate { name: "BlockDirtyBitmapOrStr", choices: &[Type::Str, Type::Object(&BITMAP_OF_NODE)] };
 
 pub(super) static BLOCK_EXPORT_OPTIONS_NBD: Object = Object {
     members: &[

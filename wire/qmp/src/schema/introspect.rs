@@ -49,7 +49,7 @@ impl Writer {
     fn name(&mut self, ty: &Type) -> String {
         match ty {
             Type::Str => self.builtin("str", "string"),
-            Type::Int => self.builtin("int", "int"),
+            Type::Int | Type::U16 | Type::U32 | Type::U64 => self.builtin("int", "int"),
             Type::Bool => self.builtin("bool", "boolean"),
             Type::Number => self.builtin("number", "number"),
             Type::Null => self.builtin("null", "null"),

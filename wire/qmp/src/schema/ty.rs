@@ -7,6 +7,12 @@ pub enum Type {
     Str,
     /// A whole number.
     Int,
+    /// A whole number from 0 to the largest of 16 bits.
+    U16,
+    /// A whole number from 0 to the largest of 32 bits.
+    U32,
+    /// A whole number of 64 bits, with or without a sign: the reference takes both for it.
+    U64,
     /// true or false
     Bool,
     /// Any number.
