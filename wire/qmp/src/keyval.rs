@@ -20,6 +20,12 @@ pub enum KeyvalError {
     /// A list with holes.
     #[error("Parameter '{0}.{1}' missing")]
     ListHole(String, usize),
+    /// A key, or a part of one, that is too long.
+    #[error("Parameter{0} '{1}' is too long")]
+    TooLong(&'static str, String),
+    /// A word that asks for help.
+    #[error("Help is not available for this option")]
+    NoHelp,
     /// Not JSON.
     #[error("{0}")]
     Json(#[from] json::ParseError),
@@ -31,6 +37,9 @@ pub enum KeyvalError {
 /// Deepest nesting by dots.
 const MAX_DOTS: usize = 64;
 
+/// Longest part of a key between dots, in bytes. Source: the reference refuses one more.
+const MAX_PART: usize = 127;
+
 /// The options in one command line argument; `implied` is the key that the first word may leave out.
 pub fn parse(argument: &str, implied: Option<&str>) -> Result<Object, KeyvalError> {
     if argument.starts_with('{') {
@@ -40,62 +49,110 @@ pub fn parse(argument: &str, implied: Option<&str>) -> Result<Object, KeyvalErro
         };
     }
     let mut object = Object::new();
-    for (at, word) in words(argument).into_iter().enumerate() {
-        let (key, value) = match (word.split_once('='), implied) {
-            (Some((key, _)), Some(implied)) if at == 0 && !is_key(key) && key.contains(',') => {
-                (implied.to_owned(), word.clone())
+    let mut rest = argument;
+    let mut implied = implied;
+    let mut help = false;
+    while !rest.is_empty() {
+        let (key, after) = rest.split_at(rest.find(['=', ',']).unwrap_or(rest.len()));
+        let value_follows = after.strip_prefix('=');
+        match (value_follows, implied.take()) {
+            (None, _) if matches!(key, "help" | "?") => {
+                help = true;
+                rest = after.strip_prefix(',').unwrap_or(after);
             }
-            (Some((key, value)), _) => (key.to_owned(), value.to_owned()),
-            (None, Some(implied)) if at == 0 => (implied.to_owned(), word),
-            (None, _) => return Err(KeyvalError::NoValue(word)),
-        };
-        if !is_key(&key) || key.split('.').count() > MAX_DOTS {
-            return Err(KeyvalError::BadKey(key));
-        }
-        put(&mut object, &key, value, "")?;
-    }
-    lists(Value::Object(object), "").map(|value| match value {
-        Value::Object(object) => object,
-        _ => Object::new(),
-    })
-}
-
-/// Cuts at single commas; doubled ones stay, as one.
-fn words(argument: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    let mut word = String::new();
-    let mut chars = argument.chars().peekable();
-    while let Some(c) = chars.next() {
-        match c {
-            ',' if chars.peek() == Some(&',') => {
-                chars.next();
-                word.push(',');
+            // The implied key's value knows no doubled commas.
+            (None, Some(implied)) if !key.is_empty() => {
+                object.insert(implied, key);
+                rest = after.strip_prefix(',').unwrap_or(after);
             }
-            ',' => words.push(std::mem::take(&mut word)),
-            other => word.push(other),
+            (value, _) => {
+                let parts = parts(key)?;
+                let value = value.ok_or_else(|| KeyvalError::NoValue(key.to_owned()))?;
+                let (value, after) = take_value(value);
+                put(&mut object, &parts, value, "")?;
+                rest = after;
+            }
         }
     }
-    if !word.is_empty() || argument.is_empty() {
-        words.push(word);
+    let lists = lists(Value::Object(object), "")?;
+    match lists {
+        _ if help => Err(KeyvalError::NoHelp),
+        Value::Object(object) => Ok(object),
+        _ => Err(KeyvalError::NotAnObject),
     }
-    words.retain(|word| !word.is_empty());
-    words
 }
 
-fn is_key(key: &str) -> bool {
-    key.split('.').all(|part| {
-        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
-    })
-}
-
-fn put(object: &mut Object, key: &str, value: String, above: &str) -> Result<(), KeyvalError> {
-    let Some((first, rest)) = key.split_once('.') else {
-        if matches!(object.get(key), Some(Value::Object(_))) {
-            return Err(KeyvalError::Inconsistent(format!("{above}{key}")));
+/// The value at the start of `text`, with doubled commas undone, and what follows the comma behind it.
+fn take_value(text: &str) -> (String, &str) {
+    let mut value = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(',') {
+        value.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        match rest.strip_prefix(',') {
+            Some(after) => {
+                value.push(',');
+                rest = after;
+            }
+            None => return (value, rest),
         }
-        object.insert(key, value);
+    }
+    value.push_str(rest);
+    (value, "")
+}
+
+/// The parts of a key between its dots: names, and behind the first also numbers. A name may begin with a vendor's
+/// domain (`__org.example_name`), which is one part with it.
+fn parts(key: &str) -> Result<Vec<&str>, KeyvalError> {
+    let bad = || KeyvalError::BadKey(key.to_owned());
+    let mut parts = Vec::new();
+    let mut rest = key;
+    loop {
+        let len = part_len(rest).ok_or_else(bad)?;
+        let (part, after) = rest.split_at(len);
+        let number = part.bytes().all(|b| b.is_ascii_digit());
+        if (number && parts.is_empty()) || parts.len() > MAX_DOTS {
+            return Err(bad());
+        }
+        if len > MAX_PART {
+            let what = if part == key { "" } else { " fragment" };
+            return Err(KeyvalError::TooLong(what, part.to_owned()));
+        }
+        parts.push(part);
+        match after.strip_prefix('.') {
+            Some(after) => rest = after,
+            None if after.is_empty() => return Ok(parts),
+            None => return Err(bad()),
+        }
+    }
+}
+
+/// The length of the part of a key at the start of `text`; nothing if there is none.
+fn part_len(text: &str) -> Option<usize> {
+    let run = |text: &str, fits: fn(u8) -> bool| text.bytes().take_while(|b| fits(*b)).count();
+    let digits = run(text, |b| b.is_ascii_digit());
+    if digits > 0 {
+        return Some(digits);
+    }
+    let mut prefix = 0;
+    if let Some(domain) = text.strip_prefix("__") {
+        prefix = 2 + run(domain, |b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
+        prefix = text.get(prefix..)?.starts_with('_').then_some(prefix + 1)?;
+    }
+    let name = text.get(prefix..)?;
+    name.starts_with(|c: char| c.is_ascii_alphabetic())
+        .then(|| prefix + run(name, |b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')))
+}
+
+fn put(object: &mut Object, parts: &[&str], value: String, above: &str) -> Result<(), KeyvalError> {
+    let Some((&first, rest)) = parts.split_first() else { return Ok(()) };
+    if rest.is_empty() {
+        if matches!(object.get(first), Some(Value::Object(_))) {
+            return Err(KeyvalError::Inconsistent(format!("{above}{first}")));
+        }
+        object.insert(first, value);
         return Ok(());
-    };
+    }
     let mut inner = match object.remove(first) {
         None => Object::new(),
         Some(Value::Object(inner)) => inner,
@@ -122,8 +179,10 @@ fn lists(value: Value, path: &str) -> Result<Value, KeyvalError> {
         return Err(KeyvalError::Inconsistent(path.to_owned()));
     }
     let mut values = Vec::with_capacity(numbers);
+    let mut numbered: std::collections::HashMap<_, _> =
+        object.into_iter().filter_map(|(name, value)| Some((name.parse::<usize>().ok()?, value))).collect();
     for at in 0..numbers {
-        let value = object.get(&at.to_string()).cloned();
+        let value = numbered.remove(&at);
         let value = value.ok_or_else(|| KeyvalError::ListHole(path.to_owned(), at))?;
         values.push(lists(value, &format!("{path}.{at}"))?);
     }
@@ -152,6 +211,28 @@ mod tests {
             ("raw,a=1,a.b=2", "Parameters 'a.*' used inconsistently"),
             ("raw,a b=1", "Invalid parameter 'a b'"),
             ("raw,a..b=1", "Invalid parameter 'a..b'"),
+            (",", "Invalid parameter ''"),
+            ("qcow2,,", "Invalid parameter ''"),
+            ("driver=qcow2,,", r#"{"driver": "qcow2,"}"#),
+            ("raw,", r#"{"driver": "raw"}"#),
+            ("raw,=x", "Invalid parameter ''"),
+            ("raw,1a=1", "Invalid parameter '1a'"),
+            ("raw,5", "Invalid parameter '5'"),
+            ("raw,a.1b=1", "Invalid parameter 'a.1b'"),
+            ("raw,_a=1", "Invalid parameter '_a'"),
+            ("raw,__a=1", "Invalid parameter '__a'"),
+            ("raw,a._b=1", "Invalid parameter 'a._b'"),
+            ("__org.b_c.d=1", r#"{"__org.b_c": {"d": "1"}}"#),
+            ("raw,l.00=a", r#"{"driver": "raw", "l": ["a"]}"#),
+            ("raw,l.0=a,l.x=b", "Parameters 'l.*' used inconsistently"),
+            ("raw,a.b.c=2,a.b=1", "Parameters 'a.b.*' used inconsistently"),
+            ("l.0.1=x", "Parameter 'l.0.0' missing"),
+            ("[]", r#"{"driver": "[]"}"#),
+            ("help", "Help is not available for this option"),
+            ("raw,help,x", "Expected '=' after parameter 'x'"),
+            ("?=1", "Invalid parameter '?'"),
+            ("{", "JSON parse error, premature EOI"),
+            (r#"{"a":1}x"#, "Expecting at most one JSON value"),
             (r#"{"size":1,"driver":"raw"}"#, r#"{"driver": "raw", "size": 1}"#),
         ] {
             assert_eq!(parsed(argument), result, "{argument}");

@@ -16,20 +16,20 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ParseError> {
     let mut pieces = splitter.push(bytes);
     // A number's end shows only in what follows it.
     pieces.extend(splitter.push(b" "));
-    let mut values = Vec::new();
+    let one_value = || Err(ParseError("Expecting at most one JSON value".to_owned()));
+    let mut value = None;
     for piece in pieces {
-        match piece {
-            Piece::Value(bytes) => values.push(parse_message(&bytes)?),
+        value = match piece {
+            _ if value.is_some() => return one_value(),
+            Piece::Value(bytes) => Some(parse_message(&bytes)?),
             Piece::Garbage(text) => return Err(ParseError(text)),
-        }
+        };
     }
-    if splitter.is_within() {
-        return error("premature EOI");
-    }
-    match (values.pop(), values.is_empty()) {
-        (Some(value), true) => Ok(value),
-        (None, _) => Err(ParseError("Expecting a JSON value".to_owned())),
-        _ => Err(ParseError("Expecting at most one JSON value".to_owned())),
+    match (value, splitter.is_within()) {
+        (Some(value), false) => Ok(value),
+        (Some(_), true) => one_value(),
+        (None, true) => error("premature EOI"),
+        (None, false) => Err(ParseError("Expecting a JSON value".to_owned())),
     }
 }
 
