@@ -6,6 +6,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::process::{Command, Stdio};
 
+use underlay_qmp::json::{self, Object, Value};
+use underlay_qmp::schema::introspect::query_qmp_schema;
 use underlay_qmp::session::{Incoming, Session};
 
 /// Sent after each input, so that replies can be told apart.
@@ -340,4 +342,39 @@ fn arguments_are_refused_alike() {
         })
         .collect();
     compare(&inputs.iter().map(Vec::as_slice).collect::<Vec<_>>());
+}
+
+/// Kind, name, and each member's name and whether it may be left out, of the arguments or data of `entry`.
+fn outline(schema: &[Value], entry: &Object) -> String {
+    let text = |object: &Object, member: &str| object.get(member).and_then(Value::as_str).map(str::to_owned);
+    let arguments = text(entry, "arg-type").expect("every command and event has it");
+    let named = |entry: &&Object| text(entry, "name").as_ref() == Some(&arguments);
+    let arguments = schema.iter().filter_map(Value::as_object).find(named).expect("described");
+    let members = arguments.get("members").and_then(Value::as_list).expect("an object has members");
+    let mut members: Vec<_> = members
+        .iter()
+        .filter_map(Value::as_object)
+        .map(|member| (text(member, "name"), member.get("default").is_some()))
+        .collect();
+    members.sort();
+    format!("{:?} {:?} {members:?}", text(entry, "meta-type"), text(entry, "name"))
+}
+
+fn outlines(schema: &[Value]) -> Vec<String> {
+    let entries = schema.iter().filter_map(Value::as_object);
+    entries.filter(|entry| entry.get("arg-type").is_some()).map(|entry| outline(schema, entry)).collect()
+}
+
+#[test]
+fn every_command_and_event_is_one_of_the_reference() {
+    let Some(lines) = reference(b"{'execute':'qmp_capabilities'}{'execute':'query-qmp-schema'}") else {
+        return;
+    };
+    let reply = json::parse(lines[1].as_bytes()).expect("JSON");
+    let theirs = reply.as_object().and_then(|reply| reply.get("return")?.as_list()).expect("a list");
+    let theirs = outlines(theirs);
+    let ours = query_qmp_schema();
+    for outline in outlines(ours.as_list().expect("a list")) {
+        assert!(theirs.contains(&outline), "{outline}");
+    }
 }

@@ -109,10 +109,13 @@ pub(super) static BLOCKDEV_OPTIONS_QCOW2_OVERLAP_CHECK: Alternate = Alternate {
 
 pub(super) static BLOCKDEV_OPTIONS_QCOW2_ENCRYPT_FORMAT: Enum = Enum { values: &["aes", "luks"] };
 
+pub(super) static BLOCKDEV_OPTIONS_QCOW2_ENCRYPT_KEY: Object =
+    Object { members: &[opt("key-secret", Type::Str)], tag: None, cases: &[] };
+
 pub(super) static BLOCKDEV_OPTIONS_QCOW2_ENCRYPT: Object = Object {
     members: &[req("format", Type::Enum(&BLOCKDEV_OPTIONS_QCOW2_ENCRYPT_FORMAT))],
-    tag: None,
-    cases: &[],
+    tag: Some("format"),
+    cases: &[("aes", &BLOCKDEV_OPTIONS_QCOW2_ENCRYPT_KEY), ("luks", &BLOCKDEV_OPTIONS_QCOW2_ENCRYPT_KEY)],
 };
 
 pub(super) static BLOCKDEV_OPTIONS_QCOW2: Object = Object {

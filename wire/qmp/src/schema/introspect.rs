@@ -14,7 +14,10 @@ pub fn query_qmp_schema() -> Value {
     for command in COMMANDS {
         let arguments = writer.object(command.arguments);
         let returns = writer.name(&command.returns);
-        let entry = entry(command.name, "command").with("arg-type", arguments).with("ret-type", returns);
+        let mut entry = entry(command.name, "command").with("arg-type", arguments).with("ret-type", returns);
+        if let Some(feature) = feature(command.name) {
+            entry.insert("features", vec![Value::from(feature)]);
+        }
         entries.push(Value::Object(entry));
     }
     for event in EVENTS {
@@ -23,6 +26,15 @@ pub fn query_qmp_schema() -> Value {
     }
     entries.extend(writer.entries.into_iter().map(Value::Object));
     Value::List(entries)
+}
+
+/// What clients should know before they rely on a command.
+fn feature(command: &str) -> Option<&'static str> {
+    match command {
+        "nbd-server-add" | "nbd-server-remove" => Some("deprecated"),
+        "x-debug-query-block-graph" => Some("unstable"),
+        _ => None,
+    }
 }
 
 fn entry(name: &str, meta_type: &str) -> json::Object {
