@@ -141,7 +141,9 @@ fn argument(name: &str, value: &str) -> CommandResult<Arg> {
         "export" => Arg::Export(checked(words("type")?, schema::block_export_options())?),
         "chardev" => Arg::Chardev(words("backend")?),
         "monitor" => Arg::Monitor(words("chardev")?),
-        "nbd-server" => Arg::NbdServer(words("addr")?),
+        "nbd-server" => {
+            Arg::NbdServer(keyval::parse(value, None).map_err(|error| CommandError::new(error.to_string()))?)
+        }
         "pidfile" => Arg::PidFile(value.to_owned()),
         _ => {
             let kind = words("qom-type")?;

@@ -26,6 +26,8 @@ pub struct Daemon {
     pub events: Arc<EventBus>,
     /// Raised when the daemon is to end.
     pub quit: StopSign,
+    /// Raised when everything is closed and only the last replies are left.
+    pub ended: StopSign,
     /// One command that changes something at a time, whichever monitor it comes from.
     pub turn: tokio::sync::Mutex<()>,
     nbd: Mutex<Option<Arc<NbdServer>>>,
@@ -45,6 +47,7 @@ impl Daemon {
             jobs: Jobs::new(events.clone()),
             events,
             quit: StopSign::default(),
+            ended: StopSign::default(),
             turn: tokio::sync::Mutex::default(),
             nbd: Mutex::default(),
             exports: Mutex::default(),
@@ -95,5 +98,6 @@ impl Daemon {
         if let Err(error) = emptied.await {
             eprintln!("Could not close all block nodes: {error}");
         }
+        self.ended.raise();
     }
 }

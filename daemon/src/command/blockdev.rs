@@ -136,7 +136,7 @@ pub async fn change_backing_file(
         CommandError::new(format!("Cannot find device='' nor node-name='{image_node_name}'"))
     })?;
     let bottom = plan.backing(image);
-    if bottom.is_none() && plan.node(image).node.backing_ref().is_none() {
+    if bottom.is_none() {
         return Err(CommandError::new("not allowing backing file change on an image without a backing file"));
     }
     if !plan.chain(top).any(|id| id == image) {

@@ -116,7 +116,8 @@ fn settings(arguments: &mut Arguments) -> Settings {
         _ => OnError::Report,
     };
     Settings {
-        id: arguments.optional_text("job-id"),
+        // The default is the name of the device, and nodes have none: the same complaint as for an empty name.
+        id: Some(arguments.text("job-id")),
         default_id: String::new(),
         speed: arguments.number("speed", 0),
         auto_finalize: arguments.flag("auto-finalize", true),

@@ -29,6 +29,12 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
     if let Some(answer) = query(daemon, request.command, &mut arguments) {
         return Ok(answer);
     }
+    if request.command == "quit" {
+        // The reply is the last thing that the client hears, behind the events of the end.
+        daemon.quit.raise();
+        daemon.ended.raised().await;
+        return Ok(Value::Object(Object::new()));
+    }
     let _turn = daemon.turn.lock().await;
     change(daemon, request.command, arguments).await.map(|()| Value::Object(Object::new()))
 }
@@ -54,7 +60,6 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Va
 
 async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
     match command {
-        "quit" => daemon.quit.raise(),
         "blockdev-add" => {
             blockdev::add(daemon, arguments.rest()).await?;
         }

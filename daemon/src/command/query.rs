@@ -49,13 +49,14 @@ fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
     object.insert("encrypted", Value::Bool(info.encrypted));
     object.insert("detect_zeroes", text(detect));
     object.insert("active", Value::Bool(true));
+    // In front of `write_threshold`, with which it shares a bucket when printed.
+    if let Some(backing) = view.child(Role::Backing) {
+        object.insert("backing_file", text(filename::of(backing)));
+    }
     for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
         object.insert(limit, Value::Int(0));
     }
     object.insert("cache", Value::Object(cache));
-    if let Some(backing) = node.node.backing_ref().filter(|_| node.child(Role::Backing).is_some()) {
-        object.insert("backing_file", text(backing.file));
-    }
     let depth = if flat { 0 } else { wires.plan().chain(id).count().saturating_sub(1) };
     object.insert("backing_file_depth", int(depth as u64));
     object.insert("image", image_info(wires, id, flat));

@@ -651,8 +651,13 @@ impl Job {
         self.enter(&mut state, Status::Aborting);
     }
 
-    /// It is over. Tells whether it vanishes by itself.
-    pub(crate) fn conclude(&self, result: Result<(), Stop>) -> bool {
+    /// Whether it vanishes once concluded, without being dismissed.
+    pub(crate) fn vanishes_by_itself(&self) -> bool {
+        self.auto_dismiss
+    }
+
+    /// It is over.
+    pub(crate) fn conclude(&self, result: Result<(), Stop>) {
         let mut state = self.state();
         let (id, progress) = (self.id.clone(), self.progress(&state));
         self.sink.emit(match result {
@@ -661,7 +666,6 @@ impl Job {
             Err(Stop::Failed(error)) => JobEvent::Completed { id, progress, error: Some(error) },
         });
         self.enter(&mut state, Status::Concluded);
-        self.auto_dismiss
     }
 
     /// It vanishes.

@@ -83,8 +83,9 @@ impl Jobs {
 
     /// job-dismiss: a concluded job vanishes.
     pub fn dismiss(&self, job: &Job) -> Result<(), JobError> {
+        let mut list = self.list();
         job.vanish()?;
-        self.list().retain(|other| !std::ptr::eq(&**other, job));
+        list.retain(|other| !std::ptr::eq(&**other, job));
         Ok(())
     }
 
@@ -169,10 +170,14 @@ impl Jobs {
             job.abort(stop);
             work.abandon(job).await;
         }
-        if job.conclude(result)
-            && let Err(error) = self.dismiss(job)
-        {
-            tracing::error!(?job, %error, "cannot vanish");
+        // Who hears that the job is over and asks at once finds it concluded, or gone.
+        let mut list = self.list();
+        job.conclude(result);
+        if job.vanishes_by_itself() {
+            match job.vanish() {
+                Ok(()) => list.retain(|other| !Arc::ptr_eq(other, job)),
+                Err(error) => tracing::error!(?job, %error, "cannot vanish"),
+            }
         }
     }
 }

@@ -1,0 +1,213 @@
+//! The same QMP scripts on our daemon and on the reference's: the same replies and the same events.
+//!
+//! A script (`tests/qmp/*.qmp`) has a line for each step: `! …` is a shell command, `? NAME` waits for an event, and
+//! anything else is a command to execute. Replies are compared in their order and events in theirs; how the two
+//! interleave is a matter of timing. What may differ (generated names, times, sizes on disk) is blanked out.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use underlay_qmp::json::{self, Object, Value};
+
+struct Daemon {
+    child: Child,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Default)]
+struct Heard {
+    replies: Vec<String>,
+    events: Vec<String>,
+}
+
+struct Client {
+    reader: BufReader<UnixStream>,
+    heard: Heard,
+    /// Names of the events since the last command was sent, reply or not: what a script may wait for.
+    fresh: Vec<String>,
+}
+
+impl Client {
+    fn connect(path: &Path) -> Self {
+        let begun = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    assert!(begun.elapsed() < Duration::from_secs(30), "{}: {error}", path.display())
+                }
+            }
+            std::thread::yield_now();
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+        let mut client = Self { reader: BufReader::new(stream), heard: Heard::default(), fresh: Vec::new() };
+        client.execute("{\"execute\": \"qmp_capabilities\"}");
+        client
+    }
+
+    /// A message, and its line as it came: the order of members counts. Greetings are passed over: a client that
+    /// comes while the reference's daemon still starts may get two.
+    fn line(&mut self) -> Option<(Object, String)> {
+        loop {
+            let mut line = String::new();
+            self.reader.read_line(&mut line).expect("the daemon answers in time");
+            match json::parse(line.as_bytes()) {
+                Ok(Value::Object(object)) if object.get("QMP").is_some() => {}
+                Ok(Value::Object(object)) => return Some((object, line.trim_end().to_owned())),
+                _ if line.is_empty() => return None,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn execute(&mut self, command: &str) {
+        self.fresh.clear();
+        self.reader.get_mut().write_all(format!("{command}\n").as_bytes()).expect("written");
+        while let Some((message, line)) = self.line() {
+            if message.get("event").is_none() {
+                self.heard.replies.push(format!("{command}\n    {}", blanked(&line)));
+                return;
+            }
+            self.event(&message, &line);
+        }
+        self.heard.replies.push(format!("{command}\n    nothing"));
+    }
+
+    fn event(&mut self, message: &Object, line: &str) {
+        let timestamp = line.find("}, ").unwrap_or_else(|| panic!("no event: {line}"));
+        self.heard.events.push(blanked(&line[timestamp..]));
+        self.fresh.extend(message.get("event").and_then(Value::as_str).map(str::to_owned));
+    }
+
+    fn wait_for(&mut self, name: &str) {
+        while !self.fresh.iter().any(|event| event == name) {
+            let (message, line) = self.line().unwrap_or_else(|| panic!("no {name}"));
+            self.event(&message, &line);
+        }
+    }
+}
+
+/// Without what cannot be the same.
+fn blanked(line: &str) -> String {
+    let mut out = String::new();
+    let mut rest = line;
+    while let Some(at) = rest.find("#block") {
+        out.push_str(&rest[..at]);
+        out.push_str("#blockN");
+        rest = rest[at + 6..].trim_start_matches(|c: char| c.is_ascii_digit());
+    }
+    out.push_str(rest);
+    let Some(at) = out.find("\"actual-size\": ") else { return out };
+    let mut done = out[..at].to_owned();
+    for part in out[at..].split("\"actual-size\": ").skip(1) {
+        done.push_str("\"actual-size\": N");
+        done.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    }
+    done
+}
+
+fn run(program: &str, arguments: &[&str], script: &str) -> Heard {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut lines =
+        script.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#')).peekable();
+    let shell = |line: &str| {
+        let mut shell = Command::new("sh");
+        let status = shell.args(["-c", line]).current_dir(folder.path()).stdout(Stdio::null()).status();
+        assert!(status.expect("a shell").success(), "{line}");
+    };
+    while let Some(line) = lines.next_if(|line| line.starts_with('!')) {
+        shell(&line[1..]);
+    }
+    let mut daemon = Command::new(program);
+    daemon.args(arguments).args([
+        "--chardev",
+        "socket,id=m,path=qmp.sock,server=on,wait=off",
+        "--monitor",
+        "m",
+    ]);
+    let child = daemon.current_dir(folder.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let _daemon = Daemon { child: child.expect("the daemon starts") };
+    let mut client = Client::connect(&folder.path().join("qmp.sock"));
+    for line in lines {
+        match line.split_at(1) {
+            ("!", command) => shell(command),
+            ("?", name) => client.wait_for(name.trim()),
+            _ => client.execute(line),
+        }
+    }
+    client.heard
+}
+
+/// Shows the first difference with what is around it: a reply can be many thousand characters long.
+fn same(what: &str, ours: &[String], theirs: &[String]) {
+    let (ours, theirs) = (ours.join("\n"), theirs.join("\n"));
+    let Some(at) = ours.bytes().zip(theirs.bytes()).position(|(a, b)| a != b) else {
+        assert_eq!(ours.len(), theirs.len(), "{what}: one has more");
+        return;
+    };
+    let line = ours[..at].rfind('\n').map_or(0, |end| end + 1);
+    let begin = line.max(at.saturating_sub(200));
+    let around = |text: &str| text.bytes().skip(begin).take(600).collect::<Vec<_>>();
+    let (ours, theirs) = (around(&ours), around(&theirs));
+    let (ours, theirs) = (String::from_utf8_lossy(&ours), String::from_utf8_lossy(&theirs));
+    panic!("{what} differ\n  ours:   …{ours}\n\n  theirs: …{theirs}");
+}
+
+fn is_installed(program: &str) -> bool {
+    Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+fn compare(name: &str) {
+    for needed in ["qemu-storage-daemon", "qemu-img", "qemu-io"] {
+        if !is_installed(needed) {
+            println!("not compared: {needed} is not installed (Debian: qemu-utils)");
+            return;
+        }
+    }
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/qmp").join(format!("{name}.qmp"));
+    let script = std::fs::read_to_string(path).expect("a script");
+    let theirs = run("qemu-storage-daemon", &[], &script);
+    let ours = run(env!("CARGO_BIN_EXE_underlay"), &["storage-daemon"], &script);
+    same(&format!("replies in {name}"), &ours.replies, &theirs.replies);
+    same(&format!("events in {name}"), &ours.events, &theirs.events);
+    assert!(ours.replies.len() > 5, "{name} says something");
+}
+
+#[test]
+fn nodes() {
+    compare("nodes");
+}
+
+#[test]
+fn exports() {
+    compare("exports");
+}
+
+#[test]
+fn snapshots() {
+    compare("snapshots");
+}
+
+#[test]
+fn job_errors() {
+    compare("job_errors");
+}
+
+#[test]
+fn stream() {
+    compare("stream");
+}
+
+#[test]
+fn commit() {
+    compare("commit");
+}
