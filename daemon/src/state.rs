@@ -40,7 +40,7 @@ impl Daemon {
     /// With nothing in it, and its I/O threads running.
     pub fn start() -> std::io::Result<Arc<Self>> {
         let count = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_IO_THREADS);
-        let threads = (0..count).map(|at| IoThread::start(&format!("io{at}"))).collect::<Result<_, _>>()?;
+        let threads = IoThread::start_crew("io", count)?;
         let events = Arc::<EventBus>::default();
         Ok(Arc::new(Self {
             graph: Graph::new(),

@@ -105,7 +105,7 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
 }
 
 fn start(daemon: &Daemon, started: Started) {
-    daemon.job_thread().spawn(started.task);
+    daemon.job_thread().spawn_background(started.task);
 }
 
 fn settings(arguments: &mut Arguments) -> Settings {

@@ -26,8 +26,12 @@ pub const CHUNK: u64 = 512 << 10;
 /// Bytes in one request for zeroes.
 const ZEROES: u64 = 256 << 20;
 
-/// Copies in flight: 4 MiB in memory. More does not make a job faster, but its guests wait longer.
-const IN_FLIGHT: usize = 8;
+/// Copies in flight on each lane: one is read while another is written. More does not make a job faster, but its
+/// guests wait longer.
+const PER_LANE: usize = 4;
+
+/// Most lanes: 8 MiB in memory.
+const LANES: usize = 4;
 
 /// A failed chunk that the policy ignores is tried again after this time.
 const RETRY: Duration = Duration::from_millis(100);
@@ -104,10 +108,18 @@ struct Piece {
     step: Step,
 }
 
+/// What a task has to tell.
+struct Done {
+    piece: Piece,
+    lane: usize,
+    result: Result<(), Fault>,
+}
+
 /// The answer of a task. If the task dies, its answer is an error.
 struct Answer {
-    to: mpsc::UnboundedSender<(Piece, Result<(), Fault>)>,
+    to: mpsc::UnboundedSender<Done>,
     piece: Piece,
+    lane: usize,
     result: Option<Result<(), Fault>>,
 }
 
@@ -120,7 +132,7 @@ impl Answer {
 impl Drop for Answer {
     fn drop(&mut self) {
         let result = self.result.take().unwrap_or(Err(Fault::write(IoError::EIO)));
-        let _ = self.to.send((self.piece, result));
+        let _ = self.to.send(Done { piece: self.piece, lane: self.lane, result });
     }
 }
 
@@ -129,9 +141,10 @@ struct Walk<'a, C> {
     job: &'a Arc<Job>,
     copier: &'a Arc<C>,
     ignored: Ignored,
-    to: mpsc::UnboundedSender<(Piece, Result<(), Fault>)>,
-    from: mpsc::UnboundedReceiver<(Piece, Result<(), Fault>)>,
-    in_flight: usize,
+    to: mpsc::UnboundedSender<Done>,
+    from: mpsc::UnboundedReceiver<Done>,
+    /// Copies in flight on each lane.
+    lanes: Vec<usize>,
     again: VecDeque<Piece>,
     outcome: Outcome,
     /// The walk has ended; what comes home now is not worth telling.
@@ -147,7 +160,8 @@ pub async fn walk<C: Copier>(
 ) -> Result<Outcome, Stop> {
     let (to, from) = mpsc::unbounded_channel();
     let (again, outcome) = (VecDeque::new(), Outcome::default());
-    let mut walk = Walk { job, copier, ignored, to, from, in_flight: 0, again, outcome, over: false };
+    let lanes = vec![0; rt::lanes().min(LANES)];
+    let mut walk = Walk { job, copier, ignored, to, from, lanes, again, outcome, over: false };
     let result = walk.run(range).await;
     // Whatever happened, nothing stays in flight.
     walk.over = true;
@@ -227,27 +241,36 @@ impl<C: Copier> Walk<'_, C> {
         Ok(())
     }
 
+    /// Begins a piece on the lane that has least to do: a thread with busy guests takes longer for its pieces, and
+    /// so gets fewer.
     async fn send(&mut self, piece: Piece) -> Result<(), Stop> {
-        let most = if self.job.is_throttled() { 1 } else { IN_FLIGHT };
-        while self.in_flight >= most {
-            self.receive().await?;
-        }
-        self.in_flight += 1;
+        let most = if self.job.is_throttled() { 1 } else { PER_LANE * self.lanes.len() };
+        let lane = loop {
+            let least = self.lanes.iter().enumerate().min_by_key(|(_, in_flight)| **in_flight);
+            match least {
+                Some((lane, in_flight)) if *in_flight < PER_LANE && self.in_flight() < most => break lane,
+                _ => self.receive().await?,
+            }
+        };
+        self.lanes[lane] += 1;
         self.job.takes_off();
         let copier = self.copier.clone();
-        let answer = Answer { to: self.to.clone(), piece, result: None };
-        // The answer is what we wait for, not the handle.
-        drop(rt::spawn(async move {
+        let answer = Answer { to: self.to.clone(), piece, lane, result: None };
+        rt::spawn_background(lane, async move {
             let result = copier.copy(piece.range, piece.step).await;
             answer.send(result);
-        }));
+        });
         Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.lanes.iter().sum()
     }
 
     /// Takes one answer.
     async fn receive(&mut self) -> Result<(), Stop> {
-        let Some((piece, result)) = self.from.recv().await else { return Ok(()) };
-        self.in_flight -= 1;
+        let Some(Done { piece, lane, result }) = self.from.recv().await else { return Ok(()) };
+        self.lanes[lane] -= 1;
         self.job.lands();
         match result {
             Ok(()) => self.job.advance(piece.range.len()),
@@ -283,7 +306,7 @@ impl<C: Copier> Walk<'_, C> {
     /// Waits until nothing is in flight.
     async fn settle(&mut self) -> Result<(), Stop> {
         let mut result = Ok(());
-        while self.in_flight > 0 {
+        while self.in_flight() > 0 {
             let received = self.receive().await;
             result = result.and(received);
         }
@@ -310,7 +333,7 @@ impl Buffers {
     /// The buffer as it was taken is not in use any more.
     pub fn put(&self, buffer: Iov) {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < IN_FLIGHT {
+        if free.len() < PER_LANE * LANES {
             free.push(buffer);
         }
     }

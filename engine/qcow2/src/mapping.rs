@@ -16,6 +16,8 @@ use crate::live::{Corruption, Qcow2, hex};
 
 /// Entries in a sector of the L1 table: what is written as one piece.
 const SECTOR_ENTRIES: usize = 64;
+/// Most slices that are loaded together: 64 KiB.
+const AHEAD: u64 = 16;
 /// Most bytes of refcounts that are read to find out whether an image is preallocated.
 const MAX_REFCOUNTS: u64 = 64 << 20;
 
@@ -163,7 +165,7 @@ impl Qcow2 {
             let here = self.in_slice(range);
             match self.l2.view(slice, |words| bad_entry(&self.layout, words, here)) {
                 // Evicted, or never there.
-                None => self.load_slice(cx, slice).await?,
+                None => self.load_slices(cx, range).await?,
                 Some(None) => {}
                 Some(Some((guest, bad))) => return Err(self.bad_l2_entry(cx, guest, bad).await),
             }
@@ -222,6 +224,29 @@ impl Qcow2 {
             return Err(self.corruption(cx, found).await);
         }
         Ok(Some(table + self.layout.slice_in_table(slice)))
+    }
+
+    /// Loads the slice of the first byte of `range`. Who asks about more than that slice maps will ask for the next
+    /// ones too: they are read together, as far as the table goes.
+    async fn load_slices(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        let layout = &self.layout;
+        let first = layout.slice_of(range.start());
+        let in_table = 1 << (layout.l2_bits - layout.slice_bits);
+        let last = layout.slice_of(range.end() - 1).min(first | (in_table - 1)).min(first + AHEAD - 1);
+        if first == last {
+            return self.load_slice(cx, first).await;
+        }
+        let _turns = self.loads.lock_run(first, last).await;
+        let Some(at) = self.slice_place(cx, first).await? else { return Ok(()) };
+        let each = layout.slice_bytes();
+        let place = ByteRange::new(at, each * (last - first + 1)).ok_or(IoError::EIO)?;
+        let buffer = Iov::scratch(place.buffer_len());
+        cx.below().read(place, buffer.clone()).await?;
+        let words = to_words(&buffer.to_vec());
+        for (slice, words) in (first..=last).zip(words.chunks_exact(layout.slice_words())) {
+            self.l2.insert(slice, words.into());
+        }
+        Ok(())
     }
 
     /// Makes sure that a slice is in the cache, unless it has no table or was evicted again at once.

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use async_task::Runnable;
 
+use crate::background::{Background, Pulse, Step};
 use crate::pool::Waits;
 use crate::ring::Ring;
 use crate::rt::{self, Runtime, Task};
@@ -37,9 +38,18 @@ pub(crate) fn home() -> Option<Rc<Core>> {
     HOME.with_borrow(Clone::clone)
 }
 
+/// Who goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Guests' requests, and whatever clients wait for.
+    Foreground,
+    /// What gives way to them.
+    Background,
+}
+
 /// What other threads know of an executor.
 pub(crate) struct Remote {
-    tasks: Mutex<Vec<Runnable>>,
+    tasks: Mutex<Vec<(Runnable, Class)>>,
     event: OwnedFd,
     /// The eventfd was written since the thread last looked.
     signalled: AtomicBool,
@@ -69,23 +79,23 @@ impl Remote {
         std::ptr::eq(HOME_REMOTE.get(), self)
     }
 
-    fn schedule(&self, task: Runnable) {
+    fn schedule(&self, task: Runnable, class: Class) {
         if self.is_home() {
             // The home executor is set whenever its address is (see `Core::enter`).
-            HOME.with_borrow(|home| home.as_ref().map(|core| core.ready.borrow_mut().push_back(task)));
+            HOME.with_borrow(|home| home.as_ref().map(|core| core.put(task, class)));
             return;
         }
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push((task, class));
         self.notify();
     }
 
     /// Starts `task` on the executor's thread.
-    pub(crate) fn spawn<F>(self: &Arc<Self>, task: F)
+    pub(crate) fn spawn<F>(self: &Arc<Self>, class: Class, task: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let remote = self.clone();
-        let (runnable, task) = async_task::spawn(task, move |runnable| remote.schedule(runnable));
+        let (runnable, task) = async_task::spawn(task, move |runnable| remote.schedule(runnable, class));
         task.detach();
         runnable.schedule();
     }
@@ -134,9 +144,30 @@ pub(crate) enum Driver {
     Threads(Waits),
 }
 
+/// The executors that share background work.
+#[derive(Default)]
+pub(crate) struct Crew {
+    members: OnceLock<Vec<Arc<Remote>>>,
+    pulse: Pulse,
+}
+
+impl Crew {
+    /// Everybody is there.
+    pub(crate) fn complete(&self, members: Vec<Arc<Remote>>) {
+        // A crew is completed once, by who made it.
+        let _ = self.members.set(members);
+    }
+
+    fn members(&self) -> &[Arc<Remote>] {
+        self.members.get().map_or(&[], Vec::as_slice)
+    }
+}
+
 /// The executor itself. Lives on one thread.
 pub(crate) struct Core {
     ready: RefCell<VecDeque<Runnable>>,
+    background: Background,
+    crew: Arc<Crew>,
     timers: RefCell<BinaryHeap<Reverse<Timer>>>,
     timers_made: Cell<u64>,
     remote: Arc<Remote>,
@@ -152,18 +183,30 @@ fn wants_threads() -> bool {
 impl Core {
     /// For the calling thread; io_uring unless the kernel or `UNDERLAY_IO=threads` is against it.
     pub(crate) fn new() -> io::Result<Rc<Self>> {
-        Self::with_threads(wants_threads())
+        Self::member(Arc::default())
     }
 
-    pub(crate) fn with_threads(threads: bool) -> io::Result<Rc<Self>> {
+    /// For the calling thread, as one of several that share background work.
+    pub(crate) fn member(crew: Arc<Crew>) -> io::Result<Rc<Self>> {
+        Self::with_threads(crew, wants_threads())
+    }
+
+    pub(crate) fn with_threads(crew: Arc<Crew>, threads: bool) -> io::Result<Rc<Self>> {
         let remote = Arc::new(Remote::new()?);
         let ring = if threads { None } else { Self::ring(&remote) };
         let driver = match ring {
             Some(ring) => Driver::Ring(Box::new(ring)),
             None => Driver::Threads(Waits::new(remote.event_fd())),
         };
-        let (ready, timers) = (RefCell::default(), RefCell::default());
-        Ok(Rc::new(Self { ready, timers, timers_made: Cell::new(0), remote, driver }))
+        Ok(Rc::new(Self {
+            ready: RefCell::default(),
+            background: Background::default(),
+            crew,
+            timers: RefCell::default(),
+            timers_made: Cell::new(0),
+            remote,
+            driver,
+        }))
     }
 
     fn ring(remote: &Remote) -> Option<Ring> {
@@ -214,7 +257,7 @@ impl Core {
             let stop = self.remote.stop.load(Ordering::SeqCst);
             if idle && stop {
                 self.take_remote();
-                if self.ready.borrow().is_empty() {
+                if self.ready.borrow().is_empty() && self.background.is_empty() {
                     return;
                 }
             }
@@ -222,26 +265,50 @@ impl Core {
         }
     }
 
+    fn put(&self, task: Runnable, class: Class) {
+        match class {
+            Class::Foreground => self.ready.borrow_mut().push_back(task),
+            Class::Background => self.background.push(task),
+        }
+    }
+
     /// Runs some of the tasks that are ready; whether none is left.
     fn run_ready(&self) -> bool {
-        for _ in 0..BATCH {
-            let Some(task) = self.ready.borrow_mut().pop_front() else { return true };
+        for count in 0..BATCH {
+            let Some(task) = self.ready.borrow_mut().pop_front() else {
+                if count > 0 {
+                    self.background.gave_way(clock(), &self.crew.pulse);
+                }
+                return true;
+            };
             task.run();
         }
+        self.background.gave_way(clock(), &self.crew.pulse);
         self.ready.borrow().is_empty()
     }
 
-    /// Looks for completions, timers and wakes from other threads; waits for one of them if `wait`.
+    /// A step of the background work, if its time has come. Then looks for completions, timers and wakes from
+    /// other threads; waits for one of them if `wait` and there is nothing else to do.
     fn turn(&self, wait: bool) {
-        let timeout = match (wait, self.timers.borrow().peek()) {
-            (false, _) => Some(Duration::ZERO),
-            (true, None) => None,
-            (true, Some(Reverse(timer))) => Some(timer.at.saturating_sub(clock())),
+        let limit = match self.background.step(clock, &self.crew.pulse) {
+            Step::Idle => None,
+            Step::Later(time) => Some(time),
+            Step::Ran => Some(Duration::ZERO),
+        };
+        let timer = self.timers.borrow().peek().map(|Reverse(timer)| timer.at.saturating_sub(clock()));
+        let timeout = match (wait, timer, limit) {
+            (false, _, _) => Some(Duration::ZERO),
+            (true, Some(timer), Some(limit)) => Some(timer.min(limit)),
+            (true, timer, limit) => timer.or(limit),
         };
         let signalled = match &self.driver {
             Driver::Ring(ring) => ring.turn(timeout),
             Driver::Threads(waits) => waits.turn(timeout),
         };
+        if limit == Some(Duration::ZERO) {
+            // Requests run when they are handed to the kernel, which is part of the step.
+            self.background.end_step(clock());
+        }
         if signalled {
             self.take_remote();
         }
@@ -251,7 +318,7 @@ impl Core {
     fn take_remote(&self) {
         self.remote.signalled.store(false, Ordering::SeqCst);
         let tasks = std::mem::take(&mut *self.remote.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        self.ready.borrow_mut().extend(tasks);
+        tasks.into_iter().for_each(|(task, class)| self.put(task, class));
     }
 
     fn fire_timers(&self) {
@@ -280,7 +347,8 @@ impl Core {
             ring.cancel_all();
         }
         loop {
-            let Some(task) = self.ready.borrow_mut().pop_front() else { break };
+            let task = self.ready.borrow_mut().pop_front().or_else(|| self.background.pop());
+            let Some(task) = task else { break };
             drop(task);
         }
     }
@@ -332,7 +400,18 @@ fn clock() -> Duration {
 
 impl Runtime for Core {
     fn spawn(&self, task: Task) {
-        self.remote.spawn(task);
+        self.remote.spawn(Class::Foreground, task);
+    }
+
+    fn lanes(&self) -> usize {
+        self.crew.members().len().max(1)
+    }
+
+    fn spawn_background(&self, lane: usize, task: Task) {
+        let members = self.crew.members();
+        let here = members.iter().position(|member| Arc::ptr_eq(member, &self.remote)).unwrap_or(0);
+        let remote = members.get((here + lane) % members.len().max(1)).unwrap_or(&self.remote);
+        remote.spawn(Class::Background, task);
     }
 
     fn now(&self) -> Duration {

@@ -15,7 +15,7 @@ use io_uring::{opcode, types};
 use smallvec::SmallVec;
 
 use crate::buf::Iov;
-use crate::{driver, pool, ring};
+use crate::{background, driver, pool, ring, rt};
 
 /// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
 const SMALL_WRITE: usize = 128 << 10;
@@ -83,7 +83,7 @@ type Pieces = SmallVec<[libc::iovec; 4]>;
 
 /// The pieces of `iov` from byte `skip` on, as many as one call takes.
 fn pieces(iov: &Iov, skip: usize) -> Pieces {
-    let (mut skip, mut room) = (skip, MAX_BYTES);
+    let (mut skip, mut room) = (skip, background::slice().unwrap_or(MAX_BYTES));
     let mut vecs = Pieces::new();
     for (at, len) in iov.pieces() {
         if skip >= len {
@@ -99,6 +99,13 @@ fn pieces(iov: &Iov, skip: usize) -> Pieces {
         (skip, room) = (0, room - take);
     }
     vecs
+}
+
+/// Between two slices of one request of the background.
+async fn give_way(done: usize) {
+    if done > 0 && background::slice().is_some() {
+        rt::yield_now().await;
+    }
 }
 
 fn checked(result: isize) -> io::Result<usize> {
@@ -189,6 +196,7 @@ impl File {
         let mut in_place = !self.direct;
         while done < into.len() {
             let at = position(offset.saturating_add(done as u64))?;
+            give_way(done).await;
             let result = if in_place { self.read_in_place(at, into, done) } else { None };
             let count = match result {
                 Some(result) => result?,
@@ -226,6 +234,7 @@ impl File {
         let mut done = 0;
         while done < from.len() {
             let at = position(offset.saturating_add(done as u64))?;
+            give_way(done).await;
             let count = if in_place {
                 call(self.raw(), Direction::Write, at, &pieces(from, done), 0)?
             } else {

@@ -3,6 +3,7 @@
 //! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`mod@file`]) and sockets ([`net`]) here
 //! and nowhere else, so that the same code runs on a real machine and in the simulated world.
 
+mod background;
 pub mod buf;
 mod driver;
 mod exec;

@@ -23,6 +23,14 @@ pub trait Runtime {
     fn now(&self) -> Duration;
     /// Wakes `waker` once `now()` has reached `at`.
     fn wake_at(&self, at: Duration, waker: Waker);
+    /// How many threads share the background work that begins here; see [`spawn_background`].
+    fn lanes(&self) -> usize {
+        1
+    }
+    /// Runs `task` in the background of a lane.
+    fn spawn_background(&self, _lane: usize, task: Task) {
+        self.spawn(task);
+    }
 }
 
 thread_local! {
@@ -61,6 +69,21 @@ where
         let _ = sender.send(future.await);
     }));
     JoinHandle { receiver }
+}
+
+/// How many threads, this one included, share background work that begins here: the lanes of
+/// [`spawn_background`].
+pub fn lanes() -> usize {
+    current().lanes()
+}
+
+/// Runs `future` on the thread of a lane, 0 for this one, where it gives way to guests: as long as they have
+/// requests, background tasks get a part of the time only.
+pub fn spawn_background<F>(lane: usize, future: F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    current().spawn_background(lane, Box::pin(future));
 }
 
 /// Waits for a task's result.

@@ -15,7 +15,7 @@ use crate::thread::IoThread;
 /// Runs a test with each driver.
 fn both<F: Future<Output = ()> + Send>(test: impl Fn() -> F) {
     for threads in [false, true] {
-        Core::with_threads(threads).expect("an executor").block_on(test());
+        Core::with_threads(std::sync::Arc::default(), threads).expect("an executor").block_on(test());
     }
 }
 

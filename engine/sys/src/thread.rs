@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use crate::exec::{self, Core, Remote};
+use crate::exec::{self, Class, Core, Crew, Remote};
 
 /// A thread with an executor of its own. When it is dropped the thread ends.
 pub struct IoThread {
@@ -17,9 +17,24 @@ pub struct IoThread {
 impl IoThread {
     /// Starts a thread.
     pub fn start(name: &str) -> io::Result<Self> {
+        Self::start_in(name, Arc::default())
+    }
+
+    /// Starts `count` threads, called `prefix` and a number from 0 on, that share background work
+    /// ([`crate::rt::spawn_background`]).
+    pub fn start_crew(prefix: &str, count: usize) -> io::Result<Vec<Self>> {
+        let crew = Arc::<Crew>::default();
+        let threads: Vec<_> = (0..count)
+            .map(|at| Self::start_in(&format!("{prefix}{at}"), crew.clone()))
+            .collect::<io::Result<_>>()?;
+        crew.complete(threads.iter().map(|thread| thread.remote.clone()).collect());
+        Ok(threads)
+    }
+
+    fn start_in(name: &str, crew: Arc<Crew>) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            let executor = match Core::new() {
+            let executor = match Core::member(crew) {
                 Ok(executor) => executor,
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -69,7 +84,12 @@ impl std::fmt::Debug for Spawner {
 impl Spawner {
     /// Runs `task` there, to its end.
     pub fn spawn<F: Future<Output = ()> + Send + 'static>(&self, task: F) {
-        self.remote.spawn(task);
+        self.remote.spawn(Class::Foreground, task);
+    }
+
+    /// Runs `task` there, to its end, in the background: it gives way to guests' requests.
+    pub fn spawn_background<F: Future<Output = ()> + Send + 'static>(&self, task: F) {
+        self.remote.spawn(Class::Background, task);
     }
 
     /// Runs `task` there and waits for its result here.
@@ -117,6 +137,30 @@ mod tests {
             here.await + there.await
         });
         assert_eq!(sum, 3);
+    }
+
+    #[test]
+    fn a_crew_shares_background_work() {
+        let threads = IoThread::start_crew("crew", 3).expect("they start");
+        let names = block_on(threads[1].spawner().run(async {
+            let (to, mut from) = tokio::sync::mpsc::unbounded_channel();
+            for lane in 0..rt::lanes() {
+                let to = to.clone();
+                rt::spawn_background(lane, async move {
+                    rt::yield_now().await;
+                    let _ = to.send((lane, std::thread::current().name().map(str::to_owned)));
+                });
+            }
+            let mut names = Vec::new();
+            for _ in 0..rt::lanes() {
+                names.extend(from.recv().await);
+            }
+            names
+        }));
+        let mut names: Vec<_> =
+            names.into_iter().map(|(lane, name)| (lane, name.unwrap_or_default())).collect();
+        names.sort();
+        assert_eq!(names, [(0, "crew1".into()), (1, "crew2".into()), (2, "crew0".into())]);
     }
 
     #[test]

@@ -170,6 +170,10 @@ impl Runtime for Inner {
     fn wake_at(&self, at: Duration, waker: Waker) {
         self.timers.borrow_mut().insert((at, self.number()), waker);
     }
+    /// Work is spread as over several threads, and takes turns like any other.
+    fn lanes(&self) -> usize {
+        3
+    }
 }
 
 #[cfg(test)]
