@@ -4,7 +4,6 @@
 
 mod cases;
 mod guest;
-mod qmp;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,12 +11,12 @@ use std::time::Instant;
 
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use underlay_qcow2::CreateOptions;
+use underlay_qmp::blocking::Monitor;
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::thread::block_on;
 
 use cases::{CASES, Case};
 use guest::{Account, Guest};
-use qmp::Monitor;
 
 const HELP: &str = "\
 Usage: underlay tour

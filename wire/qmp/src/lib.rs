@@ -1,6 +1,8 @@
-//! QMP without sockets: JSON, the options that look like it, commands, events and sessions.
+//! QMP without sockets: JSON, the options that look like it, commands, events and sessions. ([`blocking`] is a small
+//! client with a socket, for tools and tests.)
 #![forbid(unsafe_code)]
 
+pub mod blocking;
 pub mod codec;
 pub mod json;
 pub mod keyval;
