@@ -183,7 +183,7 @@ impl Opener {
         let node: Arc<dyn Node> = match format {
             "raw" => {
                 spec.driver = DriverSpec::Raw { file: child, options: Default::default() };
-                Arc::new(Raw::open(&file.view.cx(), Default::default())?)
+                Arc::new(Raw::open(&file.view.cx(), Default::default())?.guessed())
             }
             "qcow2" => {
                 spec.driver =

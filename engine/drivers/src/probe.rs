@@ -36,7 +36,11 @@ pub async fn probe(file: &Cx<'_>) -> Result<&'static str> {
 pub fn guess(first: &[u8]) -> &'static str {
     if let [b'Q', b'F', b'I', 0xfb, version @ ..] = first {
         let version = version.first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
-        return if version == 1 { "qcow" } else { "qcow2" };
+        return match version {
+            0 => "raw",
+            1 => "qcow",
+            _ => "qcow2",
+        };
     }
     let foreign =
         FOREIGN.iter().find(|(magic, at, _)| first.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
@@ -51,6 +55,7 @@ mod tests {
     fn formats_are_told_by_their_magic() {
         assert_eq!(guess(b"QFI\xfb\0\0\0\x03"), "qcow2");
         assert_eq!(guess(b"QFI\xfb\0\0\0\x01"), "qcow");
+        assert_eq!(guess(b"QFI\xfb\0\0\0\0"), "raw");
         assert_eq!(guess(b"KDMV...."), "vmdk");
         assert_eq!(guess(b"LUKS\xba\xbe\0\x01"), "luks");
         assert_eq!(guess(b""), "raw");

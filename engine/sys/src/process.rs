@@ -45,6 +45,15 @@ pub fn daemonize() -> io::Result<Birth> {
     }
 }
 
+/// Sends the signal of this number to the calling thread.
+pub fn raise(signal: i32) -> io::Result<()> {
+    // SAFETY: the call takes any number; unknown ones give an error. What a signal does is what its sender wants.
+    if unsafe { libc::raise(signal) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A pid file, removed when it is dropped.
 #[derive(Debug)]
 pub struct PidFile {

@@ -29,7 +29,7 @@ pub fn parse(known: Known, words: &[String]) -> Result<Parsed, Failure> {
                 Some((name, value)) => (name, Some(value.to_owned())),
                 None => (long, None),
             };
-            let (full, letter, takes) = find_long(known, name)?;
+            let (full, letter, takes) = find_long(known, name, word)?;
             let value = match (takes, attached) {
                 (false, Some(_)) => {
                     return Err(Failure::new(format!("option '--{full}' doesn't allow an argument")));
@@ -52,15 +52,19 @@ pub fn parse(known: Known, words: &[String]) -> Result<Parsed, Failure> {
     Ok((options, others))
 }
 
-fn find_long(known: Known, name: &str) -> Result<(&'static str, &'static str, bool), Failure> {
+fn find_long(known: Known, name: &str, word: &str) -> Result<(&'static str, &'static str, bool), Failure> {
     if let Some(exact) = known.long.iter().find(|(long, _, _)| *long == name) {
         return Ok(*exact);
     }
     let matches: Vec<_> = known.long.iter().filter(|(long, _, _)| long.starts_with(name)).collect();
     match matches.as_slice() {
         [one] => Ok(**one),
-        [] => Err(Failure::new(format!("unrecognized option '--{name}'"))),
-        _ => Err(Failure::new(format!("option '--{name}' is ambiguous"))),
+        [] => Err(Failure::new(format!("unrecognized option '{word}'"))),
+        several => {
+            let names: Vec<_> = several.iter().map(|(long, _, _)| format!("'--{long}'")).collect();
+            let names = names.join(" ");
+            Err(Failure::new(format!("option '{word}' is ambiguous; possibilities: {names}")))
+        }
     }
 }
 

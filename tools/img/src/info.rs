@@ -3,7 +3,7 @@
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
 use underlay_graph::plan::Wires;
-use underlay_graph::{InfoValue, Kind, NodeId, Role};
+use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Role};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::{Known, parse};
@@ -153,7 +153,7 @@ impl Info {
             && !specific.fields.is_empty()
         {
             line("Format specific information:".to_owned());
-            fields(&specific.fields, 1, &mut line);
+            format_lines(specific, &mut line);
         }
         for (role, child) in &self.children {
             line(format!("Child node '/{role}':"));
@@ -208,6 +208,11 @@ fn json_value(value: &InfoValue) -> Value {
             Value::Object(object)
         }
     }
+}
+
+/// The lines of "Format specific information", one after the other.
+pub fn format_lines(specific: &FormatInfo, line: &mut impl FnMut(String)) {
+    fields(&specific.fields, 1, line);
 }
 
 /// Fields in the order in which their JSON is printed, four blanks a level.

@@ -12,6 +12,8 @@ pub mod open;
 mod resize;
 pub mod sizes;
 
+pub use info::format_lines as info_lines;
+
 use underlay_sys::thread::block_on;
 
 /// Why a subcommand ends early: what to print (nothing when that has been done) and the exit status.

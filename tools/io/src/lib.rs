@@ -1,24 +1,40 @@
 //! The command line of qemu-io on Underlay's engine: reads and writes in disk images, command by command.
+//!
+//! `table` says what there is, `session` runs a line, `data`, `aio`, `image` and `help` do the work, `report` prints.
 #![forbid(unsafe_code)]
 
-mod command;
+mod aio;
+mod data;
+mod help;
+mod image;
+mod number;
 mod report;
+mod session;
+mod table;
 
-use std::io::{BufRead, Write};
-
+use underlay_disk::{Request, Source, parse_options};
 use underlay_img::getopt::{Known, parse};
-use underlay_img::open::{How, Image, image};
 use underlay_sys::thread::block_on;
 
+use session::{Next, Session};
+
 const KNOWN: Known = Known {
-    short: "hVc:d:f:rsnCmki:t:T:U",
+    short: "hVc:d:f:rsCnmki:t:T:U",
     long: &[
         ("help", "h", false),
         ("version", "V", false),
         ("cmd", "c", true),
         ("format", "f", true),
         ("read-only", "r", false),
+        ("snapshot", "s", false),
+        ("copy-on-read", "C", false),
         ("nocache", "n", false),
+        ("misalign", "m", false),
+        ("native-aio", "k", false),
+        ("aio", "i", true),
+        ("cache", "t", true),
+        ("discard", "d", true),
+        ("trace", "T", true),
         ("force-share", "U", false),
         ("image-opts", "image-opts", false),
         ("object", "object", true),
@@ -26,103 +42,190 @@ const KNOWN: Known = Known {
 };
 
 const HELP: &str = "\
-Usage: qemu-io [OPTIONS]... [-c STRING]... FILE
+Usage: qemu-io [OPTIONS]... [-c STRING]... [FILE]
 Reads and writes in a disk image.
 
-  -c, --cmd STRING     run this command (may be repeated); without it commands come from standard input
-  -f, --format FMT     the image's format; probed when absent
-  -r, --read-only      open for reading only
-  -U, --force-share    share the image with whoever uses it
-  -h, --help           this help
-  -V, --version        the version
+  -c, --cmd=STRING      run this command (may be repeated); without it commands come from standard input
+      --image-opts      FILE is a list of options: driver=qcow2,file.filename=disk.img
+  -f, --format=FMT      the image's format; probed when absent
+  -r, --read-only       open for reading only
+  -n, --nocache         past the page cache, as -t none
+  -t, --cache=MODE      none, writeback, writethrough, directsync or unsafe
+  -d, --discard=MODE    ignore or unmap
+  -i, --aio=MODE        threads, native or io_uring
+  -k, --native-aio      as -i native
+  -m, --misalign        use buffers that are not aligned as direct I/O needs them
+  -U, --force-share     share the image with whoever uses it
+  -h, --help            this help
+  -V, --version         the version
 
-Commands: read, write, aio_read, aio_write, aio_flush, flush, discard, map, alloc, length, quit
+Not supported yet: -s (--snapshot), -C (--copy-on-read), -T (--trace), --object.
+
+'qemu-io -c help' lists the commands.
 ";
+
+/// Longest line that is taken from standard input, in bytes.
+const LONGEST_LINE: usize = 1 << 20;
+
+/// What the command line asks for.
+enum Wish {
+    Run { commands: Vec<String>, disk: Option<Box<Request>>, misalign: bool },
+    Print(String),
+}
+
+/// Why the command line is refused.
+enum Refusal {
+    Text(String),
+    /// The text, if any, and how the program is called.
+    Usage(Option<String>),
+}
+
+impl From<String> for Refusal {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
 
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
-    let (options, others) = match parse(KNOWN, words) {
-        Ok(parsed) => parsed,
-        Err(failure) => {
-            eprintln!("{name}: {}", failure.message.unwrap_or_default());
-            eprintln!("Try '{name} --help' for more information.");
-            return 1;
+    let refused = match understand(name, words) {
+        Ok(Wish::Print(text)) => {
+            report::prompt(&text);
+            return 0;
         }
+        Ok(Wish::Run { commands, disk, misalign }) => {
+            let session = Session { program: name.to_owned(), disk: None, misalign, pending: Vec::new() };
+            match block_on(run(session, disk, commands)) {
+                Ok(status) => return status,
+                Err(text) => Refusal::Text(text),
+            }
+        }
+        Err(refused) => refused,
     };
-    let (mut commands, mut format, mut read_only, mut force_share) = (Vec::new(), None, false, false);
+    match refused {
+        Refusal::Text(text) => report::complain(format_args!("{name}: {text}")),
+        Refusal::Usage(text) => {
+            text.into_iter().for_each(|text| report::complain(format_args!("{name}: {text}")));
+            report::prompt(HELP);
+        }
+    }
+    1
+}
+
+fn understand(name: &str, words: &[String]) -> Result<Wish, Refusal> {
+    let (options, others) = parse(KNOWN, words).map_err(|failure| Refusal::Usage(failure.message))?;
+    let mut request = Request::named("");
+    let (mut commands, mut misalign, mut image_opts) = (Vec::new(), false, false);
     for (option, value) in options {
         match option.as_str() {
             "c" => commands.push(value),
-            "f" => format = Some(value),
-            "r" => read_only = true,
-            "U" => force_share = true,
-            "h" => {
-                print!("{HELP}");
-                return 0;
-            }
+            "f" => request.format = Some(value),
+            "r" => request.read_only = true,
+            "n" => drop(request.modes.set_cache("none")),
+            "m" => misalign = true,
+            "k" => drop(request.modes.set_aio("native")),
+            "U" => request.force_share = true,
+            "image-opts" => image_opts = true,
+            "h" => return Ok(Wish::Print(HELP.to_owned())),
             "V" => {
-                println!("{name} version 10.0.2 (Underlay {})", env!("CARGO_PKG_VERSION"));
-                return 0;
+                return Ok(Wish::Print(format!(
+                    "qemu-io version 10.0.2 (Underlay {})\n\
+                     Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2\n",
+                    env!("CARGO_PKG_VERSION")
+                )));
             }
-            other => {
-                eprintln!("{name}: option '-{other}' is not supported yet");
-                return 1;
-            }
+            "s" => return Err(image::not_yet("-s (--snapshot)").into()),
+            "C" => return Err(image::not_yet("-C (--copy-on-read)").into()),
+            "T" => return Err(image::not_yet("-T (--trace)").into()),
+            "object" => return Err(image::not_yet("--object").into()),
+            mode => image::set_mode(&mut request.modes, mode.chars().next().unwrap_or('i'), &value)?,
         }
     }
-    let [file] = others.as_slice() else {
-        eprintln!("{name}: exactly one image must be given");
-        return 1;
+    let file = match others.as_slice() {
+        [] => return Ok(Wish::Run { commands, disk: None, misalign }),
+        [file] => file,
+        _ => return Err(Refusal::Usage(None)),
     };
-    let how =
-        How { format: format.as_deref(), write: !read_only, resize: false, force_share, no_backing: false };
-    block_on(run(name, file, how, commands))
+    if image_opts && request.format.is_some() {
+        return Err("--image-opts and -f are mutually exclusive".to_owned().into());
+    }
+    request.source = if image_opts {
+        let list = parse_options(file, None);
+        for warning in list.warnings {
+            report::complain(format_args!("{name}: {warning}"));
+        }
+        Source::Options(list.options)
+    } else {
+        Source::Name(file.clone())
+    };
+    Ok(Wish::Run { commands, disk: Some(Box::new(request)), misalign })
 }
 
-async fn run(name: &str, file: &str, how: How<'_>, commands: Vec<String>) -> i32 {
-    let opened = match image(file, how).await {
-        Ok(opened) => opened,
-        Err(failure) => {
-            let message = failure.message.unwrap_or_default();
-            let reason =
-                message.strip_prefix(&format!("Could not open '{file}': ")).unwrap_or(&message).to_owned();
-            eprintln!("{name}: can't open device {file}: {reason}");
-            return 1;
-        }
-    };
+/// Opens the disk and executes the commands; the exit status.
+async fn run(mut session: Session, disk: Option<Box<Request>>, commands: Vec<String>) -> Result<i32, String> {
+    if let Some(request) = disk {
+        session.open_disk(*request).await?;
+    }
     let mut ok = true;
     if commands.is_empty() {
-        ok &= interactive(&opened).await;
+        ok = from_input(&mut session).await;
     }
     for line in commands {
-        match command::execute(&opened, &line).await {
-            command::Next::Failed => ok = false,
-            command::Next::Quit => break,
-            command::Next::Done => {}
+        match session.execute(&line).await {
+            Next::Failed => ok = false,
+            Next::Quit => break,
+            Next::Done => {}
         }
     }
-    if let Err(failure) = opened.close().await {
-        eprintln!("{name}: {}", failure.message.unwrap_or_default());
-        ok = false;
+    session.drain().await;
+    if let Some(disk) = session.disk.take() {
+        disk.close().await?;
     }
-    i32::from(!ok)
+    Ok(i32::from(!ok))
 }
 
-async fn interactive(image: &Image) -> bool {
+/// Executes what comes from standard input, a command a line; whether all succeeded.
+async fn from_input(session: &mut Session) -> bool {
+    let mut input = Input::default();
     let mut ok = true;
-    let mut lines = std::io::stdin().lock().lines();
     loop {
-        print!("qemu-io> ");
-        let _ = std::io::stdout().flush();
-        let Some(Ok(line)) = lines.next() else {
-            println!();
-            return ok;
-        };
-        match command::execute(image, &line).await {
-            command::Next::Failed => ok = false,
-            command::Next::Quit => return ok,
-            command::Next::Done => {}
+        report::prompt("qemu-io> ");
+        let Some(line) = input.line().await else { return ok };
+        match session.execute(&line).await {
+            Next::Failed => ok = false,
+            Next::Quit => return ok,
+            Next::Done => {}
+        }
+    }
+}
+
+/// Standard input, read without holding up requests that are under way.
+#[derive(Default)]
+struct Input {
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl Input {
+    /// The next line; `None` at the end. What is longer than any command comes in pieces.
+    async fn line(&mut self) -> Option<String> {
+        loop {
+            let end = self.bytes.iter().position(|byte| *byte == b'\n');
+            let whole = self.ended || self.bytes.len() >= LONGEST_LINE;
+            if let Some(end) = end.or(whole.then_some(self.bytes.len())) {
+                if end == self.bytes.len() && self.bytes.is_empty() {
+                    return None;
+                }
+                let rest = self.bytes.split_off((end + 1).min(self.bytes.len()));
+                let line = std::mem::replace(&mut self.bytes, rest);
+                return Some(String::from_utf8_lossy(&line).into_owned());
+            }
+            let mut more = [0; 4096];
+            match underlay_sys::stdio::read(&mut more).await {
+                Ok(0) | Err(_) => self.ended = true,
+                Ok(count) => self.bytes.extend_from_slice(&more[..count]),
+            }
         }
     }
 }

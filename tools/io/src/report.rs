@@ -1,8 +1,30 @@
-//! How a finished request is reported.
+//! What is printed: results to standard output, complaints about words to standard error.
+//!
+//! Nobody may be reading any more: that must not stop the work that is under way.
 
+use std::fmt;
+use std::io::Write;
 use std::time::Duration;
 
-/// A size as qemu-io prints it: three digits behind the point, zeroes cut off.
+use underlay_sys::Iov;
+
+/// Prints a line to standard output.
+pub fn line(text: impl fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints a line to standard error.
+pub fn complain(text: impl fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Prints without ending the line.
+pub fn prompt(text: &str) {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// A size as the reference prints it: three digits behind the point, or none when they are zeroes.
 pub fn size(bytes: f64) -> String {
     const UNITS: [(&str, f64); 6] = [
         ("EiB", 1_152_921_504_606_846_976.0),
@@ -12,37 +34,117 @@ pub fn size(bytes: f64) -> String {
         ("MiB", 1_048_576.0),
         ("KiB", 1024.0),
     ];
-    let (unit, scale) = UNITS.into_iter().find(|(_, scale)| bytes >= *scale).unwrap_or(("bytes", 1.0));
-    let text = format!("{:.3}", bytes / scale);
-    let text = match text.strip_suffix(".000") {
-        Some(whole) => whole.to_owned(),
-        None => text,
-    };
-    format!("{text} {unit}")
+    match UNITS.into_iter().find(|(_, scale)| bytes >= *scale) {
+        Some((unit, scale)) => {
+            let text = format!("{:.3}", bytes / scale);
+            format!("{} {unit}", text.strip_suffix(".000").unwrap_or(&text))
+        }
+        None if bytes.fract() == 0.0 => format!("{bytes:.0} bytes"),
+        None => format!("{bytes:.6} bytes"),
+    }
 }
 
-/// The two lines behind a request.
-pub fn request(verb: &str, done: u64, offset: u64, took: Duration) {
-    let seconds = took.as_secs_f64().max(0.000_001);
-    println!("{verb} {done}/{done} bytes at offset {offset}");
-    println!(
-        "{}, 1 ops; {:05.2} sec ({}/sec and {:.4} ops/sec)",
-        size(done as f64),
-        took.as_secs_f64(),
-        size(done as f64 / seconds),
-        1.0 / seconds
-    );
+/// Hours, minutes, seconds and hundredths.
+fn clock(took: Duration) -> String {
+    let seconds = took.as_secs();
+    let hundredths = took.subsec_millis() / 10;
+    format!("{}:{:02}:{:02}.{hundredths:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
+/// A request that is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Done {
+    /// What was done: `read`, `wrote`, `discard`.
+    pub verb: &'static str,
+    /// Bytes.
+    pub count: u64,
+    /// Bytes from the disk's start.
+    pub offset: u64,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Done {
+    /// Prints it: two lines for people, or one for programs.
+    pub fn print(self, for_programs: bool) {
+        let seconds = self.took.as_secs_f64().max(1e-9);
+        let (rate, frequency) = (self.count as f64 / seconds, 1.0 / seconds);
+        if for_programs {
+            line(format_args!("{},1,{},{rate:.3},{frequency:.3}", self.count, clock(self.took)));
+            return;
+        }
+        let took = match self.took.as_secs() {
+            0 => format!("00.{:02} sec", self.took.subsec_millis() / 10),
+            _ => clock(self.took),
+        };
+        line(format_args!("{} {1}/{1} bytes at offset {2}", self.verb, self.count, self.offset));
+        line(format_args!(
+            "{}, 1 ops; {took} ({}/sec and {frequency:.4} ops/sec)",
+            size(self.count as f64),
+            size(rate)
+        ));
+    }
+}
+
+/// Bytes that are looked at in one go.
+const PIECE: usize = 64 << 10;
+
+/// Prints a buffer that was read at `offset`: sixteen bytes a line, as numbers and as text.
+pub fn dump(buffer: &Iov, offset: u64) {
+    let mut bytes = vec![0; PIECE];
+    let mut out = std::io::stdout().lock();
+    for at in (0..buffer.len()).step_by(PIECE) {
+        let len = PIECE.min(buffer.len() - at);
+        buffer.read_at(at, &mut bytes[..len]);
+        for (number, row) in bytes[..len].chunks(16).enumerate() {
+            let place = offset.saturating_add(at as u64 + number as u64 * 16);
+            if writeln!(out, "{}", row_of(row, place)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn row_of(row: &[u8], place: u64) -> String {
+    let numbers: String = row.iter().map(|byte| format!("{byte:02x} ")).collect();
+    let text = row.iter().map(|byte| if byte.is_ascii_alphanumeric() { char::from(*byte) } else { '.' });
+    format!("{place:08x}:  {numbers} {}", text.collect::<String>())
+}
+
+/// Whether all `count` bytes from `start` on are `byte`.
+pub fn is_filled(buffer: &Iov, start: usize, count: usize, byte: u8) -> bool {
+    let mut bytes = vec![0; PIECE];
+    (start..start + count).step_by(PIECE).all(|at| {
+        let len = PIECE.min(start + count - at);
+        buffer.read_at(at, &mut bytes[..len]);
+        bytes[..len].iter().all(|found| *found == byte)
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use super::{Duration, Iov, clock, is_filled, row_of, size};
 
     #[test]
-    fn sizes_as_the_reference_prints_them() {
+    fn sizes_and_times_as_the_reference_prints_them() {
         assert_eq!(size(65536.0), "64 KiB");
         assert_eq!(size(512.0), "512 bytes");
         assert_eq!(size(1536.0), "1.500 KiB");
         assert_eq!(size(1_048_576.0), "1 MiB");
+        assert_eq!(size(787.497_687_4), "787.497687 bytes");
+        assert_eq!(clock(Duration::from_millis(61_557)), "0:01:01.55");
+        assert_eq!(row_of(b"a_9\x00", 4096), "00001000:  61 5f 39 00  a.9.");
+    }
+
+    #[test]
+    fn one_wrong_byte_is_found_wherever_it_is() {
+        let len = 3 * super::PIECE + 5;
+        for wrong in [0, super::PIECE, len - 1] {
+            let buffer = Iov::filled(len, 7);
+            assert!(is_filled(&buffer, 0, len, 7));
+            buffer.write_at(wrong, &[8]);
+            assert!(!is_filled(&buffer, 0, len, 7));
+            assert!(is_filled(&buffer, wrong, 1, 8) && is_filled(&buffer, wrong, 0, 9));
+        }
     }
 }

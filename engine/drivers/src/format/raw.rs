@@ -9,8 +9,12 @@ use underlay_graph::{
 };
 use underlay_sys::Iov;
 
+use crate::probe::guess;
+
 /// Sizes of a window are multiples of this many bytes.
 pub const SECTOR: u64 = 512;
+/// The same, as a length in memory.
+const SECTOR_LEN: usize = 512;
 
 /// Options of the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +30,7 @@ pub struct RawOptions {
 pub struct Raw {
     offset: u64,
     size: Option<u64>,
+    guessed: bool,
 }
 
 impl Raw {
@@ -49,7 +54,23 @@ impl Raw {
                 return Err(IoError::EINVAL.with(format!("Specified size is not multiple of {SECTOR}")));
             }
         }
-        Ok(Self { offset, size: options.size })
+        Ok(Self { offset, size: options.size, guessed: false })
+    }
+
+    /// Nobody said that this is raw. Whoever may write to it could make it look like an image that names other
+    /// files, and get at these when it is opened the next time: no such first sector is written.
+    pub fn guessed(self) -> Self {
+        Self { guessed: true, ..self }
+    }
+
+    /// EPERM when the write would make it look like another format. Writes are whole sectors when it was guessed.
+    fn stays_raw(&self, range: ByteRange, from: &Iov) -> Result<()> {
+        let mut first = [0; SECTOR_LEN];
+        if !self.guessed || range.start() > 0 || from.len() < first.len() {
+            return Ok(());
+        }
+        from.read_at(0, &mut first);
+        if guess(&first) == "raw" { Ok(()) } else { Err(IoError::EPERM) }
     }
 
     /// The options that make this more than the plain file: `offset` and `size`, where given.
@@ -113,7 +134,9 @@ impl Node for Raw {
     }
 
     fn limits(&self, cx: &Cx<'_>) -> Limits {
-        cx.below().limits()
+        let below = cx.below().limits();
+        let smallest = if self.guessed { 512 } else { 1 };
+        Limits { request_alignment: below.request_alignment.max(smallest), ..below }
     }
 
     async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
@@ -127,6 +150,7 @@ impl Node for Raw {
         if flags.compressed {
             return Err(IoError::ENOTSUP);
         }
+        self.stays_raw(range, &from)?;
         cx.below().write(self.in_window(range)?, from, flags).await
     }
 

@@ -100,6 +100,14 @@ impl FileNode {
         auto_read_only: bool,
     ) -> std::result::Result<Self, OpenError> {
         let (name, direct) = (spec.filename.as_str(), options.cache_direct);
+        if spec.aio == Aio::Native && !direct {
+            let text = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
+            return Err(OpenError::text(text.to_owned()));
+        }
+        if name.is_empty() {
+            let text = format!("The '{}' block driver requires a file name", spec.driver);
+            return Err(OpenError::text(text));
+        }
         let mut read_only = read_only;
         let opened = match open_file(name, !read_only, direct) {
             Err(error) if auto_read_only && !read_only && may_not_write(&error) => {
@@ -344,7 +352,7 @@ impl Node for FileNode {
             match preallocation {
                 Preallocation::Off => {}
                 Preallocation::Metadata => {
-                    return Err(IoError::ENOTSUP.with("Unsupported preallocation mode 'metadata'"));
+                    return Err(IoError::ENOTSUP.with("Unsupported preallocation mode: metadata"));
                 }
                 Preallocation::Falloc => {
                     let reserved = file.allocate(Allocate::Reserve, length, size - length).await;
@@ -361,7 +369,7 @@ impl Node for FileNode {
                 }
             }
         } else if preallocation != Preallocation::Off {
-            return Err(IoError::ENOTSUP.with("Preallocation can't be used for shrinking files"));
+            return Err(IoError::ENOTSUP.with("Cannot use preallocation for shrinking files"));
         }
         file.set_len(size).map_err(|error| cannot(error, "Failed to resize file"))?;
         self.length.store(size, Ordering::Release);

@@ -92,7 +92,7 @@ fn holes_are_mapped_as_zeroes() {
         node.resize(&cx, 3 << 20, Preallocation::Full).await.expect("grown");
         assert!(node.allocated_size().expect("known") >= 2 << 20);
         let refused = node.resize(&cx, 4 << 20, Preallocation::Metadata).await.expect_err("no tables here");
-        assert_eq!(refused.to_string(), "Unsupported preallocation mode 'metadata'");
+        assert_eq!(refused.to_string(), "Unsupported preallocation mode: metadata");
         node.resize(&cx, 512, Preallocation::Off).await.expect("cut");
         assert_eq!(content(&view).await, [0; 512]);
     });

@@ -1,0 +1,292 @@
+//! Opening, reopening and closing.
+
+use std::sync::Arc;
+
+use underlay_drivers::open::BackingPolicy;
+use underlay_drivers::options::{Child, DriverSpec, nest};
+use underlay_drivers::protocol::file::Aio;
+use underlay_drivers::{NodeSpec, Opener};
+use underlay_graph::plan::{DetectZeroes, NewRoot, Wires};
+use underlay_graph::{Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId};
+use underlay_qmp::json::Object;
+
+use crate::modes::Modes;
+
+/// Which disk.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Source {
+    /// A file name, `file:` and a name, or `json:{…}`.
+    Name(String),
+    /// All options, with dotted names.
+    Options(Object),
+}
+
+/// A disk and how to open it.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which disk.
+    pub source: Source,
+    /// The image's format; probed when absent.
+    pub format: Option<String>,
+    /// Options beside those of the source, with dotted names; they go before the modes.
+    pub options: Object,
+    /// For reading only.
+    pub read_only: bool,
+    /// Share the image with whoever uses it.
+    pub force_share: bool,
+    /// What other users of the disk may do meanwhile.
+    pub shared: Perms,
+    /// How it is used.
+    pub modes: Modes,
+}
+
+/// An open disk.
+#[derive(Debug)]
+pub struct Disk {
+    graph: Arc<Graph>,
+    node: NodeId,
+    root_id: RootId,
+    request: Request,
+    /// The way in.
+    pub root: Root,
+}
+
+/// Texts are QEMU's, without the program's name; what a hint says is on a line of its own.
+type Result<T> = std::result::Result<T, String>;
+
+/// What users are told who did not say that an image is raw.
+pub fn guessed_raw(name: &str) -> String {
+    format!(
+        "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
+         restricted.\n         Specify the 'raw' format explicitly to remove the restrictions."
+    )
+}
+
+fn with_hint(text: String, hint: Option<&str>) -> String {
+    match hint {
+        Some(hint) => format!("{text}\n{hint}"),
+        None => text,
+    }
+}
+
+fn graph_error(error: &GraphError) -> String {
+    match error {
+        GraphError::Io(io) => with_hint(error.to_string(), io.hint()),
+        _ => error.to_string(),
+    }
+}
+
+impl Request {
+    /// A disk by its name, for writing, shared with nobody who would disturb.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self {
+            source: Source::Name(name.into()),
+            format: None,
+            options: Object::new(),
+            read_only: false,
+            force_share: false,
+            shared: Perms::ALL,
+            modes: Modes { discard: true, ..Modes::default() },
+        }
+    }
+
+    fn spec(&self) -> Result<NodeSpec> {
+        let text = |error: underlay_drivers::OpenError| error.to_string();
+        let mut spec = match &self.source {
+            Source::Name(name) if self.options.is_empty() => {
+                NodeSpec::image(name, self.format.as_deref()).map_err(text)?
+            }
+            Source::Name(name) => self.with_options(name)?,
+            Source::Options(options) => {
+                let mut all = options.clone();
+                self.options.clone().into_iter().for_each(|(name, value)| all.insert(&name, value));
+                let nested = nest(all);
+                if nested.get("driver").is_none() && nested.get("file").is_none() {
+                    return Err("Must specify either driver or file".to_owned());
+                }
+                NodeSpec::parse(nested).map_err(text)?
+            }
+        };
+        let modes = self.modes;
+        spec.read_only.get_or_insert(self.read_only);
+        spec.force_share.get_or_insert(self.force_share);
+        spec.discard.get_or_insert(modes.discard);
+        spec.cache_direct.get_or_insert(modes.direct);
+        spec.cache_no_flush.get_or_insert(modes.no_flush);
+        if spec.detect_zeroes == DetectZeroes::Off {
+            spec.detect_zeroes = modes.detect_zeroes;
+        }
+        if spec.detect_zeroes == DetectZeroes::Unmap && spec.discard != Some(true) {
+            let text =
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap";
+            return Err(text.to_owned());
+        }
+        if let Some(aio) = modes.aio {
+            set_aio(&mut spec, aio);
+        }
+        Ok(spec)
+    }
+
+    /// A named file with options for the image in it.
+    fn with_options(&self, name: &str) -> Result<NodeSpec> {
+        // Errors of the name alone come out here.
+        let plain = NodeSpec::image(name, self.format.as_deref()).map_err(|error| error.to_string())?;
+        if name.starts_with("json:") {
+            return Err("Options beside a json: file name are not supported yet".to_owned());
+        }
+        let mut object = self.options.clone();
+        match (&self.format, object.get("driver").is_some()) {
+            (Some(_), true) => return Err("Driver specified twice".to_owned()),
+            (Some(format), false) => object.insert("driver", format.as_str()),
+            (None, _) => {}
+        }
+        let driver = match protocol(&plain) {
+            DriverSpec::File(file) => file.driver,
+            _ => "file",
+        };
+        if object.get("file.filename").is_none() {
+            object.insert("file.filename", name);
+        }
+        if object.get("file.driver").is_none() {
+            object.insert("file.driver", driver);
+        }
+        NodeSpec::parse(nest(object)).map_err(|error| error.to_string())
+    }
+}
+
+/// The protocol at the bottom of a description.
+fn protocol(spec: &NodeSpec) -> &DriverSpec {
+    match &spec.driver {
+        DriverSpec::Raw { file: Child::Inline(file), .. }
+        | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
+        | DriverSpec::Probe { file: Child::Inline(file) } => protocol(file),
+        other => other,
+    }
+}
+
+fn set_aio(spec: &mut NodeSpec, aio: Aio) {
+    match &mut spec.driver {
+        DriverSpec::File(file) => file.aio = aio,
+        DriverSpec::Raw { file: Child::Inline(file), .. }
+        | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
+        | DriverSpec::Probe { file: Child::Inline(file) } => set_aio(file, aio),
+        _ => {}
+    }
+}
+
+impl Disk {
+    /// Opens a disk.
+    pub async fn open(request: Request) -> Result<Self> {
+        let spec = request.spec()?;
+        let write = !request.read_only;
+        let graph = Graph::new();
+        let opened = Opener::new(&graph, BackingPolicy::Follow, None).open(spec).await;
+        let new = opened.map_err(|error| error.to_string())?;
+        let required = if write { Perms::CONSISTENT_READ | Perms::WRITE } else { Perms::CONSISTENT_READ };
+        let shared = request.shared;
+        let edit = |plan: &mut Plan| {
+            let node = plan.add(new)?;
+            let user = "an unnamed block device".to_owned();
+            let root = NewRoot { user, role: "root", node, required, shared, pinned: false, drained: None };
+            Ok((node, plan.add_root(root)))
+        };
+        let (node, root_id) = graph.change(edit).await.map_err(|error| graph_error(&error))?;
+        let root = graph.root(root_id).ok_or("the image was closed")?;
+        Ok(Self { graph, node, root_id, request, root })
+    }
+
+    /// How it was opened.
+    pub fn request(&self) -> &Request {
+        &self.request
+    }
+
+    /// The wiring, for questions.
+    pub fn wires(&self) -> Wires {
+        self.graph.wires()
+    }
+
+    /// The disk's node.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// The name of the disk's node.
+    pub fn node_name(&self) -> String {
+        self.graph.plan().node(self.node).name.to_string()
+    }
+
+    /// The driver of the disk's node.
+    pub fn driver(&self) -> &'static str {
+        self.wires().view(self.node).node().driver()
+    }
+
+    /// Whether it may not be written to.
+    pub fn is_read_only(&self) -> bool {
+        self.graph.plan().node(self.node).read_only
+    }
+
+    /// Whether its format was guessed to be raw and it may be written to: users should be warned.
+    pub fn is_guessed_raw(&self) -> bool {
+        let given = match &self.request.source {
+            Source::Name(name) => self.request.format.is_some() || name.starts_with("json:"),
+            Source::Options(options) => options.get("driver").is_some(),
+        };
+        !given
+            && self.request.options.get("driver").is_none()
+            && self.driver() == "raw"
+            && !self.is_read_only()
+    }
+
+    /// Sets the length, in bytes, with the permission for it taken for as long as it lasts.
+    pub async fn resize(&self, size: u64, preallocation: Preallocation) -> std::result::Result<(), IoError> {
+        self.allow_resize(true).await.map_err(|error| IoError::EPERM.with(graph_error(&error)))?;
+        let resized = async {
+            let inside = self.root.enter().await?;
+            let cx = inside.cx();
+            cx.node().resize(&cx, size, preallocation).await
+        };
+        let resized = resized.await;
+        let given_up = self.allow_resize(false).await;
+        resized?;
+        given_up.map_err(|error| IoError::EPERM.with(graph_error(&error)))
+    }
+
+    async fn allow_resize(&self, allow: bool) -> std::result::Result<(), GraphError> {
+        let edit = |plan: &mut Plan| {
+            if let Some(root) = plan.root_mut(self.root_id) {
+                root.required = match allow {
+                    true => root.required | Perms::RESIZE,
+                    false => root.required.without(Perms::RESIZE),
+                };
+            }
+            Ok(())
+        };
+        self.graph.change(edit).await
+    }
+
+    /// Flushes and closes it, and opens it as `request` says; if that fails, as it was before. Without a disk when
+    /// not even that is possible (somebody else was quicker).
+    pub async fn reopen(self, request: Request) -> std::result::Result<Self, (Option<Self>, String)> {
+        let before = self.request.clone();
+        self.close().await.map_err(|error| (None, error))?;
+        match Self::open(request).await {
+            Ok(disk) => Ok(disk),
+            Err(error) => match Self::open(before).await {
+                Ok(disk) => Err((Some(disk), error)),
+                Err(_) => Err((None, error)),
+            },
+        }
+    }
+
+    /// Flushes and closes it.
+    pub async fn close(self) -> Result<()> {
+        let flushed = if self.is_read_only() { Ok(()) } else { self.root.flush().await };
+        let closed = self.graph.change(|plan| {
+            plan.remove_root(self.root_id);
+            Ok(())
+        });
+        closed.await.map_err(|error| graph_error(&error))?;
+        flushed.map_err(|error| format!("Error while flushing: {error}"))
+    }
+}

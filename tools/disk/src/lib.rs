@@ -1,0 +1,11 @@
+//! One disk, opened as a program's command line says: by name and format or by a list of options, with a cache mode,
+//! and opened again with others.
+#![forbid(unsafe_code)]
+
+mod disk;
+mod modes;
+mod option_list;
+
+pub use disk::{Disk, Request, Source, guessed_raw};
+pub use modes::Modes;
+pub use option_list::{OptionList, parse as parse_options};

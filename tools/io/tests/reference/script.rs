@@ -1,0 +1,126 @@
+//! Scripts of shell commands that are run twice, once with our programs and once with the reference's, and compared.
+//!
+//! `= NAME` begins a case in two empty folders, one for each side. `$ …` prepares it, with the reference's programs
+//! on both sides. Every other line is run with the programs under test: what it prints to both outputs and its exit
+//! status are compared, and at the end of the case the images in the two folders. What depends on time is blanked.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// An example of the crate whose tests these are.
+pub fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("this program has a path");
+    let folder = test.parent().and_then(Path::parent).expect("in a target folder");
+    folder.join("examples").join(name)
+}
+
+/// Whether the reference's programs are all there; says so if not.
+pub fn has(programs: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |name: &&&str| std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    match programs.iter().find(|name| !found(name)) {
+        Some(missing) => {
+            eprintln!("skipped: {missing} is not installed");
+            false
+        }
+        None => true,
+    }
+}
+
+/// One side: a folder to work in, and where programs are looked for.
+struct Side {
+    folder: PathBuf,
+    path: String,
+}
+
+fn shell(folder: &Path, path: &str, line: &str) -> Output {
+    let mut command = Command::new("sh");
+    command.args(["-c", line]).current_dir(folder).env("PATH", path).env("LC_ALL", "C");
+    command.output().expect("a shell")
+}
+
+/// What a command showed, without times and without the folder's name.
+fn shown(output: &Output, folder: &Path) -> String {
+    let clean = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes).replace(&*folder.to_string_lossy(), "FOLDER");
+        text.lines().map(|line| blanked(line) + "\n").collect::<String>()
+    };
+    format!(
+        "status {:?}\n{}--- errors\n{}",
+        output.status.code(),
+        clean(&output.stdout),
+        clean(&output.stderr)
+    )
+}
+
+/// Without times and rates.
+fn blanked(line: &str) -> String {
+    if line.ends_with(" ops/sec)")
+        && let Some((count, _)) = line.split_once("; ")
+    {
+        return format!("{count}; TIME");
+    }
+    let fields: Vec<_> = line.split(',').collect();
+    match fields.as_slice() {
+        [bytes, operations, time, _, _] if time.contains(':') => format!("{bytes},{operations},TIME"),
+        _ => line.to_owned(),
+    }
+}
+
+/// Runs all cases of a script; `ours` stands in for the reference's program of that name.
+pub fn run(script: &str, name: &str, ours: &Path) {
+    assert!(ours.is_file(), "{} is not built", ours.display());
+    let root = tempfile::tempdir().expect("a folder");
+    let programs = root.path().join("programs");
+    std::fs::create_dir(&programs).expect("a folder");
+    symlink(ours, programs.join(name)).expect("a link");
+    let reference = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{reference}", programs.display());
+    let mut differences = String::new();
+    for (number, case) in script.split("\n= ").skip(1).enumerate() {
+        let (title, lines) = case.split_once('\n').unwrap_or((case, ""));
+        let side = |kind: &str, path: &str| {
+            let folder = root.path().join(format!("{kind}{number}"));
+            std::fs::create_dir(&folder).expect("a folder");
+            Side { folder, path: path.to_owned() }
+        };
+        let (mine, theirs) = (side("a", &path), side("b", &reference));
+        for line in lines.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            if let Some(line) = line.strip_prefix("$ ") {
+                for side in [&mine, &theirs] {
+                    let done = shell(&side.folder, &reference, line);
+                    assert!(done.status.success(), "{line}: {done:?}");
+                }
+                continue;
+            }
+            let [our, their] =
+                [&mine, &theirs].map(|side| shown(&shell(&side.folder, &side.path, line), &side.folder));
+            if our != their {
+                differences += &format!("\n{title}: {line}\n### ours: {our}### theirs: {their}");
+            }
+        }
+        differences += &compare_images(title, &mine.folder, &theirs.folder);
+    }
+    assert!(differences.is_empty(), "{differences}");
+}
+
+fn compare_images(title: &str, mine: &Path, theirs: &Path) -> String {
+    let mut differences = String::new();
+    for entry in std::fs::read_dir(theirs).expect("the folder").flatten() {
+        let name = entry.file_name();
+        let format = match Path::new(&name).extension().and_then(|end| end.to_str()) {
+            Some("raw") => "raw",
+            Some("qcow2") => "qcow2",
+            _ => continue,
+        };
+        let mut compare = Command::new("qemu-img");
+        compare.args(["compare", "-U", "-f", format, "-F", format]).arg(mine.join(&name)).arg(entry.path());
+        let done = compare.output().expect("qemu-img runs");
+        if !done.status.success() {
+            let said = String::from_utf8_lossy(&done.stdout);
+            differences += &format!("\n{title}: {} differs: {said}", name.to_string_lossy());
+        }
+    }
+    differences
+}
