@@ -23,11 +23,13 @@ Commands:
   storage-daemon    serve disk images and change them while they are in use (qemu-storage-daemon)
   img               make, check and convert disk images (qemu-img)
   io                read and write in disk images (qemu-io)
+  nbd               serve one disk image to NBD clients, or list what a server has (qemu-nbd)
   tour              see a chain of images changed under a writing guest, and verified
   install-links DIR make symbolic links in DIR, so that the programs answer to QEMU's names
   help, version
 
-Each command takes --help. Started by the name qemu-storage-daemon, qemu-img or qemu-io, this is that program.
+Each command takes --help. Started by the name qemu-storage-daemon, qemu-img, qemu-io or qemu-nbd, this is that
+program.
 ";
 
 fn main() {
@@ -40,12 +42,7 @@ fn main() {
         "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
         "qemu-img" => underlay_img::main(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
-        "qemu-nbd" => {
-            eprintln!(
-                "qemu-nbd: not part of this version of Underlay; qemu-storage-daemon exports images over NBD"
-            );
-            1
-        }
+        "qemu-nbd" => underlay_nbd_server::main(&program, &rest),
         _ => underlay(&rest),
     });
 }
@@ -59,6 +56,7 @@ fn underlay(words: &[String]) -> i32 {
         "storage-daemon" => storage_daemon::main("qemu-storage-daemon", rest),
         "img" => underlay_img::main("qemu-img", rest),
         "io" => underlay_io::main("qemu-io", rest),
+        "nbd" => underlay_nbd_server::main("qemu-nbd", rest),
         "tour" => underlay_tour::main(rest),
         "install-links" => links::install(rest),
         "help" | "--help" | "-h" => {

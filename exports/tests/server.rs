@@ -8,6 +8,7 @@ mod ram;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::task::Poll;
 use std::time::Duration;
 
 use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
@@ -299,4 +300,33 @@ fn a_silent_client_is_dropped_and_makes_room() {
     assert_eq!(all.len(), 18);
     assert_eq!(next.negotiated().flags & flags::CAN_MULTI_CONN, 0);
     next.write(0, b"x", 0).unwrap();
+}
+
+/// Whether the server has been deserted so far.
+fn is_deserted(server: &NbdServer) -> bool {
+    block_on(async {
+        let mut deserted = std::pin::pin!(server.deserted());
+        std::future::poll_fn(|cx| Poll::Ready(deserted.as_mut().poll(cx).is_ready())).await
+    })
+}
+
+fn wait_for_connections(server: &NbdServer, count: usize) {
+    while server.connections() != count {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_server_is_deserted_by_the_last_client_that_chose_an_export() {
+    let lab = plain();
+    Client::list(&lab.server()).unwrap();
+    wait_for_connections(&lab.server, 0);
+    assert!(!is_deserted(&lab.server), "it only looked");
+    let first = lab.open("disk", Framing::Simple);
+    let second = lab.open("ro", Framing::Extended);
+    first.disconnect().unwrap();
+    wait_for_connections(&lab.server, 1);
+    assert!(!is_deserted(&lab.server), "one is left");
+    drop(second);
+    block_on(lab.server.deserted());
 }

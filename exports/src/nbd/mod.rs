@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     exports: Exports,
     stop: StopSign,
     connections: Mutex<Vec<Arc<Handle>>>,
+    /// A client that had chosen an export has left, and nobody else was connected.
+    deserted: StopSign,
     /// Every connection holds one of [`ALL`] places; the server has stopped when it can have them all.
     places: Arc<Semaphore>,
 }
@@ -85,17 +87,31 @@ pub struct NbdServer {
 impl NbdServer {
     /// Listens on `address`. Connections go to the threads of `io` in turn; the first one also accepts.
     pub fn start(address: &Address, options: ServerOptions, io: Vec<Spawner>) -> Result<Self, ExportError> {
-        let first = io.first().cloned().ok_or(ExportError::NoThread)?;
         let listener = Listener::bind(address)
             .map_err(|error| ExportError::Listen { address: shown(address), error: error.to_string() })?;
+        Self::serve(listener, options, io, Vec::new())
+    }
+
+    /// The same on a listener that is there, with exports that the first client finds already.
+    pub fn serve(
+        listener: Listener,
+        options: ServerOptions,
+        io: Vec<Spawner>,
+        exports: Vec<NbdExport>,
+    ) -> Result<Self, ExportError> {
+        let first = io.first().cloned().ok_or(ExportError::NoThread)?;
         let address = listener.local_address();
         let shared = Arc::new(Shared {
             options,
             exports: Exports::default(),
             stop: StopSign::default(),
             connections: Mutex::default(),
+            deserted: StopSign::default(),
             places: Arc::new(Semaphore::new(usize::try_from(ALL).unwrap_or(Semaphore::MAX_PERMITS))),
         });
+        for export in exports {
+            shared.exports.add(export)?;
+        }
         first.spawn(accept(shared.clone(), listener, io));
         Ok(Self { shared, address })
     }
@@ -124,6 +140,12 @@ impl NbdServer {
     /// How many clients are connected, whether or not they have chosen an export.
     pub fn connections(&self) -> usize {
         self.shared.lock().len()
+    }
+
+    /// Waits until a client that had chosen an export has left as the last one that was connected. Clients that only
+    /// look do not count.
+    pub async fn deserted(&self) {
+        self.shared.deserted.raised().await;
     }
 
     /// Drops all clients and exports and waits until everything that was under way has ended and the address is
@@ -166,7 +188,11 @@ impl Shared {
     }
 
     fn leave(&self, handle: &Arc<Handle>) {
-        self.lock().retain(|other| !Arc::ptr_eq(other, handle));
+        let mut connections = self.lock();
+        connections.retain(|other| !Arc::ptr_eq(other, handle));
+        if connections.is_empty() && handle.chosen.is_raised() {
+            self.deserted.raise();
+        }
     }
 }
 

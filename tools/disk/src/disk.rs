@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use underlay_drivers::format::raw::RawOptions;
 use underlay_drivers::open::BackingPolicy;
 use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::protocol::file::Aio;
@@ -30,6 +31,8 @@ pub struct Request {
     pub format: Option<String>,
     /// Options beside those of the source, with dotted names; they go before the modes.
     pub options: Object,
+    /// Not from the disk's first byte on but from this one.
+    pub offset: Option<u64>,
     /// For reading only.
     pub read_only: bool,
     /// Share the image with whoever uses it.
@@ -84,6 +87,7 @@ impl Request {
             source: Source::Name(name.into()),
             format: None,
             options: Object::new(),
+            offset: None,
             read_only: false,
             force_share: false,
             shared: Perms::ALL,
@@ -108,6 +112,11 @@ impl Request {
                 NodeSpec::parse(nested).map_err(text)?
             }
         };
+        if let Some(offset) = self.offset {
+            let file = Child::Inline(Box::new(spec));
+            let options = RawOptions { offset: Some(offset), size: None };
+            spec = NodeSpec::with_driver(DriverSpec::Raw { file, options });
+        }
         let modes = self.modes;
         spec.read_only.get_or_insert(self.read_only);
         spec.force_share.get_or_insert(self.force_share);
@@ -216,6 +225,15 @@ impl Disk {
         self.graph.plan().node(self.node).name.to_string()
     }
 
+    /// The driver of the image, below the window that `offset` makes.
+    fn image_driver(&self) -> &'static str {
+        let view = self.wires().view(self.node);
+        match (self.request.offset, view.children().first()) {
+            (Some(_), Some((_, image))) => image.node().driver(),
+            _ => view.node().driver(),
+        }
+    }
+
     /// The driver of the disk's node.
     pub fn driver(&self) -> &'static str {
         self.wires().view(self.node).node().driver()
@@ -234,7 +252,7 @@ impl Disk {
         };
         !given
             && self.request.options.get("driver").is_none()
-            && self.driver() == "raw"
+            && self.image_driver() == "raw"
             && !self.is_read_only()
     }
 

@@ -199,6 +199,10 @@ impl<'a> Reader<'a> {
         Some(U32::read_from_bytes(self.bytes(4)?).ok()?.get())
     }
 
+    pub(crate) fn u64(&mut self) -> Option<u64> {
+        Some(U64::read_from_bytes(self.bytes(8)?).ok()?.get())
+    }
+
     /// The name of an export.
     pub(crate) fn name(&mut self) -> Result<String, BadPayload> {
         let len = self.u32().ok_or(BadPayload::Short)?;

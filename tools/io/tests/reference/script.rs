@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// An example of the crate whose tests these are.
+/// An example of the crate whose tests these are. (`cargo test --test …` does not build it anew; without it does.)
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("this program has a path");
     let folder = test.parent().and_then(Path::parent).expect("in a target folder");
@@ -34,9 +34,21 @@ struct Side {
     path: String,
 }
 
+/// What scripts may use beside programs: a server in the background, waiting until its process is over (and its image
+/// free), and waiting until one answers. Nothing is waited for for ever, and no server is left.
+const HELPERS: &str = r#"
+serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); }
+over() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done" || kill $server; }
+ready() { timeout 10 sh -c "until qemu-nbd -L -k '$PWD/s' > /dev/null 2>&1; do sleep 0.01; done"; }
+"#;
+
 fn shell(folder: &Path, path: &str, line: &str) -> Output {
-    let mut command = Command::new("sh");
-    command.args(["-c", line]).current_dir(folder).env("PATH", path).env("LC_ALL", "C");
+    let mut command = Command::new("timeout");
+    command
+        .args(["60", "sh", "-c", &format!("{HELPERS}{line}")])
+        .current_dir(folder)
+        .env("PATH", path)
+        .env("LC_ALL", "C");
     command.output().expect("a shell")
 }
 

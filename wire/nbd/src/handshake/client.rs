@@ -84,6 +84,37 @@ pub struct ClientHandshake {
 
 type Parsed<T> = Result<T, ProtocolError>;
 
+/// Takes an answer to `option` from the front of `input`: its kind and its payload; `None` when it has not come
+/// as a whole.
+pub(super) fn take_answer(input: &mut Vec<u8>, option: u32) -> Parsed<Option<(u32, Vec<u8>)>> {
+    let Ok((header, rest)) = opt::AnswerHeader::read_from_prefix(input) else { return Ok(None) };
+    if header.magic.get() != opt::ANSWER_MAGIC {
+        return Err(ProtocolError::new("Unexpected option reply magic"));
+    }
+    if header.option.get() != option {
+        return Err(ProtocolError::new(format!("Unexpected option type {}", header.option.get())));
+    }
+    let length = usize::try_from(header.length.get()).unwrap_or(usize::MAX);
+    if length > MAX_KEPT {
+        return Err(ProtocolError::new(format!("option reply is too long: {length}")));
+    }
+    let Some(payload) = rest.get(..length) else { return Ok(None) };
+    let (kind, payload) = (header.kind.get(), payload.to_vec());
+    input.drain(..size_of::<opt::AnswerHeader>() + length);
+    Ok(Some((kind, payload)))
+}
+
+/// An option as it goes over the wire.
+pub(super) fn encode_option(option: u32, payload: &[u8], output: &mut Vec<u8>) {
+    let header = opt::OptionHeader {
+        magic: opt::OPTION_MAGIC.into(),
+        option: option.into(),
+        length: u32::try_from(payload.len()).unwrap_or(u32::MAX).into(),
+    };
+    output.extend(header.as_bytes());
+    output.extend(payload);
+}
+
 impl ClientHandshake {
     /// A new connection.
     pub fn new(wish: Wish) -> Self {
@@ -160,13 +191,7 @@ impl ClientHandshake {
     }
 
     fn ask(&mut self, option: u32, payload: &[u8]) {
-        let header = opt::OptionHeader {
-            magic: opt::OPTION_MAGIC.into(),
-            option: option.into(),
-            length: u32::try_from(payload.len()).unwrap_or(u32::MAX).into(),
-        };
-        self.output.extend(header.as_bytes());
-        self.output.extend(payload);
+        encode_option(option, payload, &mut self.output);
         self.state = State::Asked(option);
     }
 
@@ -190,21 +215,7 @@ impl ClientHandshake {
     }
 
     fn answer(&mut self, option: u32) -> Parsed<bool> {
-        let Ok((header, rest)) = opt::AnswerHeader::read_from_prefix(&self.input) else { return Ok(false) };
-        if header.magic.get() != opt::ANSWER_MAGIC {
-            return Err(ProtocolError::new("Unexpected option reply magic"));
-        }
-        if header.option.get() != option {
-            return Err(ProtocolError::new(format!("Unexpected option type {}", header.option.get())));
-        }
-        let length = usize::try_from(header.length.get()).unwrap_or(usize::MAX);
-        if length > MAX_KEPT {
-            return Err(ProtocolError::new(format!("option reply is too long: {length}")));
-        }
-        let Some(payload) = rest.get(..length) else { return Ok(false) };
-        let payload = payload.to_vec();
-        self.input.drain(..size_of::<opt::AnswerHeader>() + length);
-        let kind = header.kind.get();
+        let Some((kind, payload)) = take_answer(&mut self.input, option)? else { return Ok(false) };
         if kind >= opt::REP_ERROR {
             self.refused(option, kind, &payload);
             return Ok(true);

@@ -1,6 +1,7 @@
 //! The handshake: each half is a state machine that takes bytes and gives bytes and events.
 
 pub mod client;
+pub mod list;
 pub mod server;
 
 /// The largest option or answer payload that is kept, in bytes. Longer ones are skipped and refused.
@@ -11,6 +12,7 @@ pub(crate) const MAX_SKIPPED: u32 = 32 << 20;
 #[cfg(test)]
 mod tests {
     use super::client::{ClientHandshake, Progress, Wish};
+    use super::list::{self, ListHandshake};
     use super::server::{Ask, ServerHandshake, Step};
     use crate::options::ExportInfo;
     use crate::{Framing, flags};
@@ -93,6 +95,77 @@ mod tests {
         assert_eq!(list, [("disk".to_owned(), "a disk".to_owned())]);
     }
 
+    /// A server that is asked for everything it has.
+    fn look() -> list::Progress {
+        let mut server = ServerHandshake::new();
+        let mut client = ListHandshake::default();
+        loop {
+            for bytes in server.take_output().chunks(7) {
+                client.feed(bytes);
+            }
+            let told = client.step();
+            for bytes in client.take_output().chunks(5) {
+                server.feed(bytes);
+            }
+            let answer = serve(&mut server);
+            if told != list::Progress::NeedBytes {
+                assert_eq!(answer, Step::Abort, "it says goodbye");
+                return told;
+            }
+        }
+    }
+
+    #[test]
+    fn a_catalogue_has_all_that_the_server_tells() {
+        let list::Progress::Done(found) = look() else { panic!("refused") };
+        assert_eq!(found.framing, Framing::Extended);
+        let expected = list::Listed {
+            name: "disk".into(),
+            description: "a disk".into(),
+            size_and_flags: Some((1 << 20, found.exports[0].size_and_flags.unwrap().1)),
+            blocks: Some((512, 4096, 32 << 20)),
+            contexts: vec!["base:allocation".into(), "qemu:allocation-depth".into()],
+        };
+        assert_eq!(found.exports, [expected]);
+    }
+
+    #[test]
+    fn an_oldstyle_server_has_one_export_without_a_name() {
+        let mut client = ListHandshake::default();
+        client.feed(b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53");
+        client.feed(&(1_u64 << 20).to_be_bytes());
+        assert_eq!(client.step(), list::Progress::NeedBytes);
+        client.feed(&[0, 0, 0, 3]);
+        let list::Progress::Done(found) = client.step() else { panic!("refused") };
+        assert_eq!(found.framing, Framing::Simple);
+        assert_eq!(found.exports[0].size_and_flags, Some((1 << 20, 3)));
+    }
+
+    #[test]
+    fn a_list_without_end_is_not_listened_to() {
+        let mut client = ListHandshake::default();
+        client.feed(&ServerHandshake::new().take_output());
+        client.step();
+        let answer = |option: u32, kind: u32, payload: &[u8]| {
+            let mut bytes = crate::options::ANSWER_MAGIC.to_be_bytes().to_vec();
+            bytes.extend(option.to_be_bytes());
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
+            bytes.extend(payload);
+            bytes
+        };
+        client.feed(&answer(crate::options::EXTENDED_HEADERS, crate::options::REP_ACK, &[]));
+        assert_eq!(client.step(), list::Progress::NeedBytes);
+        let mut export = 60_000_u32.to_be_bytes().to_vec();
+        export.resize(60_004, b'x');
+        let export = answer(crate::options::LIST, crate::options::REP_SERVER, &export);
+        let fed = (0..1000).find(|_| {
+            client.feed(&export);
+            matches!(client.step(), list::Progress::Fail(_))
+        });
+        assert!(fed.is_some(), "it must end");
+    }
+
     #[test]
     fn random_bytes_do_no_harm() {
         let mut state = 88_172_645_463_325_252_u64;
@@ -105,8 +178,10 @@ mod tests {
         for round in 0..2000 {
             let mut server = ServerHandshake::new();
             let mut client = ClientHandshake::new(Wish { framing: Framing::Extended, ..Wish::default() });
+            let mut looker = ListHandshake::default();
             server.feed(&[0, 0, 0, 3]);
             client.feed(&ServerHandshake::new().take_output());
+            looker.feed(&ServerHandshake::new().take_output());
             for _ in 0..20 {
                 // Half of the time a sound head with random insides.
                 let mut bytes = Vec::new();
@@ -121,6 +196,8 @@ mod tests {
                 serve(&mut server);
                 client.feed(&bytes);
                 client.step();
+                looker.feed(&bytes);
+                looker.step();
             }
         }
     }
