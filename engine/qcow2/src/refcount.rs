@@ -65,11 +65,23 @@ pub(crate) struct State {
     hint: u64,
     /// One bit for each slice: no free cluster in it.
     full: Vec<u64>,
-    /// Where a search stopped for a slice to be loaded: hint, clusters wanted, start of the free run, position.
-    stopped: Option<(u64, u64, u64, u64)>,
+    /// Counts what makes a search that stopped begin anew: clusters taken or freed, blocks made.
+    changes: u64,
     /// Where the next compressed cluster may go; 0 = nowhere in particular.
     pub(crate) packed: u64,
     loaded: bool,
+}
+
+/// Where a search stopped for a slice to be loaded. Everybody who searches keeps an own one: several who share one
+/// would send each other back to the start for ever, if the cache does not hold all that lies between.
+#[derive(Clone, Copy)]
+struct Stopped {
+    /// The state's, then.
+    changes: u64,
+    /// Start of the free run.
+    start: u64,
+    /// Position.
+    at: u64,
 }
 
 /// What a search came to.
@@ -198,9 +210,9 @@ impl Refcounts {
     }
 
     /// Finds `wanted` free clusters in a row and takes them.
-    fn try_take(&self, wanted: u64) -> Try {
+    fn try_take(&self, wanted: u64, stopped: &mut Option<Stopped>) -> Try {
         let mut state = self.state();
-        let first = match self.find(&mut state, wanted) {
+        let first = match self.find(&mut state, wanted, stopped) {
             Ok(first) => first,
             Err(other) => return other,
         };
@@ -219,7 +231,7 @@ impl Refcounts {
         for slice in slices.clone() {
             // Dirty slices stay in the cache, however small it is, until all of them are there.
             if self.cache.update(slice, |_| ()).is_none() {
-                state.stopped = Some((state.hint, wanted, first, end));
+                *stopped = Some(Stopped { changes: state.changes, start: first, at: end });
                 return Try::Load(slice);
             }
         }
@@ -236,18 +248,22 @@ impl Refcounts {
             }
         }
         state.hint = end;
-        state.stopped = None;
+        state.changes += 1;
         let fresh = first >= self.end.fetch_max(end, Ordering::AcqRel);
         Try::Done(Allocated { host: first << self.cluster_bits, fresh })
     }
 
     /// Looks for `wanted` free clusters in a row, from the hint on.
-    fn find(&self, state: &mut State, wanted: u64) -> std::result::Result<u64, Try> {
-        let (mut start, mut at) = match state.stopped {
-            Some((hint, count, start, at)) if hint == state.hint && count == wanted => (start, at),
+    fn find(
+        &self,
+        state: &mut State,
+        wanted: u64,
+        stopped: &mut Option<Stopped>,
+    ) -> std::result::Result<u64, Try> {
+        let (mut start, mut at) = match stopped.take() {
+            Some(stopped) if stopped.changes == state.changes => (stopped.start, stopped.at),
             _ => (state.hint, state.hint),
         };
-        state.stopped = None;
         while at - start < wanted {
             let block = at >> self.block_bits;
             if block >= state.table.len() as u64 {
@@ -279,7 +295,7 @@ impl Refcounts {
                 (start, any)
             };
             let Some((new_start, any)) = self.cache.view(slice, look) else {
-                state.stopped = Some((state.hint, wanted, start, at));
+                *stopped = Some(Stopped { changes: state.changes, start, at });
                 return Err(Try::Load(slice));
             };
             if whole && !any {
@@ -345,8 +361,9 @@ impl Qcow2 {
 
     /// Takes `count` free clusters in a row; each has one reference now.
     pub(crate) async fn alloc_clusters(&self, cx: &Cx<'_>, count: u64) -> Result<Allocated> {
+        let mut stopped = None;
         loop {
-            match self.refcounts.try_take(count) {
+            match self.refcounts.try_take(count, &mut stopped) {
                 Try::Done(found) => {
                     self.check_allocated(cx, found.host, count).await?;
                     return Ok(found);
@@ -449,13 +466,14 @@ impl Qcow2 {
         let refcounts = &self.refcounts;
         let _growth = refcounts.growth.lock().await;
         // Where the block goes, and which block that makes: a cluster in a range without a block holds that range's own.
+        let mut stopped = None;
         let (cluster, block, own) = loop {
             let load = {
                 let mut state = refcounts.state();
                 if state.block(block).is_some() {
                     return Ok(());
                 }
-                match refcounts.find(&mut state, 1) {
+                match refcounts.find(&mut state, 1, &mut stopped) {
                     Ok(cluster) => {
                         let home = cluster >> refcounts.block_bits;
                         if block.max(home) >= state.table.len() as u64 {
@@ -600,7 +618,7 @@ impl Refcounts {
     fn take_one(&self, state: &mut State, cluster: u64) -> Option<u64> {
         self.cache.update(cluster >> self.slice_bits, |words| self.set(words, cluster, 1))?;
         state.hint = cluster + 1;
-        state.stopped = None;
+        state.changes += 1;
         Some(cluster)
     }
 
@@ -622,7 +640,7 @@ impl Refcounts {
             state.table[index] = cluster << self.cluster_bits;
             state.dirty.insert(index / SECTOR_ENTRIES);
         }
-        state.stopped = None;
+        state.changes += 1;
     }
 
     /// Lowers the counts of `from..to` in one slice. `None` if the slice is not in the cache; else the first cluster
@@ -648,7 +666,7 @@ impl Refcounts {
         })?;
         if let Some(free) = lowest_free {
             state.hint = state.hint.min(free);
-            state.stopped = None;
+            state.changes += 1;
             state.set_full(slice, false);
         }
         if packed_gone {

@@ -71,6 +71,8 @@ struct Bytes {
     /// What power cuts just before each flush may leave, when somebody wants to know.
     cuts: Option<Vec<Vec<u8>>>,
     forget: bool,
+    /// Every request takes equally long.
+    steady: bool,
 }
 
 /// A disk in memory.
@@ -90,6 +92,7 @@ impl Disk {
             flushes: 0,
             cuts: None,
             forget: false,
+            steady: false,
         })))
     }
     fn lock(&self) -> MutexGuard<'_, Bytes> {
@@ -107,6 +110,11 @@ impl Disk {
     /// Nobody will ask what a power cut leaves.
     pub fn forget_cuts(self: Arc<Self>) -> Arc<Self> {
         self.lock().forget = true;
+        self
+    }
+    /// Every request takes equally long from now on.
+    pub fn steady(self: Arc<Self>) -> Arc<Self> {
+        self.lock().steady = true;
         self
     }
     pub fn record_cuts(&self) {
@@ -135,9 +143,17 @@ impl Disk {
     }
     async fn pause(&self) {
         let mut polls = {
-            let rng = &mut self.lock().rng;
+            let mut bytes = self.lock();
+            let steady = bytes.steady;
+            let rng = &mut bytes.rng;
             // Mostly quick, sometimes slow enough for everything else to happen meanwhile.
-            if rng.below(12) == 0 { rng.below(120) } else { rng.below(4) }
+            if steady {
+                2
+            } else if rng.below(12) == 0 {
+                rng.below(120)
+            } else {
+                rng.below(4)
+            }
         };
         std::future::poll_fn(move |_| {
             polls = polls.saturating_sub(1);

@@ -230,6 +230,29 @@ fn requests_all_at_once_do_not_disturb_each_other() {
     }
 }
 
+/// Searches for room in a fragmented image, several at once, each longer than the cache of refcounts.
+#[test]
+fn searches_for_room_do_not_send_each_other_back_for_ever() {
+    let shape = Shape { bits: 9, order: 6, extended: false, v3: true, zstd: false, size: 2048 << 9 };
+    let disk = Disk::new(shape.image(false), 5).forget_cuts().steady();
+    let setup = open(disk.clone(), None, small_caches(), true);
+    setup.write(0, &vec![1; 1024 << 9]).unwrap();
+    for hole in 0..500 {
+        run(setup.view.cx().discard(ByteRange::new(hole << 10, 512).unwrap())).unwrap();
+    }
+    setup.close();
+    let setup = open(disk, None, small_caches(), true);
+    let cx = setup.view.cx();
+    let guests = (0..24u64).map(|guest| -> Work<'_> {
+        let range = ByteRange::new((1024 + guest * 40) << 9, (8 + guest) << 9).unwrap();
+        Box::pin(
+            async move { cx.write(range, Iov::filled(range.buffer_len(), 2), WriteFlags::default()).await },
+        )
+    });
+    run(join(guests.collect())).unwrap();
+    assert_eq!(setup.read((1024 + 5 * 40) << 9, 13 << 9), vec![2; 13 << 9]);
+}
+
 /// A cluster that is rewritten, discarded and given to others while reads and writes of it are under way.
 #[test]
 fn clusters_are_not_reused_under_a_read_or_write() {
