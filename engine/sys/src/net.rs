@@ -172,13 +172,26 @@ fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     }
     let is_socket = std::fs::symlink_metadata(path)
         .is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type()));
-    let probe = socket(AddressFamily::UNIX)?;
-    if !is_socket || rustix::net::connect(&probe, &address) != Err(rustix::io::Errno::CONNREFUSED) {
+    if !is_socket || somebody_listens(&address)? {
         return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
     }
     std::fs::remove_file(path)?;
     rustix::net::bind(&fd, &address)?;
     Ok(fd)
+}
+
+/// Whether a process that lives listens there. The kernel takes a killed process' requests down in its own time, and
+/// its socket with them: until then it still takes connections that nobody will ever answer.
+fn somebody_listens(address: &SocketAddrUnix) -> io::Result<bool> {
+    let probe = socket(AddressFamily::UNIX)?;
+    match rustix::net::connect(&probe, address) {
+        Err(rustix::io::Errno::CONNREFUSED) => return Ok(false),
+        Err(_) => return Ok(true),
+        Ok(()) => {}
+    }
+    // A listener of another PID namespace has no number here; it counts as alive.
+    let listener = sockopt::socket_peercred(&probe).ok().map(|peer| peer.pid);
+    Ok(listener.is_none_or(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)))
 }
 
 fn bind_inet(addresses: &[SocketAddr]) -> io::Result<OwnedFd> {
