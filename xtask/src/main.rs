@@ -13,6 +13,8 @@ Commands:
   test    install what the comparison tests need (where it may), then run all tests:
           unit, property and power-cut tests, and the comparisons with QEMU's tools
   check   formatting, lints and documentation
+  bench   the same work on Underlay and on the installed QEMU, in alternation
+          (cargo xtask bench --help; --quick only shows that it works)
 
 Environment:
   UNDERLAY_SEEDS=N          seeds per property (default: what CI runs)
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
     let ok = match command.as_str() {
         "test" => test(),
         "check" => check(),
+        "bench" => bench(arguments),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             true
@@ -85,6 +88,15 @@ fn test() -> bool {
     // The binary first: tests of the command line start it.
     let built = step(cargo().args(["build", "--release", "--package", "underlay"]));
     built && step(cargo().args(["test", "--workspace", "--no-fail-fast"]))
+}
+
+fn bench(arguments: impl Iterator<Item = String>) -> bool {
+    let built =
+        step(cargo().args(["build", "--release", "--package", "underlay", "--package", "underlay-bench"]));
+    built
+        && step(
+            Command::new(root().join("target/release/underlay-bench")).current_dir(root()).args(arguments),
+        )
 }
 
 /// Installs the programs that the comparison tests need, if this is a Debian on which we may; else says what is

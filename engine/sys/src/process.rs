@@ -4,7 +4,44 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus};
+use std::time::Duration;
+
+/// What a process needed during its life.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Processor time, the kernel's for it included.
+    pub cpu: Duration,
+    /// Most memory that was resident at once, in bytes.
+    pub peak: u64,
+}
+
+/// Waits for the end of `child`, and tells what it needed.
+pub fn wait_with_usage(child: Child) -> io::Result<(ExitStatus, Usage)> {
+    let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+    let mut status = 0;
+    // SAFETY: all zeroes is a value of this plain struct.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills in both; nobody else waits for this child, as it is ours.
+    while unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    let time = |at: libc::timeval| {
+        let parts = (u64::try_from(at.tv_sec).unwrap_or(0), u64::try_from(at.tv_usec).unwrap_or(0));
+        Duration::from_secs(parts.0) + Duration::from_micros(parts.1)
+    };
+    let usage = Usage {
+        cpu: time(usage.ru_utime) + time(usage.ru_stime),
+        // Linux counts KiB.
+        peak: u64::try_from(usage.ru_maxrss).unwrap_or(0) << 10,
+    };
+    Ok((ExitStatus::from_raw(status), usage))
+}
 
 /// The child's end of a daemon's birth: the parent waits until it hears that all is well.
 #[derive(Debug)]

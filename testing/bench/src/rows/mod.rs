@@ -1,0 +1,101 @@
+//! The rows: one kind of work each, with the target that it has to meet.
+
+mod during;
+mod guest;
+mod jobs;
+mod start;
+mod tools;
+
+use std::path::PathBuf;
+
+use crate::image;
+use crate::measure::{Outcome, Sample};
+use crate::side::{Programs, Side};
+
+/// What is needed to measure anything.
+pub struct Bench {
+    pub programs: Programs,
+    /// Where the images lie; emptied between samples.
+    pub folder: PathBuf,
+    /// How long a load runs.
+    pub seconds: f64,
+    /// Everything is small: it need only work.
+    pub quick: bool,
+}
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+impl Bench {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// A size in bytes, or a small one for a quick run.
+    pub fn size(&self, bytes: u64) -> u64 {
+        if self.quick { (bytes / 64).max(16 * MIB) } else { bytes }
+    }
+
+    /// See [`image::warm_up`].
+    pub fn warm_up(&self, bytes: u64) -> Outcome<()> {
+        if self.quick { Ok(()) } else { image::warm_up(&self.folder, bytes) }
+    }
+
+    /// One sample of a row, in an empty folder.
+    pub fn sample(&self, row: &Row, side: Side) -> Outcome<Vec<Sample>> {
+        for entry in std::fs::read_dir(&self.folder)? {
+            std::fs::remove_file(entry?.path())?;
+        }
+        (row.work)(self, side).map_err(|error| format!("{} on {side:?}: {error}", row.name).into())
+    }
+}
+
+/// What a part of a row has to reach.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// QEMU's value divided by ours is at least this.
+    Ratio(f64),
+    /// Our value is at most this.
+    Value(f64),
+    /// Only for information.
+    None,
+}
+
+/// One value of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    pub name: &'static str,
+    pub unit: &'static str,
+    pub target: Target,
+}
+
+type Work = Box<dyn Fn(&Bench, Side) -> Outcome<Vec<Sample>>>;
+
+/// A row: does the work on one side, and gives a sample for each part.
+pub struct Row {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub parts: Vec<Part>,
+    work: Work,
+}
+
+impl Row {
+    /// A row with a single value.
+    fn one(
+        name: &'static str,
+        about: &'static str,
+        (unit, target): (&'static str, Target),
+        work: impl Fn(&Bench, Side) -> Outcome<Sample> + 'static,
+    ) -> Self {
+        let parts = vec![Part { name: "", unit, target }];
+        Self { name, about, parts, work: Box::new(move |bench, side| Ok(vec![work(bench, side)?])) }
+    }
+}
+
+/// All rows, in the order of the targets.
+pub fn all() -> Vec<Row> {
+    [guest::rows(), jobs::rows(), during::rows(), tools::rows(), start::rows()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
