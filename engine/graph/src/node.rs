@@ -127,6 +127,10 @@ pub trait Node: Debug + Send + Sync {
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
         Ok(())
     }
+    /// The answer of [`Node::map`] if it is known without waiting for anything.
+    fn map_now(&self, _cx: &Cx<'_>, _range: ByteRange) -> Option<Extent> {
+        None
+    }
     /// Where the first bytes of `range` live in this layer. The default suits a node that simply has its bytes.
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         Ok(Extent::new(Place::Data(range.start()), range.len()))

@@ -273,7 +273,10 @@ impl<'a> Cx<'a> {
 
     /// Where the first bytes of `range` live in this one layer.
     pub async fn map(&self, range: ByteRange) -> Result<Extent> {
-        self.node().map(self, range).await
+        match self.node().map_now(self, range) {
+            Some(extent) => Ok(extent),
+            None => self.node().map(self, range).await,
+        }
     }
 
     fn touched(&self, range: ByteRange) {

@@ -181,6 +181,15 @@ impl Qcow2 {
         Ok(extent)
     }
 
+    /// The answer of [`Qcow2::map_fully`], if it is in memory and true.
+    pub(crate) fn map_fully_now(&self, range: ByteRange) -> Option<Extent> {
+        let mut extent = self.map_now(range)?;
+        if matches!(extent.place, Place::Data(_)) {
+            extent.recurse = *self.preallocated.get()?;
+        }
+        Some(extent)
+    }
+
     /// Whether the image has far more clusters than its file has bytes on the medium: made with preallocated metadata.
     /// Found out once. The measure (a tenth more) is QEMU's, observed.
     async fn is_preallocated(&self, cx: &Cx<'_>) -> bool {

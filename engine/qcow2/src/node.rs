@@ -76,6 +76,10 @@ impl Node for Qcow2 {
         if self.is_writable() { self.commit(cx).await } else { cx.below().flush().await }
     }
 
+    fn map_now(&self, _cx: &Cx<'_>, range: ByteRange) -> Option<Extent> {
+        self.map_fully_now(range)
+    }
+
     async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         self.map_fully(cx, range).await
     }

@@ -1,7 +1,9 @@
 //! `map`: where the bytes of an image are.
 
+use std::io::Write;
+
 use underlay_drivers::filename;
-use underlay_graph::ByteRange;
+use underlay_graph::{ByteRange, NodeId};
 use underlay_graph::status::{Status, status};
 
 use crate::getopt::{Known, parse};
@@ -52,30 +54,36 @@ pub async fn run(words: &[String]) -> Outcome {
     };
     let how = How { format: format.as_deref(), force_share, ..How::default() };
     let opened = image(name, how).await?;
-    let extents = extents(&opened, start, most).await?;
-    let printed = if json { print_json(&extents) } else { print_human(&opened, &extents) };
+    let printed = print(&opened, start, most, json).await;
     opened.close().await?;
     printed
 }
 
-/// The extents of an image, neighbours that are alike in one.
-async fn extents(image: &Image, start: u64, most: u64) -> Result<Vec<(u64, Status)>, Failure> {
+/// Prints the extents of an image, neighbours that are alike in one.
+async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let failed = |error| Failure::new(format!("Failed to read image metadata: {error}"));
     let inside = image.root.enter().await.map_err(failed)?;
     let cx = inside.cx();
     let end = cx.length().min(start.saturating_add(most));
     let mut rest = ByteRange::between(start, end);
-    let mut extents: Vec<(u64, Status)> = Vec::new();
+    let mut printer = if json { Printer::json() } else { Printer::human(image) };
+    let mut last: Option<(u64, Status)> = None;
     while !rest.is_empty() {
         let found = status(&cx, rest.split(STRIDE).0, None).await.map_err(failed)?;
-        let at = rest.start();
-        match extents.last_mut() {
+        match &mut last {
             Some((_, last)) if continues(last, &found) => last.len += found.len,
-            _ => extents.push((at, found)),
+            _ => {
+                if let Some((at, extent)) = last.replace((rest.start(), found)) {
+                    printer.extent(at, &extent)?;
+                }
+            }
         }
         rest = rest.split(found.len).1;
     }
-    Ok(extents)
+    if let Some((at, extent)) = last {
+        printer.extent(at, &extent)?;
+    }
+    printer.end()
 }
 
 fn continues(last: &Status, next: &Status) -> bool {
@@ -87,30 +95,148 @@ fn continues(last: &Status, next: &Status) -> bool {
     kind(last) == kind(next) && follows
 }
 
-fn print_json(extents: &[(u64, Status)]) -> Outcome {
-    let line = |(start, s): &(u64, Status)| {
-        let offset = s.offset.map_or_else(String::new, |offset| format!(", \"offset\": {offset}"));
-        format!(
-            "{{ \"start\": {start}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \
-             \"compressed\": {}{offset}}}",
-            s.len, s.depth, s.allocated, s.zero, s.data, s.encoded
-        )
-    };
-    let lines: Vec<_> = extents.iter().map(line).collect();
-    println!("[{}]", lines.join(",\n"));
-    Ok(())
+/// Bytes that are printed at once.
+const PAGE: usize = 64 << 10;
+
+/// Writes lines. There may be millions, so numbers and text are put together by hand.
+struct Printer<'a> {
+    out: Vec<u8>,
+    /// For people; else JSON.
+    human: Option<Human<'a>>,
+    middle: Middle,
+    first: bool,
 }
 
-fn print_human(image: &Image, extents: &[(u64, Status)]) -> Outcome {
-    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
-    let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
-    let wires = image.wires();
-    for (start, s) in extents.iter().filter(|(_, s)| s.data && !s.zero) {
+/// What lines for people need: the names of the files.
+struct Human<'a> {
+    image: &'a Image,
+    known: Option<(NodeId, String)>,
+}
+
+impl<'a> Printer<'a> {
+    fn json() -> Self {
+        Self { out: b"[".to_vec(), human: None, middle: Middle::default(), first: true }
+    }
+
+    fn human(image: &'a Image) -> Self {
+        let head = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");
+        let human = Some(Human { image, known: None });
+        Self { out: head.into_bytes(), human, middle: Middle::default(), first: true }
+    }
+
+    fn extent(&mut self, at: u64, s: &Status) -> Outcome {
+        match &mut self.human {
+            None => {
+                if !std::mem::take(&mut self.first) {
+                    self.out.extend(b",\n");
+                }
+                json_line(&mut self.out, &mut self.middle, at, s);
+            }
+            Some(human) => human.line(&mut self.out, at, s)?,
+        }
+        if self.out.len() >= PAGE { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Outcome {
+        let written = std::io::stdout().lock().write_all(&self.out);
+        self.out.clear();
+        written.map_err(|error| Failure::new(format!("Cannot write to standard output: {error}")))
+    }
+
+    fn end(mut self) -> Outcome {
+        if self.human.is_none() {
+            self.out.extend(b"]\n");
+        }
+        self.flush()
+    }
+}
+
+/// The middle of a line, which mostly is that of the line before.
+#[derive(Default)]
+struct Middle {
+    of: Option<(u32, [bool; 5])>,
+    text: Vec<u8>,
+}
+
+impl Middle {
+    fn text(&mut self, s: &Status) -> &[u8] {
+        let of = Some((s.depth, [s.allocated, s.zero, s.data, s.encoded, s.offset.is_some()]));
+        if self.of != of {
+            self.of = of;
+            self.text = format!(
+                ", \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \"compressed\": {}{}",
+                s.depth,
+                s.allocated,
+                s.zero,
+                s.data,
+                s.encoded,
+                if s.offset.is_some() { ", \"offset\": " } else { "" }
+            )
+            .into_bytes();
+        }
+        &self.text
+    }
+}
+
+fn json_line(out: &mut Vec<u8>, middle: &mut Middle, at: u64, s: &Status) {
+    out.extend(b"{ \"start\": ");
+    decimal(out, at);
+    out.extend(b", \"length\": ");
+    decimal(out, s.len);
+    out.extend(middle.text(s));
+    if let Some(offset) = s.offset {
+        decimal(out, offset);
+    }
+    out.push(b'}');
+}
+
+fn decimal(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    // Two at a time: half the divisions.
+    while number >= 10 {
+        let pair = (number % 100).to_le_bytes()[0];
+        number /= 100;
+        at -= 2;
+        digits[at] = b'0' + pair / 10;
+        digits[at + 1] = b'0' + pair % 10;
+    }
+    if number > 0 || at == digits.len() {
+        at -= 1;
+        digits[at] = b'0' + number.to_le_bytes()[0];
+    }
+    out.extend(&digits[at..]);
+}
+
+impl Human<'_> {
+    fn line(&mut self, out: &mut Vec<u8>, at: u64, s: &Status) -> Outcome {
+        if !s.data || s.zero {
+            return Ok(());
+        }
         let (Some(offset), Some(file)) = (s.offset, s.file) else {
             return Err(Failure::new("File contains external, encrypted or compressed clusters."));
         };
-        let name = filename::of(&wires.view(file));
-        println!("{:<16}{:<16}{:<16}{name}", hex(*start), hex(s.len), hex(offset));
+        let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
+        let name = match &self.known {
+            Some((known, name)) if *known == file => name.clone(),
+            _ => filename::of(&self.image.wires().view(file)),
+        };
+        out.extend(format!("{:<16}{:<16}{:<16}{name}\n", hex(at), hex(s.len), hex(offset)).into_bytes());
+        self.known = Some((file, name));
+        Ok(())
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decimals() {
+        for number in [0, 7, 10, 1_234_567_890, u64::MAX] {
+            let mut out = Vec::new();
+            decimal(&mut out, number);
+            assert_eq!(out, number.to_string().into_bytes());
+        }
+    }
 }

@@ -166,6 +166,10 @@ impl Node for Raw {
         cx.below().flush().await
     }
 
+    fn map_now(&self, _cx: &Cx<'_>, range: ByteRange) -> Option<Extent> {
+        self.map_cached(range)
+    }
+
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         Ok(Extent { place: Place::Data(self.offset + range.start()), len: range.len(), recurse: true })
     }

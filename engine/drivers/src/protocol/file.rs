@@ -1,6 +1,7 @@
 //! Files and block devices of the host: the drivers `file` and `host_device`.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -81,6 +82,43 @@ pub struct FileNode {
     growth: RwLock<()>,
     /// A flush has failed: what was written before may be lost, and no later flush may say otherwise.
     lost_writes: AtomicBool,
+    known: Mutex<Known>,
+    /// Nobody writes to the file, and a lock sees to it.
+    holes_stay: AtomicBool,
+}
+
+/// Most runs that are remembered.
+const KNOWN_RUNS: usize = 4096;
+
+/// What the file system has said about the file: runs of data and holes, by their first byte. Looking for the end of
+/// a run takes as long as the run, so who goes through a file in steps would take the square of it. To take a hole
+/// for data is never wrong; holes are remembered only while they must stay holes.
+#[derive(Debug, Default)]
+struct Known {
+    runs: BTreeMap<u64, Run>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    end: u64,
+    data: bool,
+}
+
+impl Known {
+    fn at(&self, start: u64) -> Option<Run> {
+        self.runs.range(..=start).next_back().map(|(_, run)| *run).filter(|run| start < run.end)
+    }
+
+    fn learn(&mut self, start: u64, run: Run) {
+        // What begins inside it ends with it.
+        while let Some((&inside, _)) = self.runs.range(start..run.end).next() {
+            self.runs.remove(&inside);
+        }
+        if self.runs.len() >= KNOWN_RUNS {
+            self.runs.clear();
+        }
+        self.runs.insert(start, run);
+    }
 }
 
 fn open_file(name: &str, write: bool, direct: bool) -> std::io::Result<File> {
@@ -157,6 +195,8 @@ impl FileNode {
             length: AtomicU64::new(length),
             growth: RwLock::new(()),
             lost_writes: AtomicBool::new(false),
+            known: Mutex::default(),
+            holes_stay: AtomicBool::new(false),
         })
     }
 
@@ -167,6 +207,15 @@ impl FileNode {
 
     fn file(&self) -> Arc<File> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where there was data there may be holes now.
+    fn forget_data(&self) {
+        *self.known() = Known::default();
     }
 
     fn open_state(&self) -> MutexGuard<'_, Open> {
@@ -277,6 +326,7 @@ impl Node for FileNode {
     async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
         let file = self.file();
         let length = self.length(cx);
+        self.forget_data();
         if flags.may_unmap && range.end() <= length {
             match file.allocate(Allocate::PunchHole, range.start(), range.len()).await.map_err(unsupported) {
                 Err(error) if error == IoError::ENOTSUP => {}
@@ -299,6 +349,7 @@ impl Node for FileNode {
             return Ok(());
         }
         let punched = self.file().allocate(Allocate::PunchHole, range.start(), range.len()).await;
+        self.forget_data();
         match punched.map_err(unsupported) {
             Err(error) if error == IoError::ENOTSUP => Ok(()),
             other => other,
@@ -320,10 +371,21 @@ impl Node for FileNode {
         Ok(synced?)
     }
 
+    fn map_now(&self, cx: &Cx<'_>, range: ByteRange) -> Option<Extent> {
+        let start = range.start();
+        if start >= self.length(cx) {
+            return Some(Extent::new(Place::Zero, range.len()));
+        }
+        let run = self.known().at(start)?;
+        let place = if run.data { Place::Data(start) } else { Place::Zero };
+        Some(Extent::new(place, run.end.min(range.end()) - start))
+    }
+
     async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         let file = self.file();
         let (start, end) = (range.start(), range.end());
-        if start >= self.length(cx) {
+        let length = self.length(cx);
+        if start >= length {
             return Ok(Extent::new(Place::Zero, range.len()));
         }
         let Ok(data) = file.seek_data(start) else {
@@ -331,10 +393,17 @@ impl Node for FileNode {
         };
         match data {
             Some(data) if data <= start => {
-                let hole = file.seek_hole(start)?.unwrap_or(end).clamp(start + 1, end);
-                Ok(Extent::new(Place::Data(start), hole - start))
+                let hole = file.seek_hole(start)?.unwrap_or(end).max(start + 1);
+                self.known().learn(start, Run { end: hole, data: true });
+                Ok(Extent::new(Place::Data(start), hole.min(end) - start))
             }
-            data => Ok(Extent::new(Place::Zero, data.unwrap_or(end).min(end) - start)),
+            data => {
+                let data = data.unwrap_or(length).max(start + 1);
+                if self.holes_stay.load(Ordering::Acquire) {
+                    self.known().learn(start, Run { end: data, data: false });
+                }
+                Ok(Extent::new(Place::Zero, data.min(end) - start))
+            }
         }
     }
 
@@ -346,6 +415,7 @@ impl Node for FileNode {
             };
         }
         let _alone = self.growth.write().await;
+        self.forget_data();
         let (file, length) = (self.file(), self.length(cx));
         let cannot = |error: std::io::Error, what: &str| IoError::from(error).context(what);
         if size > length {
@@ -378,6 +448,8 @@ impl Node for FileNode {
 
     async fn set_access(&self, _cx: &Cx<'_>, access: Access) -> Result<()> {
         let mut open = self.open_state();
+        self.holes_stay.store(false, Ordering::Release);
+        self.forget_data();
         if access.writable != open.writable {
             self.reopen(&mut open, access.writable)?;
         }
@@ -388,6 +460,8 @@ impl Node for FileNode {
         let open = &mut *open;
         locks::gain(&open.file, &self.filename, &mut open.held, wanted)?;
         locks::give_up(&open.file, &mut open.held, wanted);
+        let others_may_write = self.force_share || access.shared.has(Perms::WRITE);
+        self.holes_stay.store(!access.writable && !others_may_write, Ordering::Release);
         Ok(())
     }
 
