@@ -40,11 +40,17 @@ fn main() {
         Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     exit(match name.as_str() {
         "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
-        "qemu-img" => underlay_img::main(&program, &rest),
+        "qemu-img" => img(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
         "qemu-nbd" => underlay_nbd_server::main(&program, &rest),
         _ => underlay(&rest),
     });
+}
+
+/// What it prints is often piped into something that stops reading.
+fn img(program: &str, words: &[String]) -> i32 {
+    underlay_sys::process::end_with_broken_pipe();
+    underlay_img::main(program, words)
 }
 
 fn underlay(words: &[String]) -> i32 {
@@ -54,7 +60,7 @@ fn underlay(words: &[String]) -> i32 {
     };
     match command.as_str() {
         "storage-daemon" => storage_daemon::main("qemu-storage-daemon", rest),
-        "img" => underlay_img::main("qemu-img", rest),
+        "img" => img("qemu-img", rest),
         "io" => underlay_io::main("qemu-io", rest),
         "nbd" => underlay_nbd_server::main("qemu-nbd", rest),
         "tour" => underlay_tour::main(rest),

@@ -87,10 +87,14 @@ fn test() -> bool {
     install_needed();
     // The binary first: tests of the command line start it.
     let built = step(cargo().args(["build", "--release", "--package", "underlay"]));
-    built && step(cargo().args(["test", "--workspace", "--no-fail-fast"]))
+    let tested = built && step(cargo().args(["test", "--workspace", "--no-fail-fast"]));
+    // Only that it still works; figures of a machine that does other things meanwhile are worth nothing.
+    let measures = built
+        && bench(["--quick", "--folder", "target", "read-raw", "stream-dense", "info"].map(str::to_owned));
+    tested && measures
 }
 
-fn bench(arguments: impl Iterator<Item = String>) -> bool {
+fn bench(arguments: impl IntoIterator<Item = String>) -> bool {
     let built =
         step(cargo().args(["build", "--release", "--package", "underlay", "--package", "underlay-bench"]));
     built

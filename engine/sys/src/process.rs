@@ -9,6 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
+/// From now on a write into a pipe that nobody reads ends the process, without a word, as it does other programs of the
+/// command line. (Rust's start-up code has it fail instead.)
+pub fn end_with_broken_pipe() {
+    // SAFETY: the default action of a signal runs none of our code.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// What a process needed during its life.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {

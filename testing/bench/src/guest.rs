@@ -176,7 +176,9 @@ pub fn run(client: Client, load: Load, until: Until<'_>, seed: u64) -> Outcome<S
     while guest.client.in_flight() > 0 {
         guest.complete()?;
         more = more
-            && !(guest.times.len().is_multiple_of(16) && load.order != Order::EachCluster && until.is_over(begun));
+            && !(guest.times.len().is_multiple_of(16)
+                && load.order != Order::EachCluster
+                && until.is_over(begun));
         if more {
             more = guest.submit()?;
         }

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use underlay_drivers::filename;
-use underlay_graph::{ByteRange, NodeId};
 use underlay_graph::status::{Status, status};
+use underlay_graph::{ByteRange, NodeId};
 
 use crate::getopt::{Known, parse};
 use crate::info::is_json;
