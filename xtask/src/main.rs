@@ -11,7 +11,8 @@ Usage: cargo xtask COMMAND
 
 Commands:
   test    install what the comparison tests need (where it may), then run all tests:
-          unit, property and power-cut tests, and the comparisons with QEMU's tools
+          unit, property and power-cut tests, and the comparisons with QEMU's tools;
+          then the daemon is killed in the midst of each operation, a few times
   check   formatting, lints and documentation
   bench   the same work on Underlay and on the installed QEMU, in alternation
           (cargo xtask bench --help; --quick only shows that it works)
@@ -91,7 +92,7 @@ fn test() -> bool {
     // Only that it still works; figures of a machine that does other things meanwhile are worth nothing.
     let measures = built
         && bench(["--quick", "--folder", "target", "read-raw", "stream-dense", "info"].map(str::to_owned));
-    tested && measures
+    tested && measures && kill()
 }
 
 fn bench(arguments: impl IntoIterator<Item = String>) -> bool {
@@ -101,6 +102,11 @@ fn bench(arguments: impl IntoIterator<Item = String>) -> bool {
         && step(
             Command::new(root().join("target/release/underlay-bench")).current_dir(root()).args(arguments),
         )
+}
+
+/// Kills the release binary for real, a few rounds of each operation; `cargo run -p underlay-kill` does it longer.
+fn kill() -> bool {
+    step(cargo().args(["run", "--package", "underlay-kill", "--", "--rounds", "5", "--seconds", "180"]))
 }
 
 /// Installs the programs that the comparison tests need, if this is a Debian on which we may; else says what is

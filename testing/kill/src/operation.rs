@@ -1,0 +1,265 @@
+//! The operations: what is sent to the monitor, and what must hold of the files if the daemon dies at any moment of it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use underlay_graph::BackingRef;
+use underlay_qcow2::CreateOptions;
+use underlay_qmp::blocking::{Failure, Monitor};
+use underlay_qmp::json::{Object, Value};
+use underlay_sim::Rng;
+use underlay_sys::thread::block_on;
+
+use crate::daemon::{Daemon, Killer, blockdev};
+use crate::guest::{Account, Guest};
+use crate::model::{BYTES, Model};
+use crate::plan::{DISK, Moment, Operation, Plan, Snapshots};
+
+/// What must be found after the kill.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// The images of which one has the guest's disk, the likeliest first: a kill in the midst of a change leaves two.
+    pub tops: Vec<String>,
+    /// The sizes that the disk may have.
+    pub sizes: Vec<u64>,
+    /// All images that are whole.
+    pub images: Vec<String>,
+    /// How many of the guest's changes the last snapshot has flushed.
+    pub flushed: u64,
+}
+
+/// A round on its way: the daemon lives.
+pub struct Stage<'a> {
+    /// The plan.
+    pub plan: &'a Plan,
+    /// Where everything lies.
+    pub folder: &'a Path,
+    /// The daemon.
+    pub daemon: Daemon,
+    /// Its monitor.
+    pub monitor: Monitor,
+    /// What must be found.
+    pub expected: Expected,
+    guest: Option<Guest>,
+    account: Option<Account>,
+    /// How many layers there are.
+    layers: usize,
+}
+
+/// The name of a layer's node.
+fn node(layer: usize) -> String {
+    format!("layer{layer}")
+}
+
+/// The name of a layer's file.
+fn file(layer: usize) -> String {
+    format!("layer{layer}.qcow2")
+}
+
+/// Makes an image.
+fn make(folder: &Path, name: &str, options: &CreateOptions) -> Result<(), String> {
+    let path: PathBuf = folder.join(name);
+    block_on(underlay_drivers::create::qcow2(&path.to_string_lossy(), options))
+        .map_err(|error| error.to_string())
+}
+
+impl<'a> Stage<'a> {
+    /// The daemon on a new image, and the guest at work.
+    pub fn set(program: &Path, folder: &'a Path, plan: &'a Plan) -> Result<Self, String> {
+        make(folder, &file(0), &plan.create)?;
+        let (daemon, monitor) = Daemon::start(program, folder, plan, &file(0), &node(0))?;
+        let sectors = usize::try_from(DISK).map_err(|error| error.to_string())? / BYTES;
+        let guest =
+            Guest::start(&daemon.nbd(), Model::new(plan.seed | 1 << 63, sectors), plan.seed, plan.depth)?;
+        let expected = Expected { tops: vec![file(0)], sizes: vec![DISK], images: vec![file(0)], flushed: 0 };
+        let (guest, account, layers) = (Some(guest), None, 1);
+        Ok(Self { plan, folder, daemon, monitor, expected, guest, account, layers })
+    }
+
+    /// Builds the chain, then does what the plan says until the daemon is dead. What the guest knows.
+    pub fn play(mut self) -> Result<(Expected, Account), String> {
+        let chain = if self.plan.operation == Operation::Write { 2 } else { 4 };
+        for _ in 1..chain {
+            self.serve(self.plan.per_layer);
+            self.snapshot()?;
+        }
+        self.serve(self.plan.per_layer);
+        let mut killer = self.daemon.killer(self.plan);
+        let mut random = Rng::new(!self.plan.seed);
+        let outcome = match self.plan.operation {
+            Operation::Write => {
+                killer.reached(Moment::Issued);
+                Ok(())
+            }
+            Operation::Snapshot => self.snapshots(&mut killer, &mut random),
+            Operation::Stream | Operation::Commit | Operation::Active => self.job(&mut killer, &mut random),
+            Operation::Resize => self.resizes(&mut killer, &mut random),
+        };
+        killer.finish()?;
+        if self.daemon.hung() {
+            return Err("the daemon hung".to_owned());
+        }
+        if let Err(refused @ Failure::Refused(..)) = outcome {
+            return Err(refused.to_string());
+        }
+        if let Some(guest) = self.guest.take() {
+            self.account = Some(guest.join()?);
+        }
+        let mut account = self.account.take().ok_or("no guest")?;
+        account.model.flushed(self.expected.flushed);
+        Ok((self.expected, account))
+    }
+
+    fn serve(&self, requests: u64) {
+        if let Some(guest) = &self.guest {
+            guest.serve(requests);
+        }
+    }
+
+    /// A snapshot of the guest's image. Until the answer, either image may be the one with the guest's disk.
+    fn snapshot(&mut self) -> Result<(), Failure> {
+        let (below, above) = (self.layers - 1, self.layers);
+        if self.plan.snapshots != Snapshots::Sync {
+            let backing = BackingRef { file: file(below), format: Some("qcow2".to_owned()) };
+            let options = CreateOptions { backing: Some(backing), ..self.plan.create.clone() };
+            make(self.folder, &file(above), &options).map_err(Failure::Lost)?;
+        }
+        let sync = Object::new()
+            .with("node-name", node(below))
+            .with("snapshot-file", file(above))
+            .with("snapshot-node-name", node(above))
+            .with("format", "qcow2");
+        let (command, arguments) = match self.plan.snapshots {
+            Snapshots::Sync => ("blockdev-snapshot-sync", sync),
+            Snapshots::Existing => ("blockdev-snapshot-sync", sync.with("mode", "existing")),
+            Snapshots::Added => {
+                let added = blockdev(self.plan, &file(above), &node(above)).with("backing", Value::Null);
+                self.monitor.execute("blockdev-add", added)?;
+                let arguments = Object::new().with("node", node(below)).with("overlay", node(above));
+                ("blockdev-snapshot", arguments)
+            }
+        };
+        // A snapshot makes all that it covers durable, too: the image below is never written again.
+        let acknowledged = self.guest.as_ref().map_or(0, Guest::acknowledged);
+        self.expected.tops = vec![file(above), file(below)];
+        self.monitor.execute(command, arguments)?;
+        self.expected.flushed = acknowledged;
+        self.expected.tops = vec![file(above)];
+        self.expected.images.push(file(above));
+        self.layers += 1;
+        Ok(())
+    }
+
+    fn snapshots(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        killer.reached(Moment::Issued);
+        for _ in 0..12 {
+            self.snapshot()?;
+            self.serve(random.below(60));
+        }
+        Ok(())
+    }
+
+    /// A job: stream or commit, to its end or the daemon's.
+    fn job(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        let variant = self.plan.variant;
+        let (command, layers): (_, &[(&str, usize)]) = match self.plan.operation {
+            Operation::Stream => {
+                let variants: [&[(&str, usize)]; 3] = [
+                    &[("device", 3)],
+                    &[("device", 3), ("base-node", 0)],
+                    &[("device", 2), ("base-node", 0)],
+                ];
+                ("block-stream", variants[variant % 3])
+            }
+            Operation::Commit => {
+                let variants: [&[(&str, usize)]; 3] = [
+                    &[("device", 3), ("base-node", 0), ("top-node", 1)],
+                    &[("device", 3), ("base-node", 0), ("top-node", 2)],
+                    &[("device", 3), ("base-node", 1), ("top-node", 2)],
+                ];
+                ("block-commit", variants[variant % 3])
+            }
+            _ => {
+                let variants: [&[(&str, usize)]; 2] =
+                    [&[("device", 3), ("base-node", 0)], &[("device", 3), ("base-node", 1)]];
+                ("block-commit", variants[variant % 2])
+            }
+        };
+        let mut arguments = Object::new().with("job-id", "job0");
+        for (name, layer) in layers {
+            arguments.insert(name, node(*layer));
+        }
+        if self.plan.speed > 0 {
+            arguments.insert("speed", self.plan.speed);
+        }
+        killer.reached(Moment::Issued);
+        self.monitor.execute(command, arguments)?;
+        self.follow(file(variant % 2), killer, random)
+    }
+
+    /// Follows a job's events; an active commit goes to the image `base`.
+    fn follow(&mut self, base: String, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        loop {
+            let event = self.monitor.next_event()?;
+            let data = event.get("data").and_then(Value::as_object).cloned().unwrap_or_default();
+            match event.get("event").and_then(Value::as_str) {
+                Some("JOB_STATUS_CHANGE") => {
+                    let now = data.get("status").and_then(Value::as_str).unwrap_or_default();
+                    for status in ["waiting", "pending", "concluded"] {
+                        if now == status {
+                            killer.reached(Moment::Status(status));
+                        }
+                    }
+                }
+                Some("BLOCK_JOB_READY") => {
+                    std::thread::sleep(Duration::from_micros(random.below(15_000)));
+                    // From here on the guest's disk is in the base at some moment that only the daemon knows.
+                    self.expected.tops = vec![base.clone(), file(3)];
+                    killer.reached(Moment::Completing);
+                    self.monitor.execute("block-job-complete", Object::new().with("device", "job0"))?;
+                }
+                Some("BLOCK_JOB_COMPLETED") => {
+                    if let Some(error) = data.get("error").and_then(Value::as_str) {
+                        return Err(Failure::Refused("the job".to_owned(), error.to_owned()));
+                    }
+                    if self.plan.operation == Operation::Active {
+                        self.expected.tops = vec![base];
+                    }
+                    return Ok(());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Other sizes, never less than what the guest uses. An image that a guest may write cannot be resized, so the
+    /// guest leaves for each.
+    fn resizes(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        let (mut size, top) = (DISK, node(self.layers - 1));
+        killer.reached(Moment::Issued);
+        loop {
+            let Some(guest) = self.guest.take() else { return Ok(()) };
+            let account = guest.stop().map_err(Failure::Lost)?;
+            let (model, is_over) = (account.model.clone(), account.lost || !account.wrong.is_empty());
+            self.account = Some(account);
+            if is_over {
+                return Ok(());
+            }
+            let export = Object::new().with("id", "guest");
+            self.monitor.execute("block-export-del", export.clone().with("mode", "hard"))?;
+            self.monitor.event("BLOCK_EXPORT_DELETED", "id", "guest")?;
+            let most = random.pick(&[2, 1 << 10, 1 << 21]);
+            let next = DISK + 512 * random.below(most);
+            self.expected.sizes = vec![size, next];
+            let arguments = Object::new().with("node-name", top.as_str()).with("size", next);
+            self.monitor.execute("block_resize", arguments)?;
+            (size, self.expected.sizes) = (next, vec![next]);
+            let export = export.with("type", "nbd").with("node-name", top.as_str());
+            self.monitor.execute("block-export-add", export.with("name", "disk").with("writable", true))?;
+            let guest = Guest::start(&self.daemon.nbd(), model, random.number(), self.plan.depth);
+            self.guest = Some(guest.map_err(Failure::Lost)?);
+            self.account = None;
+            self.serve(random.below(60));
+        }
+    }
+}
