@@ -190,8 +190,28 @@ impl File {
         self.fd.as_raw_fd()
     }
 
-    /// Fills `into` from `offset` on; zeroes past the end of the file. Direct: all aligned.
+    /// Whether the kernel takes this memory: past the page cache only aligned pieces, else all.
+    fn takes(&self, iov: &Iov) -> bool {
+        let alignment = self.alignment as usize;
+        !self.direct
+            || iov
+                .pieces()
+                .all(|(at, len)| at.addr().is_multiple_of(alignment) && len.is_multiple_of(alignment))
+    }
+
+    /// Fills `into` from `offset` on; zeroes past the end of the file. Direct: offset and length aligned; memory
+    /// that is not costs a copy.
     pub async fn read_at(&self, offset: u64, into: &Iov) -> io::Result<()> {
+        if self.takes(into) {
+            return self.read_aligned(offset, into).await;
+        }
+        let whole = Iov::scratch(into.len());
+        self.read_aligned(offset, &whole).await?;
+        into.copy_from(&whole);
+        Ok(())
+    }
+
+    async fn read_aligned(&self, offset: u64, into: &Iov) -> io::Result<()> {
         let mut done = 0;
         let mut in_place = !self.direct;
         while done < into.len() {
@@ -228,8 +248,18 @@ impl File {
         }
     }
 
-    /// Writes all of `from` at `offset`. Done when reads see it; durable after [`Self::data_sync`].
+    /// Writes all of `from` at `offset`. Done when reads see it; durable after [`Self::data_sync`]. Direct: as for
+    /// [`Self::read_at`].
     pub async fn write_at(&self, offset: u64, from: &Iov) -> io::Result<()> {
+        if self.takes(from) {
+            return self.write_aligned(offset, from).await;
+        }
+        let whole = Iov::scratch(from.len());
+        whole.copy_from(from);
+        self.write_aligned(offset, &whole).await
+    }
+
+    async fn write_aligned(&self, offset: u64, from: &Iov) -> io::Result<()> {
         let in_place = !self.direct && (self.memory || from.len() <= SMALL_WRITE);
         let mut done = 0;
         while done < from.len() {

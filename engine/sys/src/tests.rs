@@ -112,6 +112,22 @@ fn files_read_what_was_written() {
 }
 
 #[test]
+fn direct_requests_may_come_from_any_memory() {
+    let dir = scratch();
+    both(|| async {
+        let file = File::open(&dir.path().join("a"), OpenOptions { direct: true, ..RW }).expect("opened");
+        // Off the alignment of any disk, and in pieces that are no multiples of it.
+        let mut data = Iov::filled(8192, 7).slice(24, 8000);
+        data.append(Iov::filled(200, 9).slice(8, 192));
+        file.write_at(4096, &data).await.expect("written");
+        let back = Iov::zeroed(12288 + 8).slice(8, 12288);
+        file.read_at(0, &back).await.expect("read");
+        assert!(back.slice(0, 4096).is_zero());
+        assert_eq!(back.slice(4096, 8192).to_vec(), data.to_vec());
+    });
+}
+
+#[test]
 fn an_odd_end_of_file_reads_with_zeroes() {
     let dir = scratch();
     both(|| async {

@@ -3,7 +3,7 @@
 //! Nobody may be reading any more: that must not stop the work that is under way.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::time::Duration;
 
 use underlay_sys::Iov;
@@ -92,7 +92,7 @@ const PIECE: usize = 64 << 10;
 /// Prints a buffer that was read at `offset`: sixteen bytes a line, as numbers and as text.
 pub fn dump(buffer: &Iov, offset: u64) {
     let mut bytes = vec![0; PIECE];
-    let mut out = std::io::stdout().lock();
+    let mut out = BufWriter::new(std::io::stdout().lock());
     for at in (0..buffer.len()).step_by(PIECE) {
         let len = PIECE.min(buffer.len() - at);
         buffer.read_at(at, &mut bytes[..len]);
