@@ -140,3 +140,38 @@ fn compare_images(title: &str, mine: &Path, theirs: &Path) -> String {
     }
     differences
 }
+
+/// A few numbers that look random and are always the same.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+
+    /// A command on a disk of this many bytes.
+    pub fn command(&mut self, size: u64) -> String {
+        let unit = match self.below(4) {
+            0 => 1,
+            1 => 512,
+            2 => 4096,
+            _ => 65536,
+        };
+        let at = self.below(size / unit) * unit;
+        let length = (self.below(12) + 1) * unit;
+        let length = length.min(size - at);
+        let byte = self.below(256);
+        match self.below(12) {
+            0..4 => format!("write -P {byte} {at} {length}"),
+            4 => format!("write -z {at} {length}"),
+            5 => format!("write -zu {at} {length}"),
+            6 => format!("discard {at} {length}"),
+            7 => format!("writev -P {byte} {at} {} {length}", length.min(size - at - length)),
+            8 => format!("aio_write -P {byte} {at} {length}\naio_flush"),
+            9 => format!("alloc {at} {length}"),
+            10 => format!("read -v {at} {}", length.min(64)),
+            _ => "flush".to_owned(),
+        }
+    }
+}
