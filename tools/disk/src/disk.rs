@@ -8,8 +8,11 @@ use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::protocol::file::Aio;
 use underlay_drivers::{NodeSpec, Opener};
 use underlay_graph::plan::{DetectZeroes, NewRoot, Wires};
-use underlay_graph::{Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId};
+use underlay_graph::{
+    ByteRange, Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId,
+};
 use underlay_qmp::json::Object;
+use underlay_sys::Iov;
 
 use crate::modes::Modes;
 
@@ -189,6 +192,9 @@ impl Disk {
     pub async fn open(request: Request) -> Result<Self> {
         let spec = request.spec()?;
         let write = !request.read_only;
+        if !write && request.modes.copy_on_read {
+            return Err("Can't use copy-on-read on read-only device".to_owned());
+        }
         let graph = Graph::new();
         let opened = Opener::new(&graph, BackingPolicy::Follow, None).open(spec).await;
         let new = opened.map_err(|error| error.to_string())?;
@@ -256,6 +262,12 @@ impl Disk {
             && !self.is_read_only()
     }
 
+    /// A way to read that copies what is below the image, if the disk was opened so. For requests that go on by
+    /// themselves.
+    pub fn reader(&self) -> Reader {
+        Reader { root: self.root.clone(), copies: self.request.modes.copy_on_read }
+    }
+
     /// Sets the length, in bytes, with the permission for it taken for as long as it lasts.
     pub async fn resize(&self, size: u64, preallocation: Preallocation) -> std::result::Result<(), IoError> {
         self.allow_resize(true).await.map_err(|error| IoError::EPERM.with(graph_error(&error)))?;
@@ -306,5 +318,26 @@ impl Disk {
         });
         closed.await.map_err(|error| graph_error(&error))?;
         flushed.map_err(|error| format!("Error while flushing: {error}"))
+    }
+}
+
+/// See [`Disk::reader`].
+#[derive(Clone, Debug)]
+pub struct Reader {
+    root: Root,
+    copies: bool,
+}
+
+impl Reader {
+    /// Fills `into`.
+    pub async fn read(&self, range: ByteRange, into: Iov) -> std::result::Result<(), IoError> {
+        if self.copies {
+            match self.root.populate(range).await {
+                // Nothing is below such a disk.
+                Err(error) if error == IoError::ENOTSUP => {}
+                done => done?,
+            }
+        }
+        self.root.read(range, into).await
     }
 }

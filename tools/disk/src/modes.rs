@@ -18,6 +18,8 @@ pub struct Modes {
     pub aio: Option<Aio>,
     /// What to do with writes of zeroes.
     pub detect_zeroes: DetectZeroes,
+    /// What is read from below the image is copied into it.
+    pub copy_on_read: bool,
 }
 
 impl Modes {

@@ -28,10 +28,10 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
     let (offset, length) = vector(&others)?;
     let range = range(offset, length, "readv")?;
     let into = buffer(session.misalign, range.buffer_len());
-    let root = session.disk()?.root.clone();
+    let reader = session.disk()?.reader();
     let begun = Instant::now();
     session.pending.push(rt::spawn(async move {
-        if let Err(error) = root.read(range, into.clone()).await {
+        if let Err(error) = reader.read(range, into.clone()).await {
             return report::line(format_args!("readv failed: {}", strerror(error.errno())));
         }
         if let Some(byte) = byte {

@@ -92,7 +92,7 @@ async fn read_range(
 ) -> Done {
     let into = buffer(session.misalign, range.buffer_len());
     let begun = Instant::now();
-    let read = session.disk()?.root.read(range, into.clone()).await;
+    let read = session.disk()?.reader().read(range, into.clone()).await;
     let took = begun.elapsed();
     read.map_err(|error| failed(verb, &error))?;
     let right = expected.is_none_or(|expected| expected.verify(&into, range.start()));

@@ -60,7 +60,7 @@ pub async fn open(session: &mut Session, name: &str, words: &[String]) -> Done {
         match letter {
             'r' => request.read_only = true,
             's' => return Err(Fault::Disk(not_yet("a temporary snapshot"))),
-            'C' => return Err(Fault::Disk(not_yet("copy-on-read"))),
+            'C' => request.modes.copy_on_read = true,
             'n' => drop(request.modes.set_cache("none")),
             'k' => drop(request.modes.set_aio("native")),
             'U' => request.force_share = true,
@@ -174,6 +174,10 @@ pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done
         }
         Some("off" | "no" | "false" | "n") => request.read_only = false,
         _ => {}
+    }
+    if request.read_only && request.modes.copy_on_read {
+        let name = session.disk()?.node_name();
+        return Err(Fault::Disk(format!("Can't set node '{name}' to r/o with copy-on-read enabled")));
     }
     list.into_iter().for_each(|(name, value)| request.options.insert(&name, value));
     session.drain().await;

@@ -55,11 +55,12 @@ Reads and writes in a disk image.
   -i, --aio=MODE        threads, native or io_uring
   -k, --native-aio      as -i native
   -m, --misalign        use buffers that are not aligned as direct I/O needs them
+  -C, --copy-on-read    copy into the image what is read from below it
   -U, --force-share     share the image with whoever uses it
   -h, --help            this help
   -V, --version         the version
 
-Not supported yet: -s (--snapshot), -C (--copy-on-read), -T (--trace), --object.
+Not supported yet: -s (--snapshot), -T (--trace), --object.
 
 'qemu-io -c help' lists the commands.
 ";
@@ -136,7 +137,7 @@ fn understand(name: &str, words: &[String]) -> Result<Wish, Refusal> {
                 )));
             }
             "s" => return Err(image::not_yet("-s (--snapshot)").into()),
-            "C" => return Err(image::not_yet("-C (--copy-on-read)").into()),
+            "C" => request.modes.copy_on_read = true,
             "T" => return Err(image::not_yet("-T (--trace)").into()),
             "object" => return Err(image::not_yet("--object").into()),
             mode => image::set_mode(&mut request.modes, mode.chars().next().unwrap_or('i'), &value)?,
