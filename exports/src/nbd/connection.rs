@@ -160,6 +160,8 @@ struct Receiver {
     outbox: Arc<Outbox>,
     budget: Arc<Semaphore>,
     received: Received,
+    /// Sends replies that the client does not take yet.
+    sending: Option<rt::JoinHandle<()>>,
 }
 
 /// Receives and starts requests until the client goes, and waits for those under way.
@@ -177,8 +179,12 @@ async fn transmit(handle: &Handle, session: Session, rest: Vec<u8>) {
         outbox: outbox.clone(),
         budget: budget.clone(),
         received: Received::new(&rest),
+        sending: None,
     };
     receiver.run().await;
+    if let Some(sending) = receiver.sending.take() {
+        sending.await;
+    }
     outbox.flush().await;
     // Every request has its share of the budget until its reply is sent or nobody is there to take it.
     outbox.kick();
@@ -196,7 +202,7 @@ impl Receiver {
                     return;
                 }
             }
-            self.outbox.flush().await;
+            self.flush().await;
             turns += 1;
             if turns % TURNS == 0 {
                 rt::yield_now().await;
@@ -241,7 +247,7 @@ impl Receiver {
             let len = usize::try_from(payload).unwrap_or(0);
             let into = Iov::scratch(len);
             if len > self.received.have().len() {
-                self.outbox.flush().await;
+                self.flush().await;
             }
             if !self.received.payload(&self.stream, &into).await {
                 return false;
@@ -257,14 +263,28 @@ impl Receiver {
         true
     }
 
+    /// Sends the replies that there are. Those that the client does not take at once are left to a task: many clients
+    /// send all they have before they read, and both sides would wait for each other.
+    async fn flush(&mut self) {
+        if !self.outbox.has_work() {
+            return;
+        }
+        let outbox = self.outbox.clone();
+        let mut work = Box::pin(async move { outbox.flush().await });
+        let waits = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_pending())).await;
+        if waits {
+            self.sending = Some(rt::spawn(work));
+        }
+    }
+
     /// Waits until the connection's budget has room for a request with this many bytes.
-    async fn admit(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+    async fn admit(&mut self, bytes: u64) -> Option<OwnedSemaphorePermit> {
         let pieces = u32::try_from(bytes.div_ceil(u64::from(PIECE))).unwrap_or(u32::MAX);
         let pieces = pieces.clamp(1, BUDGET / PIECE);
         match self.budget.clone().try_acquire_many_owned(pieces) {
             Ok(permit) => Some(permit),
             Err(_) => {
-                self.outbox.flush().await;
+                self.flush().await;
                 self.budget.clone().acquire_many_owned(pieces).await.ok()
             }
         }

@@ -101,6 +101,12 @@ impl Outbox {
         self.wake.notify_one();
     }
 
+    /// Whether there is something to send that nobody sends.
+    pub(crate) fn has_work(&self) -> bool {
+        let queue = self.queue();
+        !queue.sending && !queue.batch.is_empty()
+    }
+
     /// Sends everything that is queued, unless somebody is at it, who then sends that too.
     pub(crate) async fn flush(&self) {
         while let Some(mut batch) = self.take() {

@@ -110,3 +110,21 @@ fn who_does_not_read_replies_hurts_nobody_else() {
     }
     assert_eq!(lazy.complete().expect("late, but there").data.len(), 1 << 20);
 }
+
+#[test]
+fn who_sends_everything_before_reading_anything_is_served() {
+    let world = World::new();
+    let mut client = world.client("disk").expect("connects");
+    // More than what sockets hold, both ways.
+    let data = pattern(1 << 20, 3);
+    client.write(0, &data, 0).expect("written");
+    for _ in 0..8 {
+        client.submit(command::READ, 0, 0, 1 << 20, &[]).expect("queued");
+        client.submit(command::WRITE, 0, 4 << 20, 1 << 20, &data).expect("queued");
+    }
+    client.send().expect("the server goes on reading");
+    while client.in_flight() > 0 {
+        assert_eq!(client.complete().expect("a reply").error, None);
+    }
+    assert_eq!(client.read(4 << 20, 1 << 20).expect("goes on"), data);
+}
