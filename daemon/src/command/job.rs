@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use underlay_drivers::filename;
-use underlay_drivers::names::resolve_backing;
 use underlay_graph::{NodeId, Plan, View};
 use underlay_jobs::{
     CommitArgs, JobError, JobInfo, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
@@ -31,7 +30,7 @@ pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     let top = lookup::either(&plan, &device)?;
     let [base, base_node, bottom] = names;
     let end = if let Some(base) = base {
-        let found = find_in_chain(daemon, &plan, top, &base);
+        let found = filename::find_in_chain(&daemon.graph.wires(), top, &base);
         let missing = || CommandError::new(format!("Can't find '{base}' in the backing chain"));
         StreamEnd::Above(found.ok_or_else(missing)?)
     } else if let Some(base) = base_node {
@@ -80,12 +79,14 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
                 }
                 Some(id)
             }
-            (None, Some(file)) => Some(find_in_chain(daemon, &plan, root, &file).ok_or_else(|| {
-                CommandError::new(match name {
-                    "top" => format!("Top image file {file} not found"),
-                    _ => format!("Can't find '{file}' in the backing chain"),
-                })
-            })?),
+            (None, Some(file)) => {
+                Some(filename::find_in_chain(&daemon.graph.wires(), root, &file).ok_or_else(|| {
+                    CommandError::new(match name {
+                        "top" => format!("Top image file {file} not found"),
+                        _ => format!("Can't find '{file}' in the backing chain"),
+                    })
+                })?)
+            }
             (None, None) => None,
         };
     }
@@ -128,30 +129,6 @@ fn settings(arguments: &mut Arguments) -> Settings {
 
 fn find_node(plan: &Plan, name: &str) -> CommandResult<NodeId> {
     plan.find(name).ok_or_else(|| CommandError::new(format!("Cannot find device='' nor node-name='{name}'")))
-}
-
-/// The image of a chain that a file name means: as the image is called, or as its overlay calls it.
-fn find_in_chain(daemon: &Daemon, plan: &Plan, top: NodeId, file: &str) -> Option<NodeId> {
-    let wires = daemon.graph.wires();
-    let absolute = |name: &str| std::fs::canonicalize(name).ok();
-    let wanted = absolute(file);
-    let mut called = None;
-    for id in plan.chain(top) {
-        let view = wires.view(id);
-        let own = filename::of(&view);
-        let same_file = wanted.is_some() && filename::exact(&view).and_then(|name| absolute(&name)) == wanted;
-        if own == file || called.as_deref() == Some(file) || same_file {
-            return Some(id);
-        }
-        let below = view.node().backing_ref().map(|backing| backing.file);
-        let image = filename::of_file(&view).unwrap_or_default();
-        if below.as_deref().is_some_and(|below| below == file || resolve_backing(&image, below) == file) {
-            called = Some(file.to_owned());
-        } else {
-            called = None;
-        }
-    }
-    None
 }
 
 /// How an image must call another in its header.

@@ -3,7 +3,8 @@
 //! A node whose plain name would open just the same gets that name; any other gets `json:{…}` with the options
 //! that matter for its content. Source: `design/qemu-surface.md` 4.1, "File names".
 
-use underlay_graph::{Kind, Role, View};
+use underlay_graph::plan::Wires;
+use underlay_graph::{Kind, NodeId, Role, View};
 use underlay_qmp::json::{Object, Value};
 
 use crate::format::raw::Raw;
@@ -35,6 +36,25 @@ pub fn of_file(view: &View) -> Option<String> {
         Kind::Protocol => view.node().exact_filename(),
         _ => of_file(view.child(Role::File).or(view.child(Role::Backing))?),
     }
+}
+
+/// The image of the chain below `top`, itself included, that a file name means: as the image is called, or as its overlay
+/// calls it.
+pub fn find_in_chain(wires: &Wires, top: NodeId, file: &str) -> Option<NodeId> {
+    let absolute = |name: &str| std::fs::canonicalize(name).ok();
+    let wanted = absolute(file);
+    let mut called = false;
+    for id in wires.plan().chain(top) {
+        let view = wires.view(id);
+        let same_file = wanted.is_some() && exact(&view).and_then(|name| absolute(&name)) == wanted;
+        if of(&view) == file || called || same_file {
+            return Some(id);
+        }
+        let below = view.node().backing_ref().map(|backing| backing.file);
+        let image = of_file(&view).unwrap_or_default();
+        called = below.is_some_and(|below| below == file || names::resolve_backing(&image, &below) == file);
+    }
+    None
 }
 
 fn is_window(view: &View) -> bool {

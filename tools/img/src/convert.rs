@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use underlay_drivers::filename;
 use underlay_graph::status::status;
-use underlay_graph::{ByteRange, WriteFlags};
+use underlay_graph::{ByteRange, IoError, NodeId, Role, WriteFlags};
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::{Known, parse};
@@ -99,10 +100,40 @@ pub async fn run(words: &[String]) -> Outcome {
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));
     };
-    if request.create_words.iter().any(|word| word == "-b") {
-        return Err(Failure::new("converting into an overlay (-B) is not part of this version of Underlay"));
+    if request.overlays() && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    if request.overlays() {
+        check_backing(&request)?;
     }
     convert(sources, target, &request).await
+}
+
+fn check_backing(request: &Request) -> Outcome {
+    if request.target_format == "raw" {
+        return Err(Failure::new("Backing file not supported for file format 'raw'"));
+    }
+    let named = |pair: &[String]| match pair {
+        [option, value] => option == "-F" || option == "-o" && value.contains("backing_fmt="),
+        _ => false,
+    };
+    if request.no_create || request.create_words.chunks(2).any(named) {
+        return Ok(());
+    }
+    Err(Failure::new("Use of backing file requires explicit backing format"))
+}
+
+impl Request {
+    /// Whether the target gets a backing file.
+    fn overlays(&self) -> bool {
+        let named = |pair: &[String]| match pair {
+            [option, value] => option == "-b" || option == "-o" && value.contains("backing_file="),
+            _ => false,
+        };
+        self.create_words.chunks(2).any(named)
+    }
 }
 
 async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome {
@@ -119,18 +150,26 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     if !request.no_create {
         let mut words = vec!["-q".to_owned(), "-f".to_owned(), request.target_format.clone()];
         words.extend(request.create_words.clone());
+        if request.overlays() {
+            // The backing file is opened with the target.
+            words.push("-u".to_owned());
+        }
         words.extend([target.to_owned(), total.to_string()]);
         create::run(&words).await?;
     }
-    let how = How { format: Some(&request.target_format), write: true, no_backing: true, ..How::default() };
+    // Parts of clusters get the rest of them from the backing file.
+    let no_backing = !request.overlays();
+    let how = How { format: Some(&request.target_format), write: true, no_backing, ..How::default() };
     let output = Arc::new(image(target, how).await?);
     let room = output.root.length().await.map_err(|error| Failure::new(error.to_string()))?;
     if room < total {
         return Err(Failure::new("output file is smaller than input file"));
     }
-    let known_zero = !request.no_create || request.target_is_zero;
+    let known_zero = no_backing && (!request.no_create || request.target_is_zero);
     for (start, length, input) in inputs {
-        copy(&input, start, length, total, &output, request, known_zero).await?;
+        let below = if no_backing { None } else { Some(shared_backing(&input, &output)) };
+        let copy = Copy { input: &input, output: &output, request, start, length, total, known_zero, below };
+        copy.run().await?;
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
     if request.progress {
@@ -139,51 +178,108 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?.close().await
 }
 
-/// Copies one input to its place in the output, several chunks at once.
-async fn copy(
-    input: &Arc<Image>,
+/// The image below the source that has what the target's backing file has: the same file, if it is in the chain. Else
+/// it is the user's promise that the source's own backing file says the same.
+fn shared_backing(input: &Image, output: &Image) -> Option<NodeId> {
+    let (source, target) = (input.wires(), output.wires());
+    let own = source.plan().node(input.node()).child(Role::Backing);
+    let named =
+        target.plan().node(output.node()).child(Role::Backing).map(|id| filename::of(&target.view(id)));
+    let found = named.and_then(|name| filename::find_in_chain(&source, input.node(), &name));
+    found.filter(|id| *id != input.node()).or(own)
+}
+
+/// One input on its way to its place in the output.
+struct Copy<'a> {
+    input: &'a Arc<Image>,
+    output: &'a Arc<Image>,
+    request: &'a Request,
     start: u64,
     length: u64,
     total: u64,
-    output: &Arc<Image>,
-    request: &Request,
+    /// The target reads zeroes where nothing is written.
     known_zero: bool,
-) -> Outcome {
-    let mut rest = ByteRange::between(0, length);
-    let mut running = std::collections::VecDeque::new();
-    let reading =
-        |error: underlay_graph::IoError| Failure::new(format!("error while reading block status: {error}"));
-    // Compressed clusters are packed one behind the other: in order.
-    let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
-    let workers = if request.compressed { 1 } else { request.workers };
-    while !rest.is_empty() {
-        let inside = input.root.enter().await.map_err(reading)?;
-        let found = status(&inside.cx(), rest, None).await.map_err(reading)?;
-        drop(inside);
-        // A compressed write is of whole clusters, whatever is in them.
-        let zero = (found.zero || !found.allocated) && !request.compressed;
-        let found_len = if request.compressed { CHUNK } else { found.len };
-        let (run, after) = if zero { rest.split(found_len) } else { rest.split(found_len.min(CHUNK)) };
-        rest = after;
-        if zero && known_zero {
-            continue;
+    /// The target has a backing file, and this is where the source's own data ends (`None`: it has nothing below).
+    below: Option<Option<NodeId>>,
+}
+
+/// What to do with a run of bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The backing file has the same.
+    Shared,
+    Zero,
+    Data,
+}
+
+impl Copy<'_> {
+    /// Copies several chunks at once.
+    async fn run(&self) -> Outcome {
+        let (request, output) = (self.request, self.output);
+        let reading = |error: IoError| Failure::new(format!("error while reading block status: {error}"));
+        let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
+        // Compressed clusters are packed one behind the other: in order.
+        let workers = if request.compressed { 1 } else { request.workers };
+        let sparse = if request.compressed { cluster } else { request.sparse };
+        let mut rest = ByteRange::between(0, self.length);
+        let mut running = std::collections::VecDeque::new();
+        while !rest.is_empty() {
+            let (kind, len) = self.look(rest, cluster).await.map_err(reading)?;
+            let (run, after) = rest.split(len);
+            rest = after;
+            if kind == Kind::Shared || kind == Kind::Zero && self.known_zero {
+                continue;
+            }
+            if running.len() >= workers {
+                finish(running.pop_front()).await?;
+            }
+            let piece = Piece {
+                input: self.input.clone(),
+                output: output.clone(),
+                run,
+                start: self.start,
+                zero: kind == Kind::Zero,
+                known_zero: self.known_zero,
+            };
+            let compressed = request.compressed;
+            running.push_back(rt::spawn(async move { piece.copy(compressed, sparse).await }));
+            if request.progress {
+                let done = (self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64;
+                print!("    ({done:.2}/100%)\r");
+            }
         }
-        if running.len() >= workers {
+        while !running.is_empty() {
             finish(running.pop_front()).await?;
         }
-        let job = Piece { input: input.clone(), output: output.clone(), run, start, zero, known_zero };
-        let (compressed, sparse) =
-            (request.compressed, if request.compressed { cluster } else { request.sparse });
-        running.push_back(rt::spawn(async move { job.copy(compressed, sparse).await }));
-        if request.progress {
-            let done = (start + run.end()) as f64 * 100.0 / total.max(1) as f64;
-            print!("    ({done:.2}/100%)\r");
-        }
+        Ok(())
     }
-    while !running.is_empty() {
-        finish(running.pop_front()).await?;
+
+    /// What to do with the first bytes of `rest`, and with how many.
+    async fn look(&self, rest: ByteRange, cluster: u64) -> Result<(Kind, u64), IoError> {
+        let inside = self.input.root.enter().await?;
+        let found = status(&inside.cx(), rest, self.below.flatten()).await?;
+        let compressed = self.request.compressed;
+        let kind = match (self.below, found.allocated, found.zero) {
+            (Some(_), false, _) => Kind::Shared,
+            // A compressed write is of whole clusters, whatever is in them.
+            _ if compressed => Kind::Data,
+            (_, true, false) => Kind::Data,
+            _ => Kind::Zero,
+        };
+        let whole = found.len - found.len % cluster;
+        Ok(match kind {
+            Kind::Shared if compressed && whole == 0 && found.len < rest.len() => {
+                (Kind::Data, cluster.min(rest.len()))
+            }
+            Kind::Shared if compressed && found.len < rest.len() => (Kind::Shared, whole),
+            Kind::Data if compressed && self.below.is_some() => {
+                (Kind::Data, found.len.next_multiple_of(cluster).min(CHUNK).min(rest.len()))
+            }
+            Kind::Data if compressed => (Kind::Data, CHUNK),
+            Kind::Data => (Kind::Data, found.len.min(CHUNK)),
+            kind => (kind, found.len),
+        })
     }
-    Ok(())
 }
 
 async fn finish(piece: Option<rt::JoinHandle<Outcome>>) -> Outcome {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -9,6 +10,7 @@ pub mod getopt;
 mod info;
 mod map;
 pub mod open;
+mod rebase;
 mod resize;
 pub mod sizes;
 
@@ -52,17 +54,19 @@ Usage: qemu-img SUBCOMMAND [options]
 Makes, checks, converts and resizes disk images.
 
   check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME
+  commit [-f FMT] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME
   compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N] FILENAME [...] OUTPUT
   create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]
   info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
   map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME
+  rebase [-f FMT] [-b BACKING [-F FMT]] [-u] [-c] [-p] [-q] [-U] FILENAME
   resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
 
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 
-const LATER: [&str; 8] = ["amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "snapshot"];
+const LATER: [&str; 6] = ["amend", "bench", "bitmap", "dd", "measure", "snapshot"];
 
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
@@ -83,11 +87,13 @@ pub fn main(program: &str, words: &[String]) -> i32 {
             Ok(())
         }
         "check" => block_on(check::run(rest)),
+        "commit" => block_on(commit::run(rest)),
         "compare" => block_on(compare::run(rest)),
         "convert" => block_on(convert::run(rest)),
         "create" => block_on(create::run(rest)),
         "info" => block_on(info::run(rest)),
         "map" => block_on(map::run(rest)),
+        "rebase" => block_on(rebase::run(rest)),
         "resize" => block_on(resize::run(rest)),
         later if LATER.contains(&later) => {
             Err(Failure::new(format!("subcommand '{later}' is not part of this version of Underlay")))

@@ -77,7 +77,21 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     Ok(Image { graph, node, root_id, root })
 }
 
+/// Refuses a cache mode that does not exist. (Which of them is used makes no difference to what a tool does: it flushes
+/// at its end.)
+pub fn check_cache(mode: &str, what: &str) -> Result<(), Failure> {
+    match mode {
+        "none" | "off" | "directsync" | "writeback" | "writethrough" | "unsafe" => Ok(()),
+        _ => Err(Failure::new(format!("Invalid {what} option: {mode}"))),
+    }
+}
+
 impl Image {
+    /// The graph that it is the only image of.
+    pub fn graph(&self) -> &Arc<Graph> {
+        &self.graph
+    }
+
     /// The wiring, for questions.
     pub fn wires(&self) -> Wires {
         self.graph.wires()

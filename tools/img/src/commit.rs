@@ -1,0 +1,193 @@
+//! `commit`: copies what an image has into one below it, then empties the image.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use underlay_drivers::filename;
+use underlay_graph::{IoError, NodeId, Role};
+use underlay_jobs::{CommitArgs, EventSink, Job, JobEvent, Jobs, Settings};
+use underlay_qcow2::Qcow2;
+use underlay_sys::rt;
+
+use crate::getopt::{Known, parse};
+use crate::open::{How, Image, check_cache, image};
+use crate::{Failure, Outcome, sizes};
+
+const KNOWN: Known = Known {
+    short: "hf:t:b:dpqr:",
+    long: &[
+        ("help", "h", false),
+        ("object", "object", true),
+        ("image-opts", "image-opts", false),
+        ("quiet", "q", false),
+        ("progress", "p", false),
+        ("format", "f", true),
+        ("cache", "t", true),
+        ("drop", "d", false),
+        ("base", "b", true),
+        ("rate", "r", true),
+    ],
+};
+
+/// How often the progress is shown.
+const TICK: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Default)]
+struct Request {
+    format: Option<String>,
+    base: Option<String>,
+    /// The image keeps its data.
+    drop: bool,
+    progress: bool,
+    quiet: bool,
+    /// Bytes per second, 0 for no limit.
+    rate: i64,
+}
+
+pub async fn run(words: &[String]) -> Outcome {
+    let (options, others) = parse(KNOWN, words)?;
+    let mut request = Request::default();
+    for (name, value) in options {
+        match name.as_str() {
+            "f" => request.format = Some(value),
+            "b" => (request.base, request.drop) = (Some(value), true),
+            "d" => request.drop = true,
+            "p" => request.progress = true,
+            "q" => request.quiet = true,
+            "t" => check_cache(&value, "cache")?,
+            "r" => {
+                let rate = sizes::parse(&value).and_then(|rate| i64::try_from(rate).ok());
+                request.rate =
+                    rate.ok_or_else(|| Failure::new(format!("Invalid rate limit specified: '{value}'.")))?;
+            }
+            "h" => {
+                println!(
+                    "Usage: qemu-img commit [-f FMT] [-t CACHE] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME"
+                );
+                return Ok(());
+            }
+            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+        }
+    }
+    let [name] = others.as_slice() else {
+        return Err(Failure::usage("Expecting one image file name", "commit"));
+    };
+    let format = request.format.as_deref();
+    let opened = image(name, How { format, write: true, ..How::default() }).await?;
+    let base = find_base(&opened, name, request.base.as_deref())?;
+    let committed = commit(&opened, base, &request).await;
+    opened.close().await?;
+    committed?;
+    if !request.drop {
+        empty(name, format).await?;
+    }
+    if !request.quiet {
+        println!("Image committed.");
+    }
+    Ok(())
+}
+
+fn find_base(opened: &Image, name: &str, wanted: Option<&str>) -> Result<NodeId, Failure> {
+    let wires = opened.wires();
+    let node = opened.node();
+    let Some(wanted) = wanted else {
+        let below = wires.plan().node(node).child(Role::Backing);
+        return below.ok_or_else(|| Failure::new("Image does not have a backing file"));
+    };
+    let found = filename::find_in_chain(&wires, node, wanted).filter(|found| *found != node);
+    found.ok_or_else(|| Failure::new(format!("Did not find '{wanted}' in the backing chain of '{name}'")))
+}
+
+/// What the job has told.
+#[derive(Default)]
+struct Heard {
+    /// Why it failed, once it is over.
+    end: Mutex<Option<Option<String>>>,
+    news: Notify,
+    ready: Notify,
+}
+
+impl EventSink for Heard {
+    fn emit(&self, event: JobEvent) {
+        match event {
+            JobEvent::Ready { .. } => self.ready.notify_one(),
+            JobEvent::Completed { error, .. } => {
+                *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                // Whichever it is that waits.
+                self.ready.notify_one();
+                self.news.notify_one();
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Heard {
+    fn end(&self) -> Option<Option<String>> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+async fn commit(opened: &Image, base: NodeId, request: &Request) -> Outcome {
+    let heard = Arc::<Heard>::default();
+    let args = CommitArgs {
+        settings: Settings { id: Some("commit".into()), speed: request.rate, ..Settings::default() },
+        device: opened.node(),
+        top: None,
+        base: Some(base),
+        backing_file: None,
+        backing_mask_protocol: false,
+        filter_node_name: None,
+        // No header is rewritten: nothing is above the image.
+        names: Arc::new(|_, below| filename::of(below)),
+    };
+    let started = Jobs::new(heard.clone()).commit(opened.graph(), args).await;
+    let started = started.map_err(|error| Failure::new(error.to_string()))?;
+    let job = started.job;
+    rt::spawn_background(0, started.task);
+    let shown = request.progress.then(|| rt::spawn(show(job.clone(), heard.clone())));
+    heard.ready.notified().await;
+    // An error has ended it before it was ready, or it is to end now.
+    let _ = job.complete();
+    heard.news.notified().await;
+    if let Some(shown) = shown {
+        shown.await;
+    }
+    match heard.end() {
+        Some(Some(error)) => Err(Failure::new(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The progress, until the end.
+async fn show(job: Arc<Job>, heard: Arc<Heard>) {
+    loop {
+        let over = heard.end().is_some();
+        let info = job.info();
+        let percent = if over { 100.0 } else { info.current as f64 * 100.0 / info.total.max(1) as f64 };
+        print!("    ({percent:.2}/100%)\r");
+        // Where it cannot be shown there is nobody to see it.
+        let _ = std::io::stdout().flush();
+        if over {
+            println!();
+            return;
+        }
+        rt::sleep(TICK).await;
+    }
+}
+
+/// Removes all data of the image; what is below shows then.
+async fn empty(name: &str, format: Option<&str>) -> Outcome {
+    let failed = |error: IoError| Failure::new(format!("Could not empty {name}: {error}"));
+    let opened = image(name, How { format, write: true, no_backing: true, ..How::default() }).await?;
+    {
+        let inside = opened.root.enter().await.map_err(failed)?;
+        let cx = inside.cx();
+        let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
+        let qcow2 = qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?;
+        qcow2.make_empty(&cx).await.map_err(failed)?;
+    }
+    opened.close().await
+}
