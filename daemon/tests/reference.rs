@@ -5,10 +5,10 @@
 //! interleave is a matter of timing. What may differ (generated names, times, sizes on disk) is blanked out.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use underlay_qmp::json::{self, Object, Value};
 
@@ -37,35 +37,34 @@ struct Client {
 }
 
 impl Client {
-    fn connect(path: &Path) -> Self {
-        let begun = Instant::now();
+    /// The daemon is the one that connects: one that listens hears clients before its monitor is there, and the
+    /// reference's then greets twice or loses what was sent.
+    fn accept(listener: &UnixListener, daemon: &mut Daemon) -> Self {
+        listener.set_nonblocking(true).expect("a socket");
         let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => {
-                    assert!(begun.elapsed() < Duration::from_secs(30), "{}: {error}", path.display())
-                }
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) => assert!(matches!(daemon.child.try_wait(), Ok(None)), "the daemon ended"),
             }
             std::thread::yield_now();
         };
+        stream.set_nonblocking(false).expect("a socket");
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
         let mut client = Self { reader: BufReader::new(stream), heard: Heard::default(), fresh: Vec::new() };
+        let greeting = client.line().expect("a greeting");
+        assert!(greeting.0.get("QMP").is_some(), "{}", greeting.1);
         client.execute("{\"execute\": \"qmp_capabilities\"}");
         client
     }
 
-    /// A message, and its line as it came: the order of members counts. Greetings are passed over: a client that
-    /// comes while the reference's daemon still starts may get two.
+    /// A message, and its line as it came: the order of members counts.
     fn line(&mut self) -> Option<(Object, String)> {
-        loop {
-            let mut line = String::new();
-            self.reader.read_line(&mut line).expect("the daemon answers in time");
-            match json::parse(line.as_bytes()) {
-                Ok(Value::Object(object)) if object.get("QMP").is_some() => {}
-                Ok(Value::Object(object)) => return Some((object, line.trim_end().to_owned())),
-                _ if line.is_empty() => return None,
-                other => panic!("{other:?}"),
-            }
+        let mut line = String::new();
+        self.reader.read_line(&mut line).expect("the daemon answers in time");
+        match json::parse(line.as_bytes()) {
+            Ok(Value::Object(object)) => Some((object, line.trim_end().to_owned())),
+            _ if line.is_empty() => None,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -128,15 +127,11 @@ fn run(program: &str, arguments: &[&str], script: &str) -> Heard {
         shell(&line[1..]);
     }
     let mut daemon = Command::new(program);
-    daemon.args(arguments).args([
-        "--chardev",
-        "socket,id=m,path=qmp.sock,server=on,wait=off",
-        "--monitor",
-        "m",
-    ]);
+    daemon.args(arguments).args(["--chardev", "socket,id=m,path=qmp.sock", "--monitor", "m"]);
+    let listener = UnixListener::bind(folder.path().join("qmp.sock")).expect("a socket");
     let child = daemon.current_dir(folder.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let _daemon = Daemon { child: child.expect("the daemon starts") };
-    let mut client = Client::connect(&folder.path().join("qmp.sock"));
+    let mut daemon = Daemon { child: child.expect("the daemon starts") };
+    let mut client = Client::accept(&listener, &mut daemon);
     for line in lines {
         match line.split_at(1) {
             ("!", command) => shell(command),
