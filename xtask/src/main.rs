@@ -19,6 +19,7 @@ Commands:
 
 Environment:
   UNDERLAY_SEEDS=N          seeds per property (default: what CI runs)
+  UNDERLAY_FUZZ=N           N times as many inputs for each fuzz target
 ";
 
 /// Programs that the comparison tests call, and the Debian package that each comes from.

@@ -1,0 +1,6 @@
+//! What takes bytes from strangers.
+
+pub mod blockdev;
+pub mod nbd;
+pub mod qcow2;
+pub mod qmp;
