@@ -12,11 +12,16 @@ use underlay_qmp::session;
 /// Most bytes that wait for one client. Who does not read that many is cut off: nobody else may suffer for it.
 const MAX_WAITING: usize = 64 << 20;
 
+/// With so many bytes waiting for it, a client's next command is not read before it has read some.
+const ENOUGH_WAITING: usize = 1 << 20;
+
 /// What waits to be sent to one client.
 #[derive(Debug, Default)]
 pub struct Outbox {
     state: Mutex<Waiting>,
     changed: Notify,
+    /// Something was taken, or nothing will be any more.
+    taken: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -43,9 +48,26 @@ impl Outbox {
         if state.bytes > MAX_WAITING {
             tracing::warn!("a monitor's client does not read; it is cut off");
             *state = Waiting { closed: true, ..Waiting::default() };
+            self.taken.notify_waiters();
         }
         drop(state);
         self.changed.notify_one();
+    }
+
+    /// Waits until the client has read so much of what waits for it that it may ask for more. False when it never will.
+    pub async fn has_room(&self) -> bool {
+        loop {
+            let taken = self.taken.notified();
+            let mut taken = std::pin::pin!(taken);
+            taken.as_mut().enable();
+            {
+                let state = self.state();
+                if state.closed || state.bytes < ENOUGH_WAITING {
+                    return !state.closed;
+                }
+            }
+            taken.await;
+        }
     }
 
     /// From now on events go here too.
@@ -57,6 +79,7 @@ impl Outbox {
     pub fn close(&self) {
         self.state().closed = true;
         self.changed.notify_one();
+        self.taken.notify_waiters();
     }
 
     /// Everything that waits, as soon as there is something; `None` once closed and empty.
@@ -66,6 +89,7 @@ impl Outbox {
                 let mut state = self.state();
                 if !state.messages.is_empty() {
                     state.bytes = 0;
+                    self.taken.notify_waiters();
                     let messages: Vec<String> = state.messages.drain(..).collect();
                     return Some(messages.concat().into_bytes());
                 }

@@ -84,12 +84,15 @@ async fn client(daemon: &Arc<Daemon>, wire: Wire, pretty: bool) {
     push(&outbox, session::greeting(command::version()), pretty);
     let mut session = Session::default();
     let mut buffer = vec![0; READ];
-    loop {
+    'client: loop {
         let bytes = match wire.read(&mut buffer).await {
             Ok(0) | Err(_) => break,
             Ok(count) => &buffer[..count],
         };
         for incoming in session.push(bytes) {
+            if !outbox.has_room().await {
+                break 'client;
+            }
             // Events begin with the reply to the negotiation.
             let reply = match incoming {
                 Incoming::Reply(reply) => reply,
