@@ -66,7 +66,7 @@ impl Daemon {
     }
 
     /// Somebody else is served as ever, the bad client's monitor is there for the next one, and the end is clean.
-    fn is_unhurt(mut self) {
+    fn expect_unhurt(mut self) {
         for name in ["good", "bad"] {
             let mut monitor = self.monitor(name);
             let nodes = monitor.execute("query-named-block-nodes", Object::new()).expect("served");
@@ -119,7 +119,7 @@ fn garbage_is_answered_and_forgotten() {
         heard.extend(&buffer[..count]);
     }
     drop(stream);
-    daemon.is_unhurt();
+    daemon.expect_unhurt();
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn a_hundred_megabytes_without_an_end() {
         pour(&mut stream, piece.as_bytes(), 100 << 20);
         good.execute("query-block-jobs", Object::new()).expect("others are served meanwhile");
         drop((stream, good));
-        daemon.is_unhurt();
+        daemon.expect_unhurt();
     }
 }
 
@@ -146,7 +146,7 @@ fn half_a_message_and_gone() {
         // The daemon need not have read it.
         let _ = stream.write_all(&message[..cut % message.len()]);
     }
-    daemon.is_unhurt();
+    daemon.expect_unhurt();
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_client_that_never_reads() {
         good.execute("query-version", Object::new()).expect("others are served meanwhile");
     }
     drop((stream, good));
-    daemon.is_unhurt();
+    daemon.expect_unhurt();
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn events_for_a_client_that_never_reads() {
         good.event("BLOCK_EXPORT_DELETED", "id", "e").expect("told");
     }
     drop((stream, good));
-    daemon.is_unhurt();
+    daemon.expect_unhurt();
 }
 
 #[test]
@@ -200,5 +200,5 @@ fn two_monitors_hear_the_same_events() {
     let refused = other.execute("job-dismiss", Object::new().with("id", "j"));
     assert!(matches!(refused, Err(Failure::Refused(..))), "{refused:?}");
     drop((one, other));
-    daemon.is_unhurt();
+    daemon.expect_unhurt();
 }
