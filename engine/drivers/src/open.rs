@@ -128,7 +128,7 @@ impl Opener {
                 let Some(named) = image.node.backing_ref() else { return Ok(None) };
                 let own = image.file.filename.as_deref().unwrap_or_default();
                 let name = names::resolve_backing(own, &named.file);
-                let spec = NodeSpec::image(&name, named.format.as_deref());
+                let spec = NodeSpec::backing(&name, named.format.as_deref());
                 let spec = spec.map_err(|error| OpenError::Backing(Box::new(error)))?;
                 Ok(Some((Child::Inline(Box::new(spec)), inherited)))
             }

@@ -206,6 +206,16 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(1_u64 << shift)
 }
 
+/// The options in a file name, behind `json:`.
+fn json_options(json: &str) -> Result<Object, OpenError> {
+    let value = underlay_qmp::json::parse(json.as_bytes())
+        .map_err(|error| OpenError::text(format!("Could not parse the JSON options: {error}")))?;
+    let Value::Object(object) = value else {
+        return Err(OpenError::text("Invalid JSON object given".to_owned()));
+    };
+    Ok(object)
+}
+
 impl NodeSpec {
     /// A local file as a protocol node.
     pub fn file(filename: &str) -> Self {
@@ -233,11 +243,7 @@ impl NodeSpec {
     /// An image by its name: a path, `file:` and a path, or `json:{…}`; with its format, or probed without.
     pub fn image(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
         if let Some(json) = name.strip_prefix("json:") {
-            let value = underlay_qmp::json::parse(json.as_bytes())
-                .map_err(|error| OpenError::text(format!("Could not parse the JSON options: {error}")))?;
-            let Value::Object(mut object) = value else {
-                return Err(OpenError::text("Invalid JSON object given".to_owned()));
-            };
+            let mut object = json_options(json)?;
             match (object.get("driver"), format) {
                 (Some(_), Some(_)) => {
                     return Err(OpenError::text("Driver specified twice".to_owned()));
@@ -260,6 +266,19 @@ impl NodeSpec {
             Some(other) => return Err(OpenError::UnknownDriver(other.to_owned())),
         };
         Ok(Self::with_driver(driver))
+    }
+
+    /// What an image names as its backing file, with the format that it says: that one counts, even if `json:{…}` says
+    /// another, as in QEMU.
+    pub fn backing(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
+        match (name.strip_prefix("json:"), format) {
+            (Some(json), Some(format)) => {
+                let mut object = json_options(json)?;
+                object.insert("driver", format);
+                Self::parse(nest(object))
+            }
+            _ => Self::image(name, format),
+        }
     }
 
     /// From options with nested children (see [`nest`] for dotted ones).

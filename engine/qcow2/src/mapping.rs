@@ -341,6 +341,7 @@ impl Qcow2 {
         if index >= self.l1().entries.len() as u64 {
             return Err(IoError::EIO.with("L1 table is too small"));
         }
+        self.check_own_l1(cx).await?;
         // The new table is complete on its way to the disk before L1 knows it, so the barrier of the commit that
         // writes the L1 entry makes it durable first.
         let cluster = ByteRange::new(old & OFFSET, self.layout.cluster()).ok_or(IoError::EIO)?;

@@ -96,6 +96,13 @@ impl Metadata {
     }
 }
 
+impl Metadata {
+    /// Who owns one of these clusters instead of `owner`.
+    fn other_owner(&self, first: u64, end: u64, owner: Owner) -> Option<Owner> {
+        (first..end).find_map(|cluster| self.clusters.get(&cluster).copied().filter(|known| *known != owner))
+    }
+}
+
 impl Qcow2 {
     fn metadata(&self) -> RwLockReadGuard<'_, Metadata> {
         self.metadata.read().unwrap_or_else(PoisonError::into_inner)
@@ -112,6 +119,7 @@ impl Qcow2 {
         let end = cx.below().length().div_ceil(cluster);
         let mut all = Metadata::default();
         all.claim(0, Owner::Header);
+        // These two may lie behind the end of a file that was cut where only zeroes were left.
         all.claim_run(header.l1_offset / cluster, header.l1_bytes().div_ceil(cluster), Owner::L1);
         let table = header.refcount_table_offset / cluster;
         all.claim_run(table, u64::from(header.refcount_table_clusters), Owner::RefcountTable);
@@ -175,5 +183,28 @@ impl Qcow2 {
         let found = Corruption { message, offset: Some(host), size, fatal: true };
         let _: IoError = self.corruption(cx, found).await;
         Err(IoError::EIO)
+    }
+
+    /// Refuses to change or move the L1 table if something else claims a cluster of it too: it could be the header.
+    pub(crate) async fn check_own_l1(&self, cx: &Cx<'_>) -> Result<()> {
+        let header = self.header();
+        self.check_own_run(cx, header.l1_offset, header.l1_bytes(), Owner::L1).await
+    }
+
+    /// The same for the refcount table.
+    pub(crate) async fn check_own_refcount_table(&self, cx: &Cx<'_>) -> Result<()> {
+        let header = self.header();
+        let len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+        self.check_own_run(cx, header.refcount_table_offset, len, Owner::RefcountTable).await
+    }
+
+    async fn check_own_run(&self, cx: &Cx<'_>, offset: u64, len: u64, owner: Owner) -> Result<()> {
+        let bits = self.layout.cluster_bits;
+        let (first, count) = (offset >> bits, len.div_ceil(self.layout.cluster()));
+        let other = self.metadata().other_owner(first, first.saturating_add(count), owner);
+        let Some(other) = other else { return Ok(()) };
+        let message = format!("Preventing invalid write on metadata (overlaps with {})", other.name());
+        let found = Corruption { message, offset: Some(offset), size: Some(len), fatal: true };
+        Err(self.corruption(cx, found).await)
     }
 }

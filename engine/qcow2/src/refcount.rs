@@ -465,6 +465,7 @@ impl Qcow2 {
     async fn make_refcount_block(&self, cx: &Cx<'_>, block: u64) -> Result<()> {
         let refcounts = &self.refcounts;
         let _growth = refcounts.growth.lock().await;
+        self.check_own_refcount_table(cx).await?;
         // Where the block goes, and which block that makes: a cluster in a range without a block holds that range's own.
         let mut stopped = None;
         let (cluster, block, own) = loop {

@@ -97,6 +97,7 @@ impl Qcow2 {
     /// Moves the L1 table to where it can have `entries` entries.
     async fn grow_l1(&self, cx: &Cx<'_>, entries: u64) -> Result<()> {
         let context = |error: IoError| error.context("Failed to grow the L1 table");
+        self.check_own_l1(cx).await.map_err(context)?;
         let cluster = self.layout.cluster();
         let count = (entries * 8).div_ceil(cluster);
         let host = self.alloc_clusters(cx, count).await.map_err(context)?.host;
@@ -230,6 +231,8 @@ impl Qcow2 {
             if table == 0 {
                 continue;
             }
+            self.check_own_table(cx, index).await?;
+            self.check_own_l1(cx).await?;
             self.l1_mut().set(index, 0);
             self.metadata_mut().remove(table / cluster, 1);
             self.drop_clusters(table, 1, true);

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use underlay_graph::{ByteRange, WriteFlags};
+use underlay_graph::perm::Access;
+use underlay_graph::{ByteRange, Node, Perms, WriteFlags};
 use underlay_sys::Iov;
 
 use super::{Disk, Rng, Setup, Shape, check::check, open, run};
@@ -82,6 +83,53 @@ fn writes_never_reach_metadata() {
             "{text}: {:?}",
             after.iter().zip(&bytes).position(|(a, b)| a != b)
         );
+    }
+}
+
+/// Every table entry made to point at every place that is not for it: nothing there is changed, the header above all.
+#[test]
+fn tables_that_point_at_each_other_are_never_written_through() {
+    let [header, table, block, l1, l2, data] = [0u64, 1, 2, 3, 4, 5].map(|cluster| cluster << 16);
+    let places = [header, table, block, l1, l2, data, 9 << 16, 1 << 40, (1 << 56) - (1 << 16)];
+    let entries =
+        [(table, "refcount table"), (l1, "L1"), (l2, "L2"), (40, "L1 offset"), (48, "table offset")];
+    for (entry, name) in entries {
+        // Tables behind the end of the file are empty, and the file grows when they are written.
+        let far = |place: u64| entry < table && place >= 1 << 40;
+        for place in places.into_iter().filter(|place| !far(*place)) {
+            let copied: &[u64] = if entry == l1 || entry == l2 { &[0, 1 << 63] } else { &[0] };
+            for flags in copied {
+                let text = format!("{name} entry at {place:#x} with {flags:#x}");
+                let bytes = damaged(SHAPE, &[(usize::try_from(entry).unwrap(), place | flags)]);
+                let disk = Disk::new(bytes.clone(), 1);
+                let file = super::view_of(disk.clone());
+                if run(crate::live::Qcow2::open(&file.cx(), OpenOptions::default())).is_err() {
+                    continue;
+                }
+                let setup = open(disk.clone(), None, OpenOptions::default(), false);
+                let cx = setup.view.cx();
+                let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+                if run(setup.image.set_access(&cx, access)).is_ok() {
+                    for guest in [0, 1 << 16, 2 << 20, 3 << 20] {
+                        let _ = read(&setup, guest);
+                        let _ = setup.write(guest, &[7; 512]);
+                        let _ = run(cx.flush());
+                    }
+                    let _ = run(cx.discard(ByteRange::between(0, 1 << 20)));
+                    let _ = run(setup.image.close(&cx));
+                }
+                let after = disk.content();
+                let same = |from: u64, to: u64| {
+                    let part = usize::try_from(from).unwrap()..usize::try_from(to).unwrap();
+                    after[part.clone()] == bytes[part]
+                };
+                // In the header the mark may have been set, and a new refcount table.
+                assert!(same(0, 48) && same(60, 72) && same(96, 1 << 16), "{text}: the header was changed");
+                // The first entries may be given new tables, if they said that there are none.
+                assert!(same(table + 8, block), "{text}: the refcount table was changed");
+                assert!(same(l1 + 8, l2), "{text}: the L1 table was changed");
+            }
+        }
     }
 }
 
