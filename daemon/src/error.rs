@@ -12,6 +12,8 @@ pub struct CommandError {
     pub class: Class,
     /// The sentence, in QEMU's words where QEMU has some.
     pub desc: String,
+    /// A second sentence, for people at a command line.
+    pub hint: Option<String>,
 }
 
 /// What a command answers.
@@ -20,7 +22,20 @@ pub type CommandResult<T> = Result<T, CommandError>;
 impl CommandError {
     /// A generic error.
     pub fn new(desc: impl Into<String>) -> Self {
-        Self { class: Class::Generic, desc: desc.into() }
+        Self { class: Class::Generic, desc: desc.into(), hint: None }
+    }
+
+    /// What to print at a command line.
+    pub fn in_full(&self) -> String {
+        match &self.hint {
+            Some(hint) => format!("{}\n{hint}", self.desc),
+            None => self.desc.clone(),
+        }
+    }
+
+    fn of(class: Class, error: &impl fmt::Display, cause: Option<&IoError>) -> Self {
+        let hint = cause.and_then(IoError::hint).map(str::to_owned);
+        Self { class, desc: error.to_string(), hint }
     }
 }
 
@@ -34,25 +49,26 @@ impl std::error::Error for CommandError {}
 
 impl From<GraphError> for CommandError {
     fn from(error: GraphError) -> Self {
-        Self { class: error.class(), desc: error.to_string() }
+        let cause = if let GraphError::Io(cause) = &error { Some(cause) } else { None };
+        Self::of(error.class(), &error, cause)
     }
 }
 
 impl From<OpenError> for CommandError {
     fn from(error: OpenError) -> Self {
-        Self { class: error.class(), desc: error.to_string() }
+        Self::of(error.class(), &error, error.cause())
     }
 }
 
 impl From<IoError> for CommandError {
     fn from(error: IoError) -> Self {
-        Self::new(error.to_string())
+        Self::of(Class::Generic, &error, Some(&error))
     }
 }
 
 impl From<underlay_jobs::JobError> for CommandError {
     fn from(error: underlay_jobs::JobError) -> Self {
-        Self { class: error.class(), desc: error.to_string() }
+        Self::of(error.class(), &error, None)
     }
 }
 

@@ -112,7 +112,7 @@ async fn execute(daemon: &Daemon, request: session::Request) -> Value {
     let id = request.id.clone();
     match command::execute(daemon, request).await {
         Ok(result) => session::reply(result, id),
-        Err(CommandError { class, desc }) => {
+        Err(CommandError { class, desc, .. }) => {
             let class = match class {
                 underlay_graph::Class::Generic => ErrorClass::GenericError,
                 underlay_graph::Class::DeviceNotFound => ErrorClass::DeviceNotFound,

@@ -90,7 +90,7 @@ async fn set_up(daemon: &Arc<Daemon>, args: &[(String, Arg)]) -> Result<Option<P
             Arg::PidFile(path) => pid_file = Some(path.clone()),
             arg => carry_out(daemon, &mut chardevs, arg.clone())
                 .await
-                .map_err(|error| format!("{typed}: {error}"))?,
+                .map_err(|error| format!("{typed}: {}", error.in_full()))?,
         }
     }
     let Some(path) = pid_file else { return Ok(None) };

@@ -206,3 +206,18 @@ fn stream() {
 fn commit() {
     compare("commit");
 }
+
+#[test]
+fn statistics() {
+    compare("statistics");
+}
+
+#[test]
+fn verbs() {
+    compare("verbs");
+}
+
+#[test]
+fn arguments() {
+    compare("arguments");
+}

@@ -22,13 +22,8 @@ pub enum ExportError {
     #[error("export '{0}' still in use")]
     StillInUse(String),
     /// The address cannot be listened on.
-    #[error("Failed to listen on {address}: {error}")]
-    Listen {
-        /// The address, as a person writes it.
-        address: String,
-        /// The system's reason.
-        error: String,
-    },
+    #[error("{0}")]
+    Listen(String),
     /// The server was given no thread to run on.
     #[error("no I/O thread for the NBD server")]
     NoThread,

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod listen;
 pub mod nbd;
 
 pub use error::ExportError;

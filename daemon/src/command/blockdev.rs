@@ -77,6 +77,9 @@ impl LastStep for Held {
     }
 }
 
+/// The largest disk that QEMU makes: whole GiB that fit into 63 bits. Source: its message.
+const MAX_LENGTH: u64 = 0x7fff_ffff_c000_0000;
+
 /// block_resize
 pub async fn resize(
     daemon: &Daemon,
@@ -103,6 +106,9 @@ pub async fn resize(
         });
         if plan.node(id).read_only {
             return Err(GraphError::ReadOnly);
+        }
+        if size > MAX_LENGTH {
+            return Err(GraphError::new(format!("offset({size}) exceeds maximum({MAX_LENGTH})")));
         }
         plan.touch(id);
         let step: Box<dyn LastStep> = Box::new(Held::Resize(id, size));

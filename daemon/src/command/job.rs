@@ -61,7 +61,7 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     let device = arguments.text("device");
     let root = plan.find(&device).ok_or_else(|| CommandError {
         class: underlay_graph::Class::DeviceNotFound,
-        desc: format!("Device '{device}' not found"),
+        ..CommandError::new(format!("Device '{device}' not found"))
     })?;
     underlay_jobs::commit::check_root(&plan, root)?;
     let mut ends = [None, None];

@@ -2,10 +2,12 @@
 //!
 //! Queries read the plan in force and never wait for a change of it.
 
+use std::collections::HashMap;
+
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
 use underlay_graph::plan::{DetectZeroes, Wires};
-use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, perm};
+use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, RootId, perm};
 use underlay_qmp::json::{Object, Value};
 
 use crate::state::Daemon;
@@ -160,34 +162,60 @@ pub fn block() -> Value {
 /// x-debug-query-block-graph: nodes, roots and the edges between them with their permissions.
 pub fn block_graph(daemon: &Daemon) -> Value {
     let plan = daemon.graph.plan();
-    let mut numbers = std::collections::HashMap::new();
-    let mut nodes = Vec::new();
-    let mut edges = Vec::new();
-    for (at, (id, node)) in plan.nodes().rev().enumerate() {
-        numbers.insert(id, at as u64 + 1);
-        nodes.push(graph_node(at as u64 + 1, "block-driver", node.name.as_str()));
-    }
-    for (id, node) in plan.nodes().rev() {
-        let access = daemon.graph.access(id);
-        for (role, child) in &node.children {
-            let (required, shared) = perm::for_child(&*node.node, access, *role);
-            edges.push(graph_edge(numbers[&id], numbers[child], role.as_str(), required, shared));
-        }
-    }
-    let mut next = nodes.len() as u64;
-    for (_, root) in plan.roots() {
-        next += 1;
+    let mut graph = BlockGraph::default();
+    for (id, root) in plan.roots() {
         let (kind, name) = match root.user.split_once(" job '") {
             Some((_, job)) => ("block-job", job.trim_end_matches('\'')),
             None => ("block-backend", ""),
         };
-        nodes.push(graph_node(next, kind, name));
-        edges.push(graph_edge(next, numbers[&root.node], root.role, root.required, root.shared));
+        let from = graph.vertex(Vertex::Root(id), kind, name);
+        let to = graph.number(Vertex::Node(root.node));
+        graph.edges.push(graph_edge(from, to, root.role, root.required, root.shared));
     }
+    for (id, node) in plan.nodes() {
+        let from = graph.vertex(Vertex::Node(id), "block-driver", node.name.as_str());
+        let access = daemon.graph.access(id);
+        // The child that was wired last comes first.
+        for (role, child) in node.children.iter().rev() {
+            let (required, shared) = perm::for_child(&*node.node, access, *role);
+            let to = graph.number(Vertex::Node(*child));
+            graph.edges.push(graph_edge(from, to, role.as_str(), required, shared));
+        }
+    }
+    // And the other way round again in print.
+    graph.nodes.reverse();
+    graph.edges.reverse();
     let mut object = Object::new();
-    object.insert("nodes", Value::List(nodes));
-    object.insert("edges", Value::List(edges));
+    object.insert("nodes", Value::List(graph.nodes));
+    object.insert("edges", Value::List(graph.edges));
     Value::Object(object)
+}
+
+/// What is numbered, in the order in which it is met, be it as somebody's child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Vertex {
+    Root(RootId),
+    Node(NodeId),
+}
+
+#[derive(Default)]
+struct BlockGraph {
+    numbers: HashMap<Vertex, u64>,
+    nodes: Vec<Value>,
+    edges: Vec<Value>,
+}
+
+impl BlockGraph {
+    fn number(&mut self, vertex: Vertex) -> u64 {
+        let next = self.numbers.len() as u64 + 1;
+        *self.numbers.entry(vertex).or_insert(next)
+    }
+
+    fn vertex(&mut self, vertex: Vertex, kind: &str, name: &str) -> u64 {
+        let number = self.number(vertex);
+        self.nodes.push(graph_node(number, kind, name));
+        number
+    }
 }
 
 fn graph_node(id: u64, kind: &str, name: &str) -> Value {
@@ -226,7 +254,7 @@ pub fn blockstats(daemon: &Daemon, query_nodes: bool) -> Value {
         return Value::List(Vec::new());
     }
     let plan = daemon.graph.plan();
-    Value::List(plan.nodes().rev().map(|(id, _)| node_stats(&plan, id, 0)).collect())
+    Value::List(plan.nodes().map(|(id, _)| node_stats(&plan, id, 0)).collect())
 }
 
 /// How deep the statistics of what is below are nested.
@@ -236,7 +264,7 @@ fn node_stats(plan: &Plan, id: NodeId, depth: u32) -> Value {
     let node = plan.node(id);
     let mut object = Object::new();
     object.insert("node-name", text(node.name.as_str()));
-    object.insert("stats", Value::Object(device_stats()));
+    object.insert("stats", Value::Object(device_stats(node.highest_write())));
     if matches!(node.node.driver(), "file" | "host_device") {
         let mut specific = Object::new();
         specific.insert("driver", text(node.node.driver()));
@@ -245,19 +273,14 @@ fn node_stats(plan: &Plan, id: NodeId, depth: u32) -> Value {
         }
         object.insert("driver-specific", Value::Object(specific));
     }
-    if depth < MAX_STATS_DEPTH {
-        if let Some(file) = node.child(Role::File) {
-            object.insert("parent", node_stats(plan, file, depth + 1));
-        }
-        if let Some(backing) = node.child(Role::Backing) {
-            object.insert("backing", node_stats(plan, backing, depth + 1));
-        }
+    if let Some(file) = node.child(Role::File).filter(|_| depth < MAX_STATS_DEPTH) {
+        object.insert("parent", node_stats(plan, file, depth + 1));
     }
     Value::Object(object)
 }
 
-/// The counters that QEMU keeps for devices; nodes have them too, and they stay at zero there.
-fn device_stats() -> Object {
+/// The counters that QEMU keeps for devices; nodes have them too, and all but one stay at zero there.
+fn device_stats(highest_write: u64) -> Object {
     let mut object = Object::new();
     for kind in ["rd", "wr", "flush", "unmap", "zone_append"] {
         let plural = if kind == "zone_append" { "zone_append" } else { kind };
@@ -270,7 +293,7 @@ fn device_stats() -> Object {
             object.insert(&format!("{plural}_merged"), Value::Int(0));
         }
     }
-    object.insert("wr_highest_offset", Value::Int(0));
+    object.insert("wr_highest_offset", int(highest_write));
     object.insert("account_invalid", Value::Bool(false));
     object.insert("account_failed", Value::Bool(false));
     object.insert("timed_stats", Value::List(Vec::new()));

@@ -47,6 +47,15 @@ impl OpenError {
         Self::Text(text)
     }
 
+    /// The failed request behind it, if there is one: it may have a hint.
+    pub fn cause(&self) -> Option<&IoError> {
+        match self {
+            Self::Backing(below) => below.cause(),
+            Self::Io(error) | Self::Graph(underlay_graph::GraphError::Io(error)) => Some(error),
+            _ => None,
+        }
+    }
+
     /// The class that a QMP client sees.
     pub fn class(&self) -> underlay_graph::Class {
         match self {

@@ -4,6 +4,8 @@
 //! undone. So every write to a node that has an alignment takes its blocks: whole-block writes share them, and
 //! a read-modify-write has them alone.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use underlay_sys::Iov;
 
 use crate::error::Result;
@@ -12,15 +14,28 @@ use crate::range_lock::{Mode, RangeGuard, RangeLock};
 use crate::units::ByteRange;
 use crate::view::Cx;
 
-/// Who writes which blocks of a node right now. Lives as long as the node, across changes of the wiring.
+/// Who writes which blocks of a node right now, and how far anybody has written. Lives as long as the node, across changes of the wiring.
 #[derive(Debug, Default)]
 pub struct Blocks {
     lock: RangeLock,
+    highest: AtomicU64,
 }
 
 impl Blocks {
     pub(crate) async fn shared(&self, range: ByteRange) -> RangeGuard {
         self.lock.lock(range, Mode::Shared).await
+    }
+
+    /// Everything before `end` may have been written. Most writes change nothing here, and only look.
+    pub(crate) fn wrote_to(&self, end: u64) {
+        if end > self.highest.load(Ordering::Relaxed) {
+            self.highest.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+
+    /// The end of the highest write so far, in bytes.
+    pub(crate) fn highest(&self) -> u64 {
+        self.highest.load(Ordering::Relaxed)
     }
 }
 

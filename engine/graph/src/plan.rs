@@ -106,6 +106,11 @@ pub struct PlanNode {
 }
 
 impl PlanNode {
+    /// The end of the highest write to the node so far, in bytes: `wr_highest_offset`.
+    pub fn highest_write(&self) -> u64 {
+        self.blocks.highest()
+    }
+
     /// Whether requests to the node are the same under both wirings.
     pub(crate) fn is_wired_as(&self, other: &Self) -> bool {
         self.children == other.children
@@ -254,38 +259,45 @@ impl Plan {
             _ => Ok(()),
         };
         taken(&self.names, &new.name)?;
-        // Children are older than their parent, which shows in the order of queries.
+        // What a node stands on is older than it, and its backing node is younger: it shows in the order of queries.
+        let (backing, others): (Vec<_>, Vec<_>) =
+            new.children.into_iter().partition(|(role, _)| *role == Role::Backing);
         let mut children = SmallVec::new();
-        for (role, wiring) in new.children {
-            let child = match wiring {
-                Wiring::Existing(id) => id,
-                Wiring::New(node) => self.add(*node)?,
-            };
-            children.push((role, child));
+        for (role, wiring) in others {
+            children.push((role, self.add_wiring(wiring)?));
         }
         taken(&self.names, &new.name)?;
         let name = new.name.unwrap_or_else(|| self.generate_name());
         let id = NodeId(self.next);
         self.next += 1;
         self.names.insert(name.clone(), id);
-        self.nodes.insert(
-            id,
-            PlanNode {
-                name,
-                node: new.node,
-                read_only: new.read_only,
-                options: new.options,
-                children,
-                monitor_owned: false,
-                implicit: false,
-                trackers: SmallVec::new(),
-                busy: None,
-                frozen: false,
-                touched: 0,
-                blocks: Arc::default(),
-            },
-        );
+        let node = PlanNode {
+            name,
+            node: new.node,
+            read_only: new.read_only,
+            options: new.options,
+            children,
+            monitor_owned: false,
+            implicit: false,
+            trackers: SmallVec::new(),
+            busy: None,
+            frozen: false,
+            touched: 0,
+            blocks: Arc::default(),
+        };
+        self.nodes.insert(id, node);
+        for (role, wiring) in backing {
+            let child = self.add_wiring(wiring)?;
+            self.node_mut(id).children.push((role, child));
+        }
         Ok(id)
+    }
+
+    fn add_wiring(&mut self, wiring: Wiring) -> Result<NodeId, GraphError> {
+        match wiring {
+            Wiring::Existing(id) => Ok(id),
+            Wiring::New(node) => self.add(*node),
+        }
     }
 
     fn generate_name(&mut self) -> NodeName {
@@ -470,11 +482,17 @@ impl Plan {
         if order.len() == self.nodes.len() {
             return Ok(order);
         }
-        let left = self.nodes.iter().find(|(id, _)| !order.contains(id)).map(|(_, node)| node);
-        let node = left.expect("fewer were ordered than there are");
-        let (role, child) = node.children.last().copied().expect("it is part of a loop");
-        let to = self.node(child).name.to_string();
-        Err(GraphError::Cycle { from: node.name.to_string(), to, role: role.as_str() })
+        // Nodes below a loop wait in vain too; a link of the loop itself is one that leads back to where it starts.
+        let links =
+            self.nodes.iter().flat_map(|(id, node)| node.children.iter().map(move |link| (*id, node, link)));
+        let mut looping = links.filter(|(id, _, (_, child))| self.reachable(*child).contains(id));
+        match looping.next_back() {
+            Some((_, node, (role, child))) => {
+                let to = self.node(*child).name.to_string();
+                Err(GraphError::Cycle { from: node.name.to_string(), to, role: role.as_str() })
+            }
+            None => Err(GraphError::new("The graph would have a loop")),
+        }
     }
 }
 

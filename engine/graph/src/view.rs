@@ -190,11 +190,18 @@ impl<'a> Cx<'a> {
             self.node().write(self, range, from, flags).await
         };
         self.touched(range);
+        self.wrote(range, &result);
         result
     }
 
     /// Makes the range read as zeroes, by writing them where the node knows no better way.
-    pub async fn write_zeroes(&self, range: ByteRange, mut flags: ZeroFlags) -> Result<()> {
+    pub async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        let result = self.zero(range, flags).await;
+        self.wrote(range, &result);
+        result
+    }
+
+    async fn zero(&self, range: ByteRange, mut flags: ZeroFlags) -> Result<()> {
         flags.may_unmap &= self.view.options.discard;
         let alignment = u64::from(self.view.limits.request_alignment);
         let inner = if alignment > 1 { range.align_in(alignment) } else { range };
@@ -276,6 +283,12 @@ impl<'a> Cx<'a> {
         match self.node().map_now(self, range) {
             Some(extent) => Ok(extent),
             None => self.node().map(self, range).await,
+        }
+    }
+
+    fn wrote(&self, range: ByteRange, result: &Result<()>) {
+        if result.is_ok() {
+            self.view.blocks.wrote_to(range.end());
         }
     }
 

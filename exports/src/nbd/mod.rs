@@ -30,6 +30,7 @@ pub use export::{ExportState, Gone, NbdExport};
 use export::Exports;
 
 use crate::ExportError;
+use crate::listen::cannot_listen;
 
 /// How a server treats its clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,8 +88,8 @@ pub struct NbdServer {
 impl NbdServer {
     /// Listens on `address`. Connections go to the threads of `io` in turn; the first one also accepts.
     pub fn start(address: &Address, options: ServerOptions, io: Vec<Spawner>) -> Result<Self, ExportError> {
-        let listener = Listener::bind(address)
-            .map_err(|error| ExportError::Listen { address: shown(address), error: error.to_string() })?;
+        let listener =
+            Listener::bind(address).map_err(|error| ExportError::Listen(cannot_listen(address, &error)))?;
         Self::serve(listener, options, io, Vec::new())
     }
 
@@ -251,12 +252,4 @@ async fn until_stopped<F: Future>(stop: &StopSign, future: F) -> Option<F::Outpu
         future.as_mut().poll(cx).map(Some)
     })
     .await
-}
-
-fn shown(address: &Address) -> String {
-    match address {
-        Address::Unix(path) => path.display().to_string(),
-        Address::Inet { host, port } => format!("{host}:{port}"),
-        Address::Fd(fd) => format!("file descriptor {fd}"),
-    }
 }

@@ -31,8 +31,9 @@ pub async fn run(address: &Address) -> Result<(), String> {
         Address::Fd(fd) => format!("fd {fd}"),
     };
     let stream = Stream::connect(address).await;
-    let stream = stream
-        .map_err(|error| format!("Failed to connect to '{place}': {}", crate::server::reason(&error)))?;
+    let stream = stream.map_err(|error| {
+        format!("Failed to connect to '{place}': {}", underlay_exports::listen::reason(&error))
+    })?;
     let found = look(&stream).await?;
     let text = shown(&found);
     // Nobody may be reading any more.
@@ -63,7 +64,7 @@ async fn look(stream: &Stream) -> Result<Catalogue, String> {
         match stream.recv(&mut buffer).await {
             Ok(0) => return Err(lost("Unexpected end-of-file before all data were read".to_owned())),
             Ok(count) => handshake.feed(&buffer[..count]),
-            Err(error) => return Err(lost(crate::server::reason(&error))),
+            Err(error) => return Err(lost(underlay_exports::listen::reason(&error))),
         }
     }
 }

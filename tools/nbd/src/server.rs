@@ -1,12 +1,11 @@
 //! Serving: from a command line to clients to the end.
 
-use std::io;
 use std::sync::Arc;
 
 use underlay_disk::{Disk, guessed_raw};
+use underlay_exports::listen::{cannot_listen, reason};
 use underlay_exports::{NbdExport, NbdServer, ServerOptions};
-use underlay_graph::error::strerror;
-use underlay_sys::net::{Address, Listener};
+use underlay_sys::net::Listener;
 use underlay_sys::process::{self, Birth, PidFile};
 use underlay_sys::rt::{self, StopSign};
 use underlay_sys::signal::Ending;
@@ -115,36 +114,4 @@ async fn until_over(server: &Arc<NbdServer>, persistent: bool, ending: Ending) {
         });
     }
     over.raised().await;
-}
-
-/// The system's reason, without its number.
-pub fn reason(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(errno) => strerror(errno),
-        None => {
-            let text = error.to_string();
-            text.rsplit("address information: ").next().unwrap_or(&text).to_owned()
-        }
-    }
-}
-
-fn cannot_listen(address: &Address, error: &io::Error) -> String {
-    match (address, error.raw_os_error()) {
-        (Address::Unix(path), Some(errno)) => {
-            format!("Failed to bind socket to {}: {}", path.display(), strerror(errno))
-        }
-        (Address::Unix(_), None) => format!("{error}\nPath must be less than 108 bytes"),
-        (Address::Inet { host, port }, None) => {
-            // Either there is no such port or no such host.
-            let known = port.parse::<u16>().is_ok();
-            let why = if known { reason(error) } else { "Servname not supported for ai_socktype".to_owned() };
-            format!("address resolution failed for {host}:{port}: {why}")
-        }
-        (Address::Inet { .. }, Some(errno)) => {
-            format!("Failed to find an available port: {}", strerror(errno))
-        }
-        (Address::Fd(fd), _) => {
-            format!("Socket activation failed: invalid file descriptor fd = {fd}: {}", reason(error))
-        }
-    }
 }
