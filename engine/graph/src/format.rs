@@ -78,13 +78,23 @@ async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Arc<()>>) -> R
         let Some(format) = at.node().as_format() else {
             return Ok(Found { source: Some((at, Place::Data(range.start()))), len: range.len() });
         };
+        let backing = at.backing();
+        // Most layers of a deep chain have nothing here. Who only passes by needs no lease.
+        if let Some(below) = backing
+            && let Some(extent) = format.map_cached(range)
+            && extent.place == Place::Below
+        {
+            range = range.split(extent.len).0;
+            at = below;
+            continue;
+        }
         leases.extend(format.lease());
         let extent = match format.map_cached(range) {
             Some(extent) => extent,
             None => at.map(range).await?,
         };
         range = range.split(extent.len).0;
-        match (extent.place, at.backing()) {
+        match (extent.place, backing) {
             (Place::Below, Some(backing)) => at = backing,
             (Place::Below | Place::Zero, _) => return Ok(Found { source: None, len: range.len() }),
             (place, _) => return Ok(Found { source: Some((at, place)), len: range.len() }),
