@@ -28,7 +28,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "output" => json = is_json(&value)?,
+            "output" => json = is_json(&value, "check")?,
             "q" => quiet = true,
             "U" => force_share = true,
             // The cache mode matters for speed alone here.
@@ -38,9 +38,8 @@ pub async fn run(words: &[String]) -> Outcome {
                     "leaks" => Fix::Leaks,
                     "all" => Fix::All,
                     _ => {
-                        return Err(Failure::new(
-                            "-r expects 'leaks' or 'all' not '".to_owned() + &value + "'",
-                        ));
+                        let text = format!("--repair (-r) expects 'leaks' or 'all' not '{value}'");
+                        return Err(Failure::usage(text, "check"));
                     }
                 }
             }

@@ -1,6 +1,7 @@
 //! `compare`: whether two images have the same content.
 
 use underlay_graph::ByteRange;
+use underlay_graph::status::{Status, status};
 use underlay_sys::Iov;
 
 use crate::getopt::{Known, parse};
@@ -45,7 +46,7 @@ pub async fn run(words: &[String]) -> Outcome {
         }
     }
     let [first, second] = others.as_slice() else {
-        return Err(Failure { status: 2, ..Failure::new("Expecting two image file names") });
+        return Err(Failure::usage("Expecting two image file names", "compare"));
     };
     let trouble = |failure: Failure| Failure { status: 2, ..failure };
     let how = |at: usize| How { format: formats[at].as_deref(), force_share, ..How::default() };
@@ -83,25 +84,62 @@ async fn compare(
     }
     let (common, longest) = (lengths.0.min(lengths.1), lengths.0.max(lengths.1));
     let longer = if lengths.0 > lengths.1 { first } else { second };
-    let mut rest = ByteRange::between(0, longest);
+    let mut rest = ByteRange::between(0, common);
     while !rest.is_empty() {
-        if rest.start() == common && !quiet {
-            println!("Warning: Image size mismatch!");
+        let (one, other) =
+            (look(first, rest).await.map_err(failed)?, look(second, rest).await.map_err(failed)?);
+        let kind = |s: &Status| (s.allocated, s.data, s.zero, s.encoded);
+        if strict && kind(&one) != kind(&other) {
+            return Ok(Some(format!("Strict mode: Offset {} block status mismatch!", rest.start())));
         }
-        let chunk = if rest.start() < common { rest.before(common) } else { rest }.split(CHUNK).0;
-        let bytes = read(if rest.start() < common { first } else { longer }, chunk).await.map_err(failed)?;
-        let other = match rest.start() < common {
-            true => read(second, chunk).await.map_err(failed)?,
-            false => vec![0; bytes.len()],
-        };
-        if let Some(at) = bytes.iter().zip(&other).position(|(a, b)| a != b) {
-            // In whole sectors, as the reference counts.
-            let at = (chunk.start() + at as u64) / 512 * 512;
-            return Ok(Some(format!("Content mismatch at offset {at}!")));
+        let both = rest.split(one.len.min(other.len)).0;
+        if one.zero && other.zero {
+            rest = rest.split(both.len()).1;
+            continue;
+        }
+        let chunk = both.split(CHUNK).0;
+        let (bytes, others) = (content(first, &one, chunk).await, content(second, &other, chunk).await);
+        if let Some(text) = mismatch(chunk, &bytes.map_err(failed)?, &others.map_err(failed)?) {
+            return Ok(Some(text));
+        }
+        rest = rest.split(chunk.len()).1;
+    }
+    if common < longest && !quiet {
+        println!("Warning: Image size mismatch!");
+    }
+    let mut rest = ByteRange::between(common, longest);
+    while !rest.is_empty() {
+        let found = look(longer, rest).await.map_err(failed)?;
+        let chunk = if found.zero { rest.split(found.len).0 } else { rest.split(found.len.min(CHUNK)).0 };
+        if !found.zero {
+            let bytes = read(longer, chunk).await.map_err(failed)?;
+            if let Some(text) = mismatch(chunk, &bytes, &vec![0; bytes.len()]) {
+                return Ok(Some(text));
+            }
         }
         rest = rest.split(chunk.len()).1;
     }
     Ok(None)
+}
+
+/// What the first bytes of `range` are.
+async fn look(image: &Image, range: ByteRange) -> underlay_graph::Result<Status> {
+    let inside = image.root.enter().await?;
+    status(&inside.cx(), range, None).await
+}
+
+/// The bytes of a chunk; what is known to be zero is not read.
+async fn content(image: &Image, found: &Status, chunk: ByteRange) -> underlay_graph::Result<Vec<u8>> {
+    if found.zero { Ok(vec![0; chunk.buffer_len()]) } else { read(image, chunk).await }
+}
+
+fn mismatch(chunk: ByteRange, bytes: &[u8], others: &[u8]) -> Option<String> {
+    if bytes == others {
+        return None;
+    }
+    let at = bytes.iter().zip(others).position(|(a, b)| a != b)?;
+    // In whole sectors, as the reference counts.
+    Some(format!("Content mismatch at offset {}!", (chunk.start() + at as u64) / 512 * 512))
 }
 
 async fn read(image: &Image, range: ByteRange) -> underlay_graph::Result<Vec<u8>> {

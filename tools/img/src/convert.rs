@@ -27,6 +27,8 @@ const KNOWN: Known = Known {
 
 /// Copied at a time, in bytes.
 const CHUNK: u64 = 2 << 20;
+/// Formats of targets.
+const FORMATS: [&str; 2] = ["qcow2", "raw"];
 /// Most copies under way at once.
 const MOST_WORKERS: usize = 16;
 
@@ -85,9 +87,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "m" => {
                 let count = value.parse().ok().filter(|count| (1..=MOST_WORKERS).contains(count));
                 request.workers = count.ok_or_else(|| {
-                    Failure::new(
-                        "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16",
-                    )
+                    Failure::new("Invalid number of coroutines specified. Must be between 1 and 16.")
                 })?;
             }
             "h" => {
@@ -137,6 +137,9 @@ impl Request {
 }
 
 async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome {
+    if !FORMATS.contains(&request.target_format.as_str()) {
+        return Err(Failure::new(format!("Unknown file format '{}'", request.target_format)));
+    }
     let mut inputs = Vec::new();
     let mut total = 0;
     for name in sources {
@@ -173,7 +176,7 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
     if request.progress {
-        println!();
+        println!("    (100.00/100%)\r");
     }
     Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?.close().await
 }

@@ -50,6 +50,8 @@ pub async fn run(words: &[String]) -> Outcome {
         _ => return Err(Failure::new("Unexpected argument: ".to_owned() + &others[2])),
     };
     make(name, size, request).await.map_err(|failure| match failure.message {
+        // Some errors name the file already.
+        Some(message) if message.starts_with(&format!("{name}: ")) => Failure::new(message),
         Some(message) => Failure::new(format!("{name}: {message}")),
         None => failure,
     })
@@ -67,11 +69,8 @@ pub fn option_list(text: &str) -> Result<Vec<(String, String)>, Failure> {
 }
 
 pub fn parse_size(text: &str) -> Result<u64, Failure> {
-    sizes::parse(text).filter(|size| *size <= i64::MAX as u64).ok_or_else(|| {
-        eprintln!("qemu-img: Invalid image size specified. You may use k, M, G, T, P or E suffixes for ");
-        eprintln!("qemu-img: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.");
-        Failure::status(1)
-    })
+    let size = sizes::parse(text).filter(|size| *size <= i64::MAX as u64);
+    size.ok_or_else(|| Failure::new(format!("Invalid image size specified: '{text}'.")))
 }
 
 async fn make(name: &str, size: Option<u64>, mut request: Request) -> Outcome {
@@ -235,6 +234,9 @@ async fn backing_and_size(
     let opened = image(&resolve_backing(name, backing), how).await;
     let below = opened.map_err(|failure| {
         let message = failure.message.unwrap_or_default();
+        // The reference names the file once here.
+        let file = format!("Could not open '{}': ", resolve_backing(name, backing));
+        let message = message.strip_prefix(&file).filter(|rest| rest.starts_with(&file)).unwrap_or(&message);
         Failure::new(format!("{message}\nCould not open backing image."))
     })?;
     let length = below.root.length().await.map_err(|error| Failure::new(error.to_string()))?;

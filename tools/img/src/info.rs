@@ -30,7 +30,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "output" => json = is_json(&value)?,
+            "output" => json = is_json(&value, "info")?,
             "chain" => chain = true,
             "U" => force_share = true,
             "h" => {
@@ -73,11 +73,11 @@ pub async fn run(words: &[String]) -> Outcome {
 }
 
 /// `--output`
-pub fn is_json(value: &str) -> Result<bool, Failure> {
+pub fn is_json(value: &str, command: &'static str) -> Result<bool, Failure> {
     match value {
         "json" => Ok(true),
         "human" => Ok(false),
-        other => Err(Failure::new(format!("--output expects 'human' or 'json' not '{other}'"))),
+        other => Err(Failure::usage(format!("--output expects 'human' or 'json' not '{other}'"), command)),
     }
 }
 

@@ -27,12 +27,14 @@ pub struct Failure {
     pub status: i32,
     /// Points to the help of this subcommand (empty: of the program).
     pub help: Option<&'static str>,
+    /// The words are no options that the subcommand has: its name stands in front, and its help is pointed to.
+    pub misspelled: bool,
 }
 
 impl Failure {
     /// A message, and exit status 1.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: Some(message.into()), status: 1, help: None }
+        Self { message: Some(message.into()), status: 1, help: None, misspelled: false }
     }
 
     /// The words cannot be understood: a message that points to a subcommand's help.
@@ -42,7 +44,7 @@ impl Failure {
 
     /// An exit status without a message.
     pub fn status(status: i32) -> Self {
-        Self { message: None, status, help: None }
+        Self { message: None, status, help: None, misspelled: false }
     }
 }
 
@@ -104,6 +106,11 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     match outcome {
         Ok(()) => 0,
         Err(failure) => {
+            if failure.misspelled {
+                eprintln!("{name} {command}: {}", failure.message.unwrap_or_default());
+                eprintln!("Try '{name} {command} --help' for more info");
+                return failure.status;
+            }
             if let Some(message) = failure.message {
                 eprintln!("{name}: {message}");
             }

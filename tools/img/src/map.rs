@@ -36,7 +36,7 @@ pub async fn run(words: &[String]) -> Outcome {
         let size = || sizes::parse(&value).ok_or_else(|| Failure::new(format!("Invalid number: '{value}'")));
         match name.as_str() {
             "f" => format = Some(value),
-            "output" => json = is_json(&value)?,
+            "output" => json = is_json(&value, "map")?,
             "U" => force_share = true,
             "s" => start = size()?,
             "l" => most = size()?,
@@ -132,7 +132,13 @@ impl<'a> Printer<'a> {
                 }
                 json_line(&mut self.out, &mut self.middle, at, s);
             }
-            Some(human) => human.line(&mut self.out, at, s)?,
+            Some(human) => {
+                if let Err(failure) = human.line(&mut self.out, at, s) {
+                    // What was found before is shown.
+                    self.flush()?;
+                    return Err(failure);
+                }
+            }
         }
         if self.out.len() >= PAGE { self.flush() } else { Ok(()) }
     }

@@ -4,7 +4,7 @@ use underlay_graph::Preallocation;
 
 use crate::getopt::{Known, parse};
 use crate::open::{How, image};
-use crate::{Failure, Outcome};
+use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
     short: "f:hq",
@@ -20,7 +20,7 @@ const KNOWN: Known = Known {
 pub async fn run(words: &[String]) -> Outcome {
     // The size comes last and may begin with a minus.
     let Some((size, words)) = words.split_last() else {
-        return Err(Failure::new("Not enough arguments"));
+        return Err(Failure::usage("Expecting image file name and size", "resize"));
     };
     let (options, others) = parse(KNOWN, words)?;
     let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
@@ -54,7 +54,13 @@ pub async fn run(words: &[String]) -> Outcome {
         Some(sign @ ('+' | '-')) => (Some(sign), &size[1..]),
         _ => (None, size.as_str()),
     };
-    let number = crate::create::parse_size(digits)?;
+    let number = sizes::parse(digits).filter(|size| *size <= i64::MAX as u64).ok_or_else(|| {
+        Failure::new(
+            "Parameter 'size' expects a non-negative number below 2^64\n\
+             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+             and exabytes, respectively.",
+        )
+    })?;
     let how = How { format: format.as_deref(), write: true, resize: true, ..How::default() };
     let opened = image(name, how).await?;
     let error = |error: underlay_graph::IoError| Failure::new(error.to_string());
