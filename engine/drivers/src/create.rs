@@ -14,7 +14,7 @@ use crate::protocol::file::FileNode;
 /// Makes (or empties) the file `name` and writes a qcow2 image into it. The file is locked meanwhile, so that an
 /// image in use is not overwritten; it is durable on return.
 pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError> {
-    options.check().map_err(|error| OpenError::text(format!("{name}: {error}")))?;
+    options.check().map_err(|error| OpenError::text(error.to_string()))?;
     let view = exclusive_file(name).await?;
     let cx = view.cx();
     let made = write_image(&cx, options).await;

@@ -4,15 +4,17 @@ use underlay_graph::{Role, View};
 use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, check};
 use underlay_qmp::json::{Object, Value};
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, image};
+use crate::open::{How, check_cache, image};
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
     short: "hf:r:T:qU",
     long: &[
         ("help", "h", false),
+        ("quiet", "q", false),
+        ("cache", "T", true),
         ("format", "f", true),
         ("repair", "r", true),
         ("output", "output", true),
@@ -23,16 +25,16 @@ const KNOWN: Known = Known {
 };
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("check", KNOWN, words)?;
     let (mut format, mut json, mut quiet, mut force_share, mut fix) = (None, false, false, false, Fix::None);
+    let mut cache = None;
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
             "output" => json = is_json(&value, "check")?,
             "q" => quiet = true,
             "U" => force_share = true,
-            // The cache mode matters for speed alone here.
-            "T" => {}
+            "T" => cache = Some(value),
             "r" => {
                 fix = match value.as_str() {
                     "leaks" => Fix::Leaks,
@@ -49,38 +51,48 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "check"));
     };
-    let how = How {
-        format: format.as_deref(),
-        force_share,
-        no_backing: true,
-        write: fix != Fix::None,
-        ..How::default()
-    };
+    cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
+    let how = How { format: format.as_deref(), force_share, ..How::default() };
     let opened = image(name, how).await?;
-    let wires = opened.wires();
-    let view = wires.view(opened.node());
-    if view.node().driver() != "qcow2" {
-        if !quiet {
-            eprintln!("qemu-img: This image format does not support checks");
-        }
-        return Err(Failure::status(63));
+    let driver = opened.wires().view(opened.node()).node().driver();
+    if driver != "qcow2" {
+        return Err(Failure { status: 63, ..Failure::new("This image format does not support checks") });
     }
-    let file = view.child(Role::File).cloned().ok_or_else(|| Failure::new("the image has no file"))?;
-    let status = checked(name, &file, fix, json, quiet).await?;
-    drop((view, wires));
-    opened.close().await?;
+    let status = if fix == Fix::None {
+        let wires = opened.wires();
+        let file = wires.view(opened.node()).child(Role::File).cloned();
+        let file = file.ok_or_else(|| Failure::new("the image has no file"))?;
+        let status = checked(name, &file, fix, json, quiet).await?;
+        drop((file, wires));
+        opened.close().await?;
+        status
+    } else {
+        opened.close().await?;
+        repair(name, fix, json, quiet).await?
+    };
     if status == 0 { Ok(()) } else { Err(Failure::status(status)) }
 }
 
-async fn once(file: &View, fix: Fix, quiet: bool) -> Result<Found, Failure> {
+/// Repairs by way of the file: what is marked as corrupt is not opened for writing otherwise.
+async fn repair(name: &str, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
+    let how = How { format: Some("file"), write: true, resize: true, ..How::default() };
+    let opened = image(name, how).await?;
+    let wires = opened.wires();
+    let file = wires.view(opened.node()).clone();
+    let status = checked(name, &file, fix, json, quiet).await?;
+    drop((file, wires));
+    opened.close().await?;
+    Ok(status)
+}
+
+async fn once(file: &View, fix: Fix) -> Result<Found, Failure> {
     let mut say = |finding: Finding| match finding {
-        _ if quiet => {}
         Finding::Line(line) => eprintln!("{line}"),
         Finding::Error(line) => eprintln!("qemu-img: {line}"),
     };
@@ -91,7 +103,7 @@ async fn once(file: &View, fix: Fix, quiet: bool) -> Result<Found, Failure> {
 }
 
 async fn checked(name: &str, file: &View, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
-    let mut found = once(file, fix, quiet || json).await?;
+    let mut found = once(file, fix).await?;
     let fixed = (found.leaks_fixed, found.corruptions_fixed);
     if fixed != (0, 0) {
         if !json && !quiet {
@@ -101,16 +113,18 @@ async fn checked(name: &str, file: &View, fix: Fix, json: bool, quiet: bool) -> 
                 fixed.0, fixed.1
             );
         }
-        found = once(file, Fix::None, quiet || json).await?;
+        found = once(file, Fix::None).await?;
         (found.leaks_fixed, found.corruptions_fixed) = fixed;
     }
-    if json {
+    if json && !quiet {
         println!("{}", Value::Object(as_json(name, &found)).to_pretty());
-    } else if !quiet {
+    } else if !json && !quiet {
         print_human(&found);
     }
     Ok(match (found.corruptions, found.check_errors, found.leaks) {
-        (_, errors, _) if errors > 0 => 1,
+        (_, errors, _) if errors > 0 => {
+            return Err(Failure::new("Check failed"));
+        }
         (corruptions, _, _) if corruptions > 0 => 2,
         (_, _, leaks) if leaks > 0 => 3,
         _ => 0,

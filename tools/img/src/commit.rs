@@ -11,7 +11,7 @@ use underlay_jobs::{CommitArgs, EventSink, Job, JobEvent, Jobs, Settings};
 use underlay_qcow2::Qcow2;
 use underlay_sys::rt;
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
 use crate::{Failure, Outcome, sizes};
 
@@ -47,7 +47,7 @@ struct Request {
 }
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("commit", KNOWN, words)?;
     let mut request = Request::default();
     for (name, value) in options {
         match name.as_str() {
@@ -58,9 +58,8 @@ pub async fn run(words: &[String]) -> Outcome {
             "q" => request.quiet = true,
             "t" => check_cache(&value, "cache")?,
             "r" => {
-                let rate = sizes::parse(&value).and_then(|rate| i64::try_from(rate).ok());
-                request.rate =
-                    rate.ok_or_else(|| Failure::new(format!("Invalid rate limit specified: '{value}'.")))?;
+                let rate = sizes::argument(&value, "rate limit")?;
+                request.rate = i64::try_from(rate).unwrap_or(i64::MAX);
             }
             "h" => {
                 println!(
@@ -68,7 +67,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let [name] = others.as_slice() else {

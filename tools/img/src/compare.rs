@@ -1,17 +1,26 @@
 //! `compare`: whether two images have the same content.
 
-use underlay_graph::ByteRange;
-use underlay_graph::status::{Status, status};
-use underlay_sys::Iov;
+use std::collections::VecDeque;
 
-use crate::getopt::{Known, parse};
-use crate::open::{How, Image, image};
+use underlay_graph::status::Status;
+use underlay_graph::{ByteRange, IoError, Root};
+use underlay_sys::{Iov, rt};
+
+use crate::getopt::Known;
+use crate::open::{How, Image, check_cache, image};
+use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
     short: "hf:F:T:pqsU",
     long: &[
         ("help", "h", false),
+        ("quiet", "q", false),
+        ("progress", "p", false),
+        ("a-format", "f", true),
+        ("b-format", "F", true),
+        ("strict", "s", false),
+        ("cache", "T", true),
         ("object", "object", true),
         ("image-opts", "image-opts", false),
         ("force-share", "U", false),
@@ -19,11 +28,14 @@ const KNOWN: Known = Known {
 };
 
 /// Compared at a time, in bytes.
-const CHUNK: u64 = 2 << 20;
+const CHUNK: u64 = 1 << 20;
+/// Chunks under way at once.
+const WORKERS: usize = 4;
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("compare", KNOWN, words)?;
     let (mut formats, mut quiet, mut strict, mut force_share) = ([None, None], false, false, false);
+    let (mut progress, mut cache) = (false, None);
     for (name, value) in options {
         match name.as_str() {
             "f" => formats[0] = Some(value),
@@ -31,8 +43,8 @@ pub async fn run(words: &[String]) -> Outcome {
             "q" => quiet = true,
             "s" => strict = true,
             "U" => force_share = true,
-            // Progress is not worth a line here, and the cache mode matters for speed alone.
-            "p" | "T" => {}
+            "p" => progress = true,
+            "T" => cache = Some(value),
             "h" => {
                 println!("Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2");
                 return Ok(());
@@ -49,101 +61,146 @@ pub async fn run(words: &[String]) -> Outcome {
         return Err(Failure::usage("Expecting two image file names", "compare"));
     };
     let trouble = |failure: Failure| Failure { status: 2, ..failure };
+    cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache")).map_err(trouble)?;
     let how = |at: usize| How { format: formats[at].as_deref(), force_share, ..How::default() };
     let first = image(first, how(0)).await.map_err(trouble)?;
     let second = image(second, how(1)).await.map_err(trouble)?;
-    let difference = compare(&first, &second, strict, quiet).await.map_err(trouble)?;
+    let progress = Progress::start(progress && !quiet);
+    let compared = Comparison { first: &first, second: &second, strict, quiet, progress: &progress };
+    let difference = compared.run().await.map_err(trouble)?;
     first.close().await.map_err(trouble)?;
     second.close().await.map_err(trouble)?;
-    match difference {
-        None => {
-            if !quiet {
-                println!("Images are identical.");
-            }
-            Ok(())
+    if !quiet {
+        println!("{}", difference.as_deref().unwrap_or("Images are identical."));
+    }
+    progress.end();
+    difference.map_or(Ok(()), |_| Err(Failure::status(1)))
+}
+
+/// Two images, being compared.
+struct Comparison<'a> {
+    first: &'a Image,
+    second: &'a Image,
+    strict: bool,
+    quiet: bool,
+    progress: &'a Progress,
+}
+
+/// A chunk that is read and compared: where the difference is, if there is one.
+type Chunk = rt::JoinHandle<Result<Option<u64>, IoError>>;
+
+fn failed(error: IoError) -> Failure {
+    Failure::new(format!("Error while reading: {error}"))
+}
+
+impl Comparison<'_> {
+    /// The difference, in words.
+    async fn run(&self) -> Result<Option<String>, Failure> {
+        let lengths = (self.first.length().await?, self.second.length().await?);
+        if lengths.0 != lengths.1 && self.strict {
+            return Ok(Some("Strict mode: Image size mismatch!".to_owned()));
         }
-        Some(text) => {
-            if !quiet {
-                println!("{text}");
-            }
-            Err(Failure::status(1))
+        let common = lengths.0.min(lengths.1);
+        let longer = if lengths.0 > lengths.1 { self.first } else { self.second };
+        let longest = lengths.0.max(lengths.1);
+        let both = self.part(ByteRange::between(0, common), self.first, Some(self.second), longest).await?;
+        if both.is_some() || common == longest {
+            return Ok(both);
         }
+        if !self.quiet {
+            println!("Warning: Image size mismatch!");
+        }
+        self.part(ByteRange::between(common, longest), longer, None, longest).await
+    }
+
+    /// Compares with `second`, or with zeroes; several chunks at once.
+    async fn part(
+        &self,
+        mut rest: ByteRange,
+        first: &Image,
+        second: Option<&Image>,
+        all: u64,
+    ) -> Result<Option<String>, Failure> {
+        let mut running = VecDeque::new();
+        while !rest.is_empty() {
+            let looked = look(rest, first, second).await.map_err(failed)?;
+            if self.strict && !looked.alike {
+                if let Some(at) = drain(&mut running).await? {
+                    return Ok(Some(mismatch(at)));
+                }
+                return Ok(Some(format!("Strict mode: Offset {} block status mismatch!", rest.start())));
+            }
+            let (run, after) = rest.split(if looked.zero { looked.len } else { looked.len.min(CHUNK) });
+            rest = after;
+            self.progress.show(run.end() as f64 * 100.0 / all as f64);
+            if looked.zero {
+                continue;
+            }
+            let (one, other) = (first.root.clone(), second.map(|second| second.root.clone()));
+            running.push_back(rt::spawn(async move { differ(run, &one, other.as_ref()).await }));
+            if running.len() >= WORKERS
+                && let Some(at) = next(&mut running).await?
+            {
+                return Ok(Some(mismatch(at)));
+            }
+        }
+        Ok(drain(&mut running).await?.map(mismatch))
     }
 }
 
-async fn compare(
-    first: &Image,
-    second: &Image,
-    strict: bool,
-    quiet: bool,
-) -> Result<Option<String>, Failure> {
-    let failed = |error: underlay_graph::IoError| Failure::new(format!("Error while reading: {error}"));
-    let lengths = (first.root.length().await.map_err(failed)?, second.root.length().await.map_err(failed)?);
-    if lengths.0 != lengths.1 && strict {
-        return Ok(Some("Strict mode: Image size mismatch!".to_owned()));
+fn mismatch(at: u64) -> String {
+    format!("Content mismatch at offset {at}!")
+}
+
+/// The result of the oldest chunk.
+async fn next(running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
+    match running.pop_front() {
+        Some(chunk) => chunk.await.map_err(failed),
+        None => Ok(None),
     }
-    let (common, longest) = (lengths.0.min(lengths.1), lengths.0.max(lengths.1));
-    let longer = if lengths.0 > lengths.1 { first } else { second };
-    let mut rest = ByteRange::between(0, common);
-    while !rest.is_empty() {
-        let (one, other) =
-            (look(first, rest).await.map_err(failed)?, look(second, rest).await.map_err(failed)?);
-        let kind = |s: &Status| (s.allocated, s.data, s.zero, s.encoded);
-        if strict && kind(&one) != kind(&other) {
-            return Ok(Some(format!("Strict mode: Offset {} block status mismatch!", rest.start())));
+}
+
+async fn drain(running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
+    while !running.is_empty() {
+        if let Some(at) = next(running).await? {
+            return Ok(Some(at));
         }
-        let both = rest.split(one.len.min(other.len)).0;
-        if one.zero && other.zero {
-            rest = rest.split(both.len()).1;
-            continue;
-        }
-        let chunk = both.split(CHUNK).0;
-        let (bytes, others) = (content(first, &one, chunk).await, content(second, &other, chunk).await);
-        if let Some(text) = mismatch(chunk, &bytes.map_err(failed)?, &others.map_err(failed)?) {
-            return Ok(Some(text));
-        }
-        rest = rest.split(chunk.len()).1;
-    }
-    if common < longest && !quiet {
-        println!("Warning: Image size mismatch!");
-    }
-    let mut rest = ByteRange::between(common, longest);
-    while !rest.is_empty() {
-        let found = look(longer, rest).await.map_err(failed)?;
-        let chunk = if found.zero { rest.split(found.len).0 } else { rest.split(found.len.min(CHUNK)).0 };
-        if !found.zero {
-            let bytes = read(longer, chunk).await.map_err(failed)?;
-            if let Some(text) = mismatch(chunk, &bytes, &vec![0; bytes.len()]) {
-                return Ok(Some(text));
-            }
-        }
-        rest = rest.split(chunk.len()).1;
     }
     Ok(None)
 }
 
-/// What the first bytes of `range` are.
-async fn look(image: &Image, range: ByteRange) -> underlay_graph::Result<Status> {
-    let inside = image.root.enter().await?;
-    status(&inside.cx(), range, None).await
+/// What both images say about the first bytes of a range, before they are read.
+struct Looked {
+    len: u64,
+    /// Both are zero.
+    zero: bool,
+    /// What they say is the same in all that strict mode looks at.
+    alike: bool,
 }
 
-/// The bytes of a chunk; what is known to be zero is not read.
-async fn content(image: &Image, found: &Status, chunk: ByteRange) -> underlay_graph::Result<Vec<u8>> {
-    if found.zero { Ok(vec![0; chunk.buffer_len()]) } else { read(image, chunk).await }
+async fn look(range: ByteRange, first: &Image, second: Option<&Image>) -> Result<Looked, IoError> {
+    let one = first.status(range).await?;
+    let Some(second) = second else { return Ok(Looked { len: one.len, zero: one.zero, alike: true }) };
+    let other = second.status(range).await?;
+    // The reference's strict mode also looks at whether a run reaches the image's end.
+    let key = |s: &Status| (s.allocated, s.zero, s.data, s.encoded, s.len == range.len());
+    let alike = key(&one) == key(&other);
+    Ok(Looked { len: one.len.min(other.len), zero: one.zero && other.zero, alike })
 }
 
-fn mismatch(chunk: ByteRange, bytes: &[u8], others: &[u8]) -> Option<String> {
-    if bytes == others {
-        return None;
-    }
-    let at = bytes.iter().zip(others).position(|(a, b)| a != b)?;
+async fn differ(range: ByteRange, first: &Root, second: Option<&Root>) -> Result<Option<u64>, IoError> {
+    let bytes = Iov::scratch(range.buffer_len());
+    first.read(range, bytes.clone()).await?;
+    let bytes = bytes.to_vec();
+    let found = match second {
+        None => bytes.iter().position(|byte| *byte != 0),
+        Some(second) => {
+            let others = Iov::scratch(range.buffer_len());
+            second.read(range, others.clone()).await?;
+            let others = others.to_vec();
+            if bytes == others { None } else { bytes.iter().zip(&others).position(|(a, b)| a != b) }
+        }
+    };
     // In whole sectors, as the reference counts.
-    Some(format!("Content mismatch at offset {}!", (chunk.start() + at as u64) / 512 * 512))
-}
-
-async fn read(image: &Image, range: ByteRange) -> underlay_graph::Result<Vec<u8>> {
-    let into = Iov::scratch(range.buffer_len());
-    image.root.read(range, into.clone()).await?;
-    Ok(into.to_vec())
+    Ok(found.map(|at| (range.start() + at as u64) / 512 * 512))
 }

@@ -1,111 +1,103 @@
 //! `convert`: copies images into a new one of another format or shape.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use underlay_drivers::filename;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, NodeId, Role, WriteFlags};
+use underlay_jobs::pace::Pace;
 use underlay_sys::{Iov, rt};
 
-use crate::getopt::{Known, parse};
-use crate::open::{How, Image, image};
+use crate::getopt::Known;
+use crate::open::{How, Image, check_cache, image};
+use crate::progress::Progress;
 use crate::{Failure, Outcome, create, sizes};
 
 const KNOWN: Known = Known {
-    short: "hf:O:B:F:cpS:o:m:WnqUt:T:b:l:r:",
+    short: "hf:O:B:F:CcpS:o:m:WnqUt:T:l:r:",
     long: &[
         ("help", "h", false),
-        ("object", "object", true),
-        ("image-opts", "image-opts", false),
+        ("quiet", "q", false),
+        ("progress", "p", false),
+        ("source-format", "f", true),
+        ("source-image-opts", "source-image-opts", false),
+        ("image-opts", "source-image-opts", false),
+        ("source-snapshot", "l", true),
+        ("source-cache", "T", true),
+        ("target-format", "O", true),
         ("target-image-opts", "target-image-opts", false),
-        ("force-share", "U", false),
+        ("target-options", "o", true),
+        ("compress", "c", false),
+        ("target-cache", "t", true),
+        ("backing", "B", true),
+        ("backing-format", "F", true),
+        ("no-create", "n", false),
         ("target-is-zero", "target-is-zero", false),
-        ("salvage", "salvage", false),
+        ("sparse-size", "S", true),
         ("bitmaps", "bitmaps", false),
+        ("skip-broken-bitmaps", "skip-broken-bitmaps", false),
+        ("force-share", "U", false),
+        ("rate", "r", true),
+        ("parallel", "m", true),
+        ("copy-range-offloading", "C", false),
+        ("salvage", "salvage", false),
+        ("oob-writes", "W", false),
+        ("object", "object", true),
     ],
 };
 
 /// Copied at a time, in bytes.
 const CHUNK: u64 = 2 << 20;
-/// Formats of targets.
-const FORMATS: [&str; 2] = ["qcow2", "raw"];
 /// Most copies under way at once.
 const MOST_WORKERS: usize = 16;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Request {
     format: Option<String>,
     target_format: String,
-    create_words: Vec<String>,
+    options: Option<Vec<(String, String)>>,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    caches: (Option<String>, Option<String>),
     compressed: bool,
     progress: bool,
     no_create: bool,
     quiet: bool,
     force_share: bool,
     target_is_zero: bool,
+    /// What cannot be read becomes zero.
+    salvage: bool,
+    offload: bool,
     /// Runs of zeroes of at least so many bytes become holes; 0: none.
-    sparse: u64,
+    sparse: Option<u64>,
     workers: usize,
+    /// Bytes per second, 0 for no limit.
+    rate: u64,
 }
 
+const SPARSE: &str = "buffer size for sparse output";
+
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
-    let mut request = Request {
-        format: None,
-        target_format: "raw".to_owned(),
-        create_words: Vec::new(),
-        compressed: false,
-        progress: false,
-        no_create: false,
-        quiet: false,
-        force_share: false,
-        target_is_zero: false,
-        sparse: 4096,
-        workers: 8,
-    };
+    let (options, others) = crate::options("convert", KNOWN, words)?;
+    let mut request = Request { target_format: "raw".to_owned(), workers: 8, ..Request::default() };
     for (name, value) in options {
-        match name.as_str() {
-            "f" => request.format = Some(value),
-            "O" => request.target_format = value,
-            "B" | "b" => request.create_words.extend(["-b".to_owned(), value]),
-            "F" => request.create_words.extend(["-F".to_owned(), value]),
-            "o" => request.create_words.extend(["-o".to_owned(), value]),
-            "c" => request.compressed = true,
-            "p" => request.progress = true,
-            "n" => request.no_create = true,
-            "q" => request.quiet = true,
-            "U" => request.force_share = true,
-            "target-is-zero" => request.target_is_zero = true,
-            // Writes go out of order anyway, and the cache modes matter for speed alone.
-            "W" | "t" | "T" => {}
-            "S" => {
-                let size = sizes::parse(&value);
-                request.sparse = size.ok_or_else(|| {
-                    Failure::new(format!("Invalid buffer size for sparse output specified: {value}"))
-                })?;
-            }
-            "m" => {
-                let count = value.parse().ok().filter(|count| (1..=MOST_WORKERS).contains(count));
-                request.workers = count.ok_or_else(|| {
-                    Failure::new("Invalid number of coroutines specified. Must be between 1 and 16.")
-                })?;
-            }
-            "h" => {
-                println!("Usage: qemu-img convert [options] FILENAME [FILENAME2 [...]] OUTPUT_FILENAME");
-                return Ok(());
-            }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+        if name == "h" {
+            println!("Usage: qemu-img convert [options] FILENAME [FILENAME2 [...]] OUTPUT_FILENAME");
+            return Ok(());
         }
+        request.set(&name, value)?;
     }
+    request.check()?;
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));
     };
-    if request.overlays() && sources.len() > 1 {
+    if request.backing.is_some() && sources.len() > 1 {
         return Err(Failure::new(
             "Having a backing file for the target makes no sense when concatenating multiple input images",
         ));
     }
-    if request.overlays() {
+    if request.backing.is_some() {
         check_backing(&request)?;
     }
     convert(sources, target, &request).await
@@ -115,69 +107,156 @@ fn check_backing(request: &Request) -> Outcome {
     if request.target_format == "raw" {
         return Err(Failure::new("Backing file not supported for file format 'raw'"));
     }
-    let named = |pair: &[String]| match pair {
-        [option, value] => option == "-F" || option == "-o" && value.contains("backing_fmt="),
-        _ => false,
-    };
-    if request.no_create || request.create_words.chunks(2).any(named) {
+    if request.no_create || request.backing_format.is_some() {
         return Ok(());
     }
     Err(Failure::new("Use of backing file requires explicit backing format"))
 }
 
 impl Request {
-    /// Whether the target gets a backing file.
-    fn overlays(&self) -> bool {
-        let named = |pair: &[String]| match pair {
-            [option, value] => option == "-b" || option == "-o" && value.contains("backing_file="),
-            _ => false,
-        };
-        self.create_words.chunks(2).any(named)
+    fn set(&mut self, name: &str, value: String) -> Outcome {
+        match name {
+            "f" => self.format = Some(value),
+            "O" => self.target_format = value,
+            "B" => self.backing = Some(value),
+            "F" => self.backing_format = Some(value),
+            "o" => self.options.get_or_insert_default().extend(create::option_list(&value)?),
+            "c" => self.compressed = true,
+            "p" => self.progress = true,
+            "n" => self.no_create = true,
+            "q" => self.quiet = true,
+            "U" => self.force_share = true,
+            "t" => self.caches.0 = Some(value),
+            "T" => self.caches.1 = Some(value),
+            "C" => self.offload = true,
+            "salvage" => self.salvage = true,
+            "target-is-zero" => self.target_is_zero = true,
+            // Writes go out of order anyway.
+            "W" => {}
+            "S" => self.sparse = Some(sparse_size(&value)?),
+            "m" => self.workers = workers(&value)?,
+            "r" => self.rate = sizes::argument(&value, "rate limit")?,
+            other => return Err(crate::unsupported(other)),
+        }
+        Ok(())
+    }
+
+    /// What must not be asked for together.
+    fn check(&mut self) -> Outcome {
+        if self.no_create && self.options.is_some() {
+            return Err(Failure::new("-o has no effect when skipping image creation"));
+        }
+        if self.target_is_zero && !self.no_create {
+            return Err(Failure::new("--target-is-zero requires use of -n flag"));
+        }
+        if self.offload && self.sparse.is_some() {
+            return Err(Failure::new("Cannot enable copy offloading when -S is used"));
+        }
+        if self.offload && self.compressed {
+            return Err(Failure::new("Cannot enable copy offloading when -c is used"));
+        }
+        for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {
+            match name.as_str() {
+                "backing_file" if self.target_format == "qcow2" => self.backing = Some(value),
+                "backing_fmt" if self.target_format == "qcow2" => self.backing_format = Some(value),
+                _ => self.options.get_or_insert_default().push((name, value)),
+            }
+        }
+        let (target, source) = std::mem::take(&mut self.caches);
+        source.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
+        target.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
+        self.progress &= !self.quiet;
+        Ok(())
     }
 }
 
-async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome {
-    if !FORMATS.contains(&request.target_format.as_str()) {
-        return Err(Failure::new(format!("Unknown file format '{}'", request.target_format)));
+fn sparse_size(value: &str) -> Result<u64, Failure> {
+    let size = sizes::argument(value, SPARSE)?;
+    if size % 512 != 0 || size > 16 << 20 {
+        return Err(Failure::new(format!(
+            "Invalid {SPARSE} specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to disable sparse \
+             detection (fully allocates output)."
+        )));
     }
+    Ok(size)
+}
+
+fn workers(value: &str) -> Result<usize, Failure> {
+    let text = || match sizes::is_out_of_range(value) {
+        true => format!("Invalid number of coroutines specified. Must be between 1 and {MOST_WORKERS}."),
+        false => format!("Invalid number of coroutines specified: '{value}'."),
+    };
+    let count = value.parse().ok().filter(|count| (1..=MOST_WORKERS).contains(count));
+    count.ok_or_else(|| Failure::new(text()))
+}
+
+/// Makes the target.
+async fn make(target: &str, size: u64, request: &Request) -> Outcome {
+    let options = request.options.clone().unwrap_or_default();
+    let format = &request.target_format;
+    let backing = request.backing.as_deref().map(|file| (file, request.backing_format.as_deref()));
+    if backing.is_none() && request.backing_format.is_some() {
+        let text = "Backing format cannot be used without backing file";
+        return Err(Failure::new(format!("{target}: error while converting {format}: {text}")));
+    }
+    create::target(target, size, format, backing, options).await.map_err(|refused| match refused {
+        create::Refused::Option(failure) => failure,
+        create::Refused::Create(failure) => {
+            let text = failure.message.unwrap_or_default();
+            Failure::new(format!("{target}: error while converting {format}: {text}"))
+        }
+    })
+}
+
+async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome {
     let mut inputs = Vec::new();
-    let mut total = 0;
+    let mut total = 0_u64;
     for name in sources {
         let how =
             How { format: request.format.as_deref(), force_share: request.force_share, ..How::default() };
         let input = image(name, how).await?;
-        let length = input.root.length().await.map_err(|error| Failure::new(error.to_string()))?;
+        let length = input.length().await?;
         inputs.push((total, length, Arc::new(input)));
-        total += length;
+        total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
     if !request.no_create {
-        let mut words = vec!["-q".to_owned(), "-f".to_owned(), request.target_format.clone()];
-        words.extend(request.create_words.clone());
-        if request.overlays() {
-            // The backing file is opened with the target.
-            words.push("-u".to_owned());
+        if request.compressed && request.target_format == "raw" {
+            return Err(Failure::new("Compression not supported for this file format"));
         }
-        words.extend([target.to_owned(), total.to_string()]);
-        create::run(&words).await?;
+        make(target, total, request).await?;
     }
     // Parts of clusters get the rest of them from the backing file.
-    let no_backing = !request.overlays();
+    let no_backing = request.backing.is_none();
     let how = How { format: Some(&request.target_format), write: true, no_backing, ..How::default() };
     let output = Arc::new(image(target, how).await?);
-    let room = output.root.length().await.map_err(|error| Failure::new(error.to_string()))?;
-    if room < total {
+    if request.compressed && output.is_raw() {
+        return Err(Failure::new("Compression not supported for this file format"));
+    }
+    if output.length().await? < total {
         return Err(Failure::new("output file is smaller than input file"));
     }
     let known_zero = no_backing && (!request.no_create || request.target_is_zero);
+    let progress = Progress::start(request.progress);
+    let mut pace = Pace::default();
     for (start, length, input) in inputs {
         let below = if no_backing { None } else { Some(shared_backing(&input, &output)) };
-        let copy = Copy { input: &input, output: &output, request, start, length, total, known_zero, below };
-        copy.run().await?;
+        let progress = &progress;
+        let copy = Copy {
+            input: &input,
+            output: &output,
+            request,
+            start,
+            length,
+            total,
+            known_zero,
+            below,
+            progress,
+        };
+        copy.run(&mut pace).await?;
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
-    if request.progress {
-        println!("    (100.00/100%)\r");
-    }
+    progress.show(100.0);
+    progress.end();
     Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?.close().await
 }
 
@@ -204,6 +283,7 @@ struct Copy<'a> {
     known_zero: bool,
     /// The target has a backing file, and this is where the source's own data ends (`None`: it has nothing below).
     below: Option<Option<NodeId>>,
+    progress: &'a Progress,
 }
 
 /// What to do with a run of bytes.
@@ -217,15 +297,15 @@ enum Kind {
 
 impl Copy<'_> {
     /// Copies several chunks at once.
-    async fn run(&self) -> Outcome {
+    async fn run(&self, pace: &mut Pace) -> Outcome {
         let (request, output) = (self.request, self.output);
         let reading = |error: IoError| Failure::new(format!("error while reading block status: {error}"));
         let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
         // Compressed clusters are packed one behind the other: in order.
         let workers = if request.compressed { 1 } else { request.workers };
-        let sparse = if request.compressed { cluster } else { request.sparse };
+        let sparse = if request.compressed { cluster } else { request.sparse.unwrap_or(4096) };
         let mut rest = ByteRange::between(0, self.length);
-        let mut running = std::collections::VecDeque::new();
+        let mut running = VecDeque::new();
         while !rest.is_empty() {
             let (kind, len) = self.look(rest, cluster).await.map_err(reading)?;
             let (run, after) = rest.split(len);
@@ -236,6 +316,12 @@ impl Copy<'_> {
             if running.len() >= workers {
                 finish(running.pop_front()).await?;
             }
+            if request.rate > 0 {
+                pace.spend(rt::now(), run.len(), request.rate);
+                if let Some(at) = pace.wait_until(rt::now()) {
+                    rt::sleep_until(at).await;
+                }
+            }
             let piece = Piece {
                 input: self.input.clone(),
                 output: output.clone(),
@@ -243,13 +329,11 @@ impl Copy<'_> {
                 start: self.start,
                 zero: kind == Kind::Zero,
                 known_zero: self.known_zero,
+                salvage: request.salvage.then_some(request.quiet),
             };
             let compressed = request.compressed;
             running.push_back(rt::spawn(async move { piece.copy(compressed, sparse).await }));
-            if request.progress {
-                let done = (self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64;
-                print!("    ({done:.2}/100%)\r");
-            }
+            self.progress.show((self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64);
         }
         while !running.is_empty() {
             finish(running.pop_front()).await?;
@@ -265,7 +349,7 @@ impl Copy<'_> {
         let kind = match (self.below, found.allocated, found.zero) {
             (Some(_), false, _) => Kind::Shared,
             // A compressed write is of whole clusters, whatever is in them.
-            _ if compressed => Kind::Data,
+            _ if compressed || self.request.sparse == Some(0) => Kind::Data,
             (_, true, false) => Kind::Data,
             _ => Kind::Zero,
         };
@@ -301,6 +385,8 @@ struct Piece {
     start: u64,
     zero: bool,
     known_zero: bool,
+    /// What cannot be read becomes zero; quietly or not.
+    salvage: Option<bool>,
 }
 
 impl Piece {
@@ -315,10 +401,15 @@ impl Piece {
             return self.output.root.write_zeroes(target, zeroes).await.map_err(writing);
         }
         let data = Iov::scratch(self.run.buffer_len());
-        let read = self.input.root.read(self.run, data.clone()).await;
-        read.map_err(|error| {
-            Failure::new(format!("error while reading at byte {}: {error}", self.run.start()))
-        })?;
+        if let Err(error) = self.input.root.read(self.run, data.clone()).await {
+            let Some(quiet) = self.salvage else {
+                return Err(Failure::new(format!(
+                    "error while reading at byte {}: {error}",
+                    self.run.start()
+                )));
+            };
+            self.salvage(&data, quiet).await;
+        }
         for (from, len, is_zero) in runs(&data, sparse) {
             let range = ByteRange::between(at + from as u64, at + (from + len) as u64);
             if is_zero && self.known_zero {
@@ -333,6 +424,25 @@ impl Piece {
             done.map_err(writing)?;
         }
         Ok(())
+    }
+}
+
+impl Piece {
+    /// Reads what can be read, sector by sector.
+    async fn salvage(&self, data: &Iov, quiet: bool) {
+        let mut rest = self.run;
+        while !rest.is_empty() {
+            let (sector, after) = rest.split(512);
+            rest = after;
+            let at = usize::try_from(sector.start() - self.run.start()).unwrap_or(0);
+            let into = data.slice(at, sector.buffer_len());
+            if let Err(error) = self.input.root.read(sector, into.clone()).await {
+                if !quiet {
+                    eprintln!("qemu-img: warning: error while reading offset {}: {error}", sector.start());
+                }
+                into.fill(0);
+            }
+        }
     }
 }
 

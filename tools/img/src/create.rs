@@ -5,12 +5,23 @@ use underlay_drivers::names::resolve_backing;
 use underlay_graph::{BackingRef, Preallocation};
 use underlay_qcow2::{Compression, CreateOptions, Version};
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::open::{How, image};
 use crate::{Failure, Outcome, sizes};
 
-const KNOWN: Known =
-    Known { short: "F:b:f:ho:qu6", long: &[("help", "h", false), ("object", "object", true)] };
+const KNOWN: Known = Known {
+    short: "F:b:f:ho:qu",
+    long: &[
+        ("help", "h", false),
+        ("quiet", "q", false),
+        ("object", "object", true),
+        ("format", "f", true),
+        ("options", "o", true),
+        ("backing", "b", true),
+        ("backing-format", "F", true),
+        ("backing-unsafe", "u", false),
+    ],
+};
 
 /// What the command line asks for.
 #[derive(Default)]
@@ -24,7 +35,7 @@ struct Request {
 }
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("create", KNOWN, words)?;
     let mut request = Request { format: "raw".to_owned(), ..Request::default() };
     for (name, value) in options {
         match name.as_str() {
@@ -40,144 +51,243 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let (name, size) = match others.as_slice() {
         [name] => (name, None),
-        [name, size] => (name, Some(parse_size(size)?)),
+        [name, size] => (name, Some(sizes::argument(size, "image size")?)),
         [] => return Err(Failure::usage("Expecting image file name", "create")),
-        _ => return Err(Failure::new("Unexpected argument: ".to_owned() + &others[2])),
+        [_, _, extra, ..] => return Err(Failure::usage(format!("Unexpected argument: {extra}"), "create")),
     };
-    make(name, size, request).await.map_err(|failure| match failure.message {
-        // Some errors name the file already.
-        Some(message) if message.starts_with(&format!("{name}: ")) => Failure::new(message),
-        Some(message) => Failure::new(format!("{name}: {message}")),
-        None => failure,
+    make(name, size, request).await.map_err(|refused| {
+        let (Refused::Option(failure) | Refused::Create(failure)) = refused;
+        Failure::new(format!("{name}: {}", failure.message.unwrap_or_default()))
     })
 }
 
-/// `a=b,c=d` with `,,` for a comma.
+/// `a=b,c=d` with `,,` for a comma; `a` alone is switched on and `noa` off.
 pub fn option_list(text: &str) -> Result<Vec<(String, String)>, Failure> {
+    if text.is_empty() || text.starts_with(',') || text.ends_with(',') {
+        return Err(Failure::new(format!("Invalid option list: {text}")));
+    }
     let marked = text.replace(",,", "\0");
-    let words = marked.split(',').filter(|word| !word.is_empty()).map(|word| word.replace('\0', ","));
+    let words = marked.split(',').map(|word| word.replace('\0', ","));
     let pair = |word: String| match word.split_once('=') {
-        Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
-        None => Err(Failure::new(format!("Invalid parameter '{word}'"))),
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => match word.strip_prefix("no") {
+            Some(name) => (name.to_owned(), "off".to_owned()),
+            None => (word, "on".to_owned()),
+        },
     };
-    words.map(pair).collect()
+    Ok(words.map(pair).collect())
 }
 
-pub fn parse_size(text: &str) -> Result<u64, Failure> {
-    let size = sizes::parse(text).filter(|size| *size <= i64::MAX as u64);
-    size.ok_or_else(|| Failure::new(format!("Invalid image size specified: '{text}'.")))
+/// Why an image is not made.
+pub enum Refused {
+    /// An option that cannot be understood.
+    Option(Failure),
+    /// Anything else.
+    Create(Failure),
 }
 
-async fn make(name: &str, size: Option<u64>, mut request: Request) -> Outcome {
+/// An option that cannot be understood.
+fn bad_option(text: String) -> Refused {
+    Refused::Option(Failure::new(text))
+}
+
+/// What cannot be made.
+fn cannot(text: impl Into<String>) -> Refused {
+    Refused::Create(Failure::new(text))
+}
+
+/// The image that `convert` writes to.
+pub async fn target(
+    name: &str,
+    size: u64,
+    format: &str,
+    backing: Option<(&str, Option<&str>)>,
+    options: Vec<(String, String)>,
+) -> Result<(), Refused> {
+    let request = Request {
+        format: format.to_owned(),
+        backing: backing.map(|(file, _)| file.to_owned()),
+        backing_format: backing.and_then(|(_, format)| format.map(str::to_owned)),
+        options,
+        quiet: true,
+        // It is opened with the target.
+        unsafe_backing: true,
+    };
+    make(name, Some(size), request).await
+}
+
+async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(), Refused> {
     for (option, value) in std::mem::take(&mut request.options) {
         match option.as_str() {
-            "backing_file" => request.backing = Some(value),
-            "backing_fmt" => request.backing_format = Some(value),
+            "backing_file" if request.format == "qcow2" => request.backing = Some(value),
+            "backing_fmt" if request.format == "qcow2" => request.backing_format = Some(value),
             _ => request.options.push((option, value)),
         }
     }
     if request.backing.as_deref() == Some("") {
-        return Err(Failure::new("Expected backing file name, got empty string"));
+        return Err(cannot("Expected backing file name, got empty string"));
     }
     match request.format.as_str() {
         "qcow2" => make_qcow2(name, size, request).await,
         "raw" => make_raw(name, size, request).await,
-        other => Err(Failure::new(format!("Unknown file format '{other}'"))),
+        other => Err(bad_option(format!("Unknown file format '{other}'"))),
     }
 }
 
-async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Outcome {
+async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
     if request.backing.is_some() {
-        return Err(Failure::new("Backing file not supported for file format 'raw'"));
+        return Err(cannot("Backing file not supported for file format 'raw'"));
     }
-    let (mut size, mut mode) = (size, Preallocation::Off);
+    let (mut wanted, mut mode) = (None, None);
     let mut shown = String::new();
     for (option, value) in request.options {
         match option.as_str() {
-            "size" => size = Some(parse_size(&value)?),
+            "size" => wanted = Some(size_option(&option, &value)?),
             "preallocation" => {
-                mode = preallocation(&value)?;
                 shown = format!(" preallocation={value}");
+                mode = Some(value);
             }
-            other => return Err(Failure::new(format!("Invalid parameter '{other}'"))),
+            other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
         }
     }
-    let size = size.ok_or_else(|| Failure::new("Image creation needs a size parameter"))?;
+    let size = only_one(size, wanted)?;
+    let size = size.ok_or_else(|| cannot("Image creation needs a size parameter"))?;
     if !request.quiet {
         println!("Formatting '{name}', fmt=raw size={size}{shown}");
     }
-    create::raw(name, size.next_multiple_of(512), mode).await.map_err(|error| Failure::new(error.to_string()))
+    let mode = mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode))?;
+    create::raw(name, size.next_multiple_of(512), mode).await.map_err(failed)
 }
 
-fn preallocation(value: &str) -> Result<Preallocation, Failure> {
+fn preallocation(value: &str) -> Result<Preallocation, Refused> {
     Ok(match value {
         "off" => Preallocation::Off,
         "metadata" => Preallocation::Metadata,
         "falloc" => Preallocation::Falloc,
         "full" => Preallocation::Full,
-        other => {
-            return Err(Failure::new(format!("Parameter 'preallocation' does not accept value '{other}'")));
-        }
+        other => return Err(cannot(format!("Parameter 'preallocation' does not accept value '{other}'"))),
     })
 }
 
-async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Outcome {
-    let mut options = CreateOptions::new(0);
-    let (mut size, mut compat, mut mode) = (size, None, None);
-    for (option, value) in &request.options {
-        let size_of = |value: &str| {
-            sizes::parse(value).ok_or_else(|| Failure::new(format!("Parameter '{option}' expects a size")))
-        };
-        let flag = || match value.as_str() {
-            "on" | "yes" | "true" | "y" => Ok(true),
-            "off" | "no" | "false" | "n" => Ok(false),
-            _ => Err(Failure::new(format!("Parameter '{option}' expects 'on' or 'off'"))),
-        };
-        match option.as_str() {
-            "size" => size = Some(parse_size(value)?),
-            "cluster_size" => options.cluster_size = size_of(value)?,
-            "refcount_bits" => options.refcount_bits = size_of(value)?,
-            "lazy_refcounts" => options.lazy_refcounts = flag()?,
-            "extended_l2" => options.extended_l2 = flag()?,
-            "compat" => {
-                options.version = match value.as_str() {
-                    "0.10" | "v2" => Version::V2,
-                    "1.1" | "v3" => Version::V3,
-                    other => {
-                        return Err(Failure::new(format!(
-                            "Parameter 'version' does not accept value '{other}'"
-                        )));
-                    }
-                };
-                compat = Some(value.clone());
-            }
-            "compression_type" => {
-                options.compression = match value.as_str() {
-                    "zlib" => Compression::Zlib,
-                    "zstd" => Compression::Zstd,
-                    other => {
-                        let text = format!("Parameter 'compression-type' does not accept value '{other}'");
-                        return Err(Failure::new(text));
-                    }
-                }
-            }
-            "preallocation" => {
-                options.preallocation = preallocation(value)?;
-                mode = Some(value.clone());
-            }
+fn size_option(name: &str, value: &str) -> Result<u64, Refused> {
+    sizes::option(value, name).map_err(Refused::Option)
+}
+
+fn flag(name: &str, value: &str) -> Result<bool, Refused> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(bad_option(format!("Parameter '{name}' expects 'on' or 'off'"))),
+    }
+}
+
+/// A number, perhaps hexadecimal.
+fn number(name: &str, value: &str) -> Result<u64, Refused> {
+    let parsed = match value.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => value.parse(),
+    };
+    parsed.map_err(|_| bad_option(format!("Parameter '{name}' expects a number")))
+}
+
+/// What the options of a qcow2 image say.
+struct Wanted {
+    options: CreateOptions,
+    size: Option<u64>,
+    /// These are words that are looked at last.
+    compat: Option<String>,
+    preallocation: Option<String>,
+    compression: Option<String>,
+}
+
+fn wanted(request: &Request) -> Result<Wanted, Refused> {
+    let options = CreateOptions::new(0);
+    let mut wanted = Wanted { options, size: None, compat: None, preallocation: None, compression: None };
+    let options = &mut wanted.options;
+    for (name, value) in &request.options {
+        match name.as_str() {
+            "size" => wanted.size = Some(size_option(name, value)?),
+            "cluster_size" => options.cluster_size = size_option(name, value)?,
+            "refcount_bits" => options.refcount_bits = number(name, value)?,
+            "lazy_refcounts" => options.lazy_refcounts = flag(name, value)?,
+            "extended_l2" => options.extended_l2 = flag(name, value)?,
+            "compat" => wanted.compat = Some(value.clone()),
+            "compression_type" => wanted.compression = Some(value.clone()),
+            "preallocation" => wanted.preallocation = Some(value.clone()),
             "encryption" | "encrypt.format" | "data_file" | "data_file_raw" => {
-                return Err(Failure::new(format!("Option '{option}' is not supported yet")));
+                return Err(cannot(format!("Option '{name}' is not supported yet")));
             }
-            other => return Err(Failure::new(format!("Invalid parameter '{other}'"))),
+            other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
         }
     }
-    options.size = backing_and_size(name, size, &request, &mut options).await?;
-    let zstd = options.compression == Compression::Zstd;
+    Ok(wanted)
+}
+
+impl Wanted {
+    /// Reads the words.
+    fn finish(self) -> Result<CreateOptions, Refused> {
+        let mut options = self.options;
+        let refused = |name: &str, value: &str| {
+            Err(cannot(format!("Parameter '{name}' does not accept value '{value}'")))
+        };
+        match self.compat.as_deref() {
+            None => {}
+            Some("0.10" | "v2") => options.version = Version::V2,
+            Some("1.1" | "v3") => options.version = Version::V3,
+            Some(other) => return refused("version", other),
+        }
+        if let Some(mode) = &self.preallocation {
+            options.preallocation = preallocation(mode)?;
+        }
+        match self.compression.as_deref() {
+            None | Some("zlib") => {}
+            Some("zstd") => options.compression = Compression::Zstd,
+            Some(other) => return refused("compression-type", other),
+        }
+        options.size = options.size.next_multiple_of(512);
+        Ok(options)
+    }
+}
+
+async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
+    let mut wanted = wanted(&request)?;
+    let size = only_one(size, wanted.size)?;
+    wanted.options.size =
+        backing_and_size(name, size, &request, &mut wanted.options).await.map_err(Refused::Create)?;
+    if !request.quiet {
+        println!("{}", formatting(name, &wanted, &request));
+    }
+    if request.backing.is_none() && request.backing_format.is_some() {
+        return Err(cannot("Backing format cannot be used without backing file"));
+    }
+    create::qcow2(name, &wanted.finish()?).await.map_err(failed)
+}
+
+/// The size is an argument or an option.
+fn only_one(size: Option<u64>, option: Option<u64>) -> Result<Option<u64>, Refused> {
+    match (size, option) {
+        (Some(_), Some(_)) => Err(cannot("The image size must be specified only once")),
+        (size, option) => Ok(size.or(option)),
+    }
+}
+
+/// Why it was not made, with a hint perhaps.
+fn failed(error: underlay_drivers::OpenError) -> Refused {
+    match error.cause().and_then(underlay_graph::IoError::hint) {
+        Some(hint) => cannot(format!("{error}\n{hint}")),
+        None => cannot(error.to_string()),
+    }
+}
+
+/// The line that says what is made.
+fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
+    let options = &wanted.options;
+    let compression = wanted.compression.as_deref().unwrap_or("zlib");
     let on = |flag| if flag { "on" } else { "off" };
     let mut line = format!(
         "Formatting '{name}', fmt=qcow2 cluster_size={} extended_l2={}",
@@ -185,25 +295,21 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Outcome 
         on(options.extended_l2)
     );
     let mut say = |text: String| line.push_str(&text);
-    if let Some(mode) = mode {
+    if let Some(mode) = &wanted.preallocation {
         say(format!(" preallocation={mode}"));
     }
-    say(format!(" compression_type={} size={}", if zstd { "zstd" } else { "zlib" }, options.size));
-    if let Some(compat) = compat {
+    say(format!(" compression_type={compression} size={}", options.size));
+    if let Some(compat) = &wanted.compat {
         say(format!(" compat={compat}"));
     }
     if let Some(backing) = &options.backing {
         say(format!(" backing_file={}", backing.file.replace(',', ",,")));
-        if let Some(format) = &backing.format {
-            say(format!(" backing_fmt={format}"));
-        }
+    }
+    if let Some(format) = &request.backing_format {
+        say(format!(" backing_fmt={format}"));
     }
     say(format!(" lazy_refcounts={} refcount_bits={}", on(options.lazy_refcounts), options.refcount_bits));
-    if !request.quiet {
-        println!("{line}");
-    }
-    options.size = options.size.next_multiple_of(512);
-    create::qcow2(name, &options).await.map_err(|error| Failure::new(error.to_string()))
+    line
 }
 
 /// Looks at the backing file, which gives the size when none was given.
@@ -214,13 +320,11 @@ async fn backing_and_size(
     options: &mut CreateOptions,
 ) -> Result<u64, Failure> {
     let Some(backing) = &request.backing else {
-        if request.backing_format.is_some() {
-            return Err(Failure::new("Backing format cannot be used without backing file"));
-        }
         return size.ok_or_else(|| Failure::new("Image creation needs a size parameter"));
     };
     if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known(format)) {
-        return Err(Failure::new(format!("Unknown backing file format '{format}'")));
+        let text = format!("Unknown driver '{format}'\nCould not open backing image.");
+        return Err(Failure::new(text));
     }
     if resolve_backing(name, backing) == name {
         let text = "Error: Trying to create an image with the same filename as the backing file";
@@ -228,15 +332,19 @@ async fn backing_and_size(
     }
     options.backing = Some(BackingRef { file: backing.clone(), format: request.backing_format.clone() });
     if request.unsafe_backing {
+        if request.backing_format.is_none() {
+            return Err(Failure::new("Backing file specified without backing format"));
+        }
         return size.ok_or_else(|| Failure::new("Image creation needs a size parameter"));
     }
     let how = How { format: request.backing_format.as_deref(), force_share: true, ..How::default() };
     let opened = image(&resolve_backing(name, backing), how).await;
     let below = opened.map_err(|failure| {
         let message = failure.message.unwrap_or_default();
-        // The reference names the file once here.
-        let file = format!("Could not open '{}': ", resolve_backing(name, backing));
-        let message = message.strip_prefix(&file).filter(|rest| rest.starts_with(&file)).unwrap_or(&message);
+        // Of a file that is not there the reference's text comes without the outer half.
+        let plain = format!("Could not open '{backing}': ");
+        let message =
+            message.strip_prefix(&plain).filter(|rest| rest.starts_with(&plain)).unwrap_or(&message);
         Failure::new(format!("{message}\nCould not open backing image."))
     })?;
     let length = below.root.length().await.map_err(|error| Failure::new(error.to_string()))?;

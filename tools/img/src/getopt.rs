@@ -17,10 +17,6 @@ pub type Parsed = (Vec<(String, String)>, Vec<String>);
 
 /// Reads `words`. Options come out under their letter, with their argument or an empty text.
 pub fn parse(known: Known, words: &[String]) -> Result<Parsed, Failure> {
-    scan(known, words).map_err(|failure| Failure { misspelled: true, ..failure })
-}
-
-fn scan(known: Known, words: &[String]) -> Result<Parsed, Failure> {
     let (mut options, mut others) = (Vec::new(), Vec::new());
     let mut words = words.iter();
     while let Some(word) = words.next() {

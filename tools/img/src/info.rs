@@ -6,18 +6,18 @@ use underlay_graph::plan::Wires;
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Role};
 use underlay_qmp::json::{Object, Value};
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::open::{How, image};
 use crate::sizes::human;
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
-    short: "f:hU",
+    short: "f:hbU",
     long: &[
         ("help", "h", false),
         ("format", "f", true),
         ("output", "output", true),
-        ("backing-chain", "chain", false),
+        ("backing-chain", "b", false),
         ("object", "object", true),
         ("image-opts", "image-opts", false),
         ("force-share", "U", false),
@@ -25,13 +25,13 @@ const KNOWN: Known = Known {
 };
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("info", KNOWN, words)?;
     let (mut format, mut json, mut chain, mut force_share) = (None, false, false, false);
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
             "output" => json = is_json(&value, "info")?,
-            "chain" => chain = true,
+            "b" => chain = true,
             "U" => force_share = true,
             "h" => {
                 println!(
@@ -39,7 +39,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let [name] = others.as_slice() else {

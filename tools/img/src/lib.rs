@@ -10,6 +10,7 @@ pub mod getopt;
 mod info;
 mod map;
 pub mod open;
+mod progress;
 mod rebase;
 mod resize;
 pub mod sizes;
@@ -27,14 +28,14 @@ pub struct Failure {
     pub status: i32,
     /// Points to the help of this subcommand (empty: of the program).
     pub help: Option<&'static str>,
-    /// The words are no options that the subcommand has: its name stands in front, and its help is pointed to.
-    pub misspelled: bool,
+    /// The subcommand's name comes first.
+    pub named: bool,
 }
 
 impl Failure {
     /// A message, and exit status 1.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: Some(message.into()), status: 1, help: None, misspelled: false }
+        Self { message: Some(message.into()), status: 1, help: None, named: false }
     }
 
     /// The words cannot be understood: a message that points to a subcommand's help.
@@ -44,8 +45,22 @@ impl Failure {
 
     /// An exit status without a message.
     pub fn status(status: i32) -> Self {
-        Self { message: None, status, help: None, misspelled: false }
+        Self { message: None, status, help: None, named: false }
     }
+}
+
+/// Reads the options of a subcommand.
+fn options(command: &'static str, known: getopt::Known, words: &[String]) -> Result<getopt::Parsed, Failure> {
+    getopt::parse(known, words).map_err(|failure| Failure {
+        named: true,
+        ..Failure::usage(failure.message.unwrap_or_default(), command)
+    })
+}
+
+/// An option that is known, but not supported by this version.
+fn unsupported(option: &str) -> Failure {
+    let dashes = if option.len() > 1 { "--" } else { "-" };
+    Failure::new(format!("option '{dashes}{option}' is not supported by this version of Underlay"))
 }
 
 /// What a subcommand ends with.
@@ -73,12 +88,31 @@ const LATER: [&str; 6] = ["amend", "bench", "bitmap", "dd", "measure", "snapshot
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
-    let Some((command, rest)) = words.split_first() else {
-        eprintln!("{name}: Not enough arguments");
-        eprintln!("Try '{name} --help' for more info");
-        return 1;
+    let words = if words.first().is_some_and(|word| word == "--") { &words[1..] } else { words };
+    let outcome = match words.split_first() {
+        None => Err(Failure::usage("Not enough arguments", "")),
+        Some((command, rest)) => run(command, rest),
     };
-    let outcome = match command.as_str() {
+    match outcome {
+        Ok(()) => 0,
+        Err(failure) => {
+            let command = failure.help.unwrap_or_default();
+            let space = if command.is_empty() { "" } else { " " };
+            match failure.message {
+                Some(message) if failure.named => eprintln!("{name}{space}{command}: {message}"),
+                Some(message) => eprintln!("{name}: {message}"),
+                None => {}
+            }
+            if failure.help.is_some() {
+                eprintln!("Try '{name}{space}{command} --help' for more info");
+            }
+            failure.status
+        }
+    }
+}
+
+fn run(command: &str, rest: &[String]) -> Outcome {
+    match command {
         "--help" | "-h" => {
             print!("{HELP}");
             Ok(())
@@ -100,25 +134,11 @@ pub fn main(program: &str, words: &[String]) -> i32 {
         later if LATER.contains(&later) => {
             Err(Failure::new(format!("subcommand '{later}' is not part of this version of Underlay")))
         }
-        other if other.starts_with('-') => Err(Failure::usage(format!("unrecognized option '{other}'"), "")),
-        other => Err(Failure::usage(format!("Command not found: {other}"), "")),
-    };
-    match outcome {
-        Ok(()) => 0,
-        Err(failure) => {
-            if failure.misspelled {
-                eprintln!("{name} {command}: {}", failure.message.unwrap_or_default());
-                eprintln!("Try '{name} {command} --help' for more info");
-                return failure.status;
-            }
-            if let Some(message) = failure.message {
-                eprintln!("{name}: {message}");
-            }
-            if let Some(help) = failure.help {
-                let command = if help.is_empty() { String::new() } else { format!(" {help}") };
-                eprintln!("Try '{name}{command} --help' for more info");
-            }
-            failure.status
-        }
+        "-T" | "--trace" => Err(unsupported("trace")),
+        other if other.starts_with("--") => Err(Failure::usage(format!("unrecognized option '{other}'"), "")),
+        other => Err(match other.strip_prefix('-').and_then(|letters| letters.chars().next()) {
+            Some(letter) => Failure::usage(format!("invalid option -- '{letter}'"), ""),
+            None => Failure::usage(format!("Command not found: {other}"), ""),
+        }),
     }
 }

@@ -6,7 +6,7 @@ use underlay_drivers::filename;
 use underlay_graph::status::{Status, status};
 use underlay_graph::{ByteRange, NodeId};
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::info::is_json;
 use crate::open::{How, Image, image};
 use crate::{Failure, Outcome, sizes};
@@ -29,24 +29,23 @@ const KNOWN: Known = Known {
 const STRIDE: u64 = 1 << 30;
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("map", KNOWN, words)?;
     let (mut format, mut json, mut force_share) = (None, false, false);
     let (mut start, mut most) = (0, u64::MAX);
     for (name, value) in options {
-        let size = || sizes::parse(&value).ok_or_else(|| Failure::new(format!("Invalid number: '{value}'")));
         match name.as_str() {
             "f" => format = Some(value),
             "output" => json = is_json(&value, "map")?,
             "U" => force_share = true,
-            "s" => start = size()?,
-            "l" => most = size()?,
+            "s" => start = sizes::argument(&value, "start offset")?,
+            "l" => most = sizes::argument(&value, "max length")?,
             "h" => {
                 println!(
                     "Usage: qemu-img map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME"
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let [name] = others.as_slice() else {
@@ -83,7 +82,7 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     if let Some((at, extent)) = last {
         printer.extent(at, &extent)?;
     }
-    printer.end()
+    printer.end(start)
 }
 
 fn continues(last: &Status, next: &Status) -> bool {
@@ -134,7 +133,6 @@ impl<'a> Printer<'a> {
             }
             Some(human) => {
                 if let Err(failure) = human.line(&mut self.out, at, s) {
-                    // What was found before is shown.
                     self.flush()?;
                     return Err(failure);
                 }
@@ -149,8 +147,15 @@ impl<'a> Printer<'a> {
         written.map_err(|error| Failure::new(format!("Cannot write to standard output: {error}")))
     }
 
-    fn end(mut self) -> Outcome {
+    /// The last line; the reference tells of nothing, too, with its `start`.
+    fn end(mut self, start: u64) -> Outcome {
         if self.human.is_none() {
+            if self.first {
+                let nothing =
+                    "\"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false";
+                let line = format!("{{ \"start\": {start}, {nothing}, \"compressed\": false}}");
+                self.out.extend(line.into_bytes());
+            }
             self.out.extend(b"]\n");
         }
         self.flush()

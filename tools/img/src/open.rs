@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
-use underlay_graph::{Graph, NodeId, Perms, Root, RootId};
+use underlay_graph::status::{Status, status};
+use underlay_graph::{ByteRange, Graph, IoError, NodeId, Perms, Root, RootId};
 
 use crate::Failure;
 
@@ -100,6 +101,33 @@ impl Image {
     /// The image's node.
     pub fn node(&self) -> NodeId {
         self.node
+    }
+
+    /// Its length in bytes.
+    pub async fn length(&self) -> Result<u64, Failure> {
+        self.root.length().await.map_err(|error| Failure::new(error.to_string()))
+    }
+
+    /// What the first bytes of a range are, with all that is below the image.
+    pub async fn status(&self, range: ByteRange) -> Result<Status, IoError> {
+        let inside = self.root.enter().await?;
+        status(&inside.cx(), range, None).await
+    }
+
+    /// Whether it has no format of its own.
+    pub fn is_raw(&self) -> bool {
+        self.wires().view(self.node).node().driver() == "raw"
+    }
+
+    /// Warns of an image that is written to and only guessed to be raw: a guest could make it look like another format.
+    pub fn warn_if_guessed(&self, name: &str, format: Option<&str>) {
+        if format.is_none() && self.is_raw() {
+            eprintln!(
+                "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
+                 Automatically detecting the format is dangerous for raw images, write operations on block 0 will \
+                 be restricted.\n         Specify the 'raw' format explicitly to remove the restrictions."
+            );
+        }
     }
 
     /// Flushes and closes it.

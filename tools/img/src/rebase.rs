@@ -2,7 +2,6 @@
 //! and the new backing file differ, the image gets what the old one has.
 
 use std::collections::VecDeque;
-use std::io::Write;
 use std::sync::Arc;
 
 use underlay_drivers::names;
@@ -10,8 +9,9 @@ use underlay_graph::status::status;
 use underlay_graph::{BackingRef, ByteRange, IoError, Role, WriteFlags, ZeroFlags};
 use underlay_sys::{Iov, rt};
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
+use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
@@ -52,9 +52,9 @@ struct Request {
 }
 
 pub async fn run(words: &[String]) -> Outcome {
-    let (options, others) = parse(KNOWN, words)?;
+    let (options, others) = crate::options("rebase", KNOWN, words)?;
     let mut request = Request::default();
-    let mut caches = (None, None);
+    let (mut caches, mut quiet) = ((None, None), false);
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
@@ -63,7 +63,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "u" => request.blindly = true,
             "c" => request.compressed = true,
             "p" => request.progress = true,
-            "q" => {}
+            "q" => quiet = true,
             "U" => request.force_share = true,
             "t" => caches.0 = Some(value),
             "T" => caches.1 = Some(value),
@@ -73,7 +73,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
     let [name] = others.as_slice() else {
@@ -84,6 +84,7 @@ pub async fn run(words: &[String]) -> Outcome {
     }
     caches.0.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
     caches.1.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
+    request.progress &= !quiet;
     rebase(name, &request).await
 }
 
@@ -96,6 +97,7 @@ async fn rebase(name: &str, request: &Request) -> Outcome {
         ..How::default()
     };
     let opened = Arc::new(image(name, how).await?);
+    opened.warn_if_guessed(name, request.format.as_deref());
     if let Some(format) = request.backing_format.as_deref().filter(|format| !FORMATS.contains(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
@@ -171,12 +173,11 @@ impl Copy {
         let length = self.image.root.length().await.map_err(failed)?;
         let wires = self.image.wires();
         let below = wires.plan().node(self.image.node()).child(Role::Backing);
+        let progress = Progress::start(progress);
         let mut rest = ByteRange::between(0, length);
         let mut running: VecDeque<rt::JoinHandle<Outcome>> = VecDeque::new();
         while !rest.is_empty() {
-            if progress {
-                show(rest.start() as f64 * 100.0 / length as f64);
-            }
+            progress.show(rest.start() as f64 * 100.0 / length as f64);
             let (own, len) = self.look(rest, below).await.map_err(failed)?;
             // What both say to be zero is not read.
             let (found, later) = rest.split(if own { len } else { len.min(CHUNK) });
@@ -195,10 +196,8 @@ impl Copy {
         for chunk in running {
             chunk.await?;
         }
-        if progress {
-            show(100.0);
-            println!();
-        }
+        progress.show(100.0);
+        progress.end();
         Ok(())
     }
 
@@ -276,10 +275,4 @@ impl Copy {
         }
         Ok(buffer)
     }
-}
-
-fn show(percent: f64) {
-    print!("    ({percent:.2}/100%)\r");
-    // Where it cannot be shown there is nobody to see it.
-    let _ = std::io::stdout().flush();
 }

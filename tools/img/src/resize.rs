@@ -2,7 +2,7 @@
 
 use underlay_graph::Preallocation;
 
-use crate::getopt::{Known, parse};
+use crate::getopt::Known;
 use crate::open::{How, image};
 use crate::{Failure, Outcome, sizes};
 
@@ -10,6 +10,8 @@ const KNOWN: Known = Known {
     short: "f:hq",
     long: &[
         ("help", "h", false),
+        ("quiet", "q", false),
+        ("format", "f", true),
         ("object", "object", true),
         ("image-opts", "image-opts", false),
         ("preallocation", "preallocation", true),
@@ -18,11 +20,15 @@ const KNOWN: Known = Known {
 };
 
 pub async fn run(words: &[String]) -> Outcome {
-    // The size comes last and may begin with a minus.
-    let Some((size, words)) = words.split_last() else {
-        return Err(Failure::usage("Expecting image file name and size", "resize"));
+    // The size comes last mostly, and may begin with a minus.
+    let is_size = |word: &&String| {
+        word.strip_prefix('-').is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
     };
-    let (options, others) = parse(KNOWN, words)?;
+    let (last, words) = match words.split_last().filter(|(last, _)| is_size(last)) {
+        Some((last, words)) => (Some(last), words),
+        None => (None, words),
+    };
+    let (options, others) = crate::options("resize", KNOWN, words)?;
     let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
     for (name, value) in options {
         match name.as_str() {
@@ -44,33 +50,33 @@ pub async fn run(words: &[String]) -> Outcome {
                 );
                 return Ok(());
             }
-            other => return Err(Failure::new(format!("option '{other}' is not supported yet"))),
+            other => return Err(crate::unsupported(other)),
         }
     }
-    let [name] = others.as_slice() else {
-        return Err(Failure::usage("Expecting image file name and size", "resize"));
+    let mut others = others;
+    others.extend(last.cloned());
+    let (name, size) = match others.as_slice() {
+        [name, size] => (name, size),
+        [] | [_] => return Err(Failure::usage("Expecting image file name and size", "resize")),
+        _ => return Err(Failure::usage("Extra argument(s) in command line", "resize")),
     };
     let (sign, digits) = match size.chars().next() {
         Some(sign @ ('+' | '-')) => (Some(sign), &size[1..]),
         _ => (None, size.as_str()),
     };
-    let number = sizes::parse(digits).filter(|size| *size <= i64::MAX as u64).ok_or_else(|| {
-        Failure::new(
-            "Parameter 'size' expects a non-negative number below 2^64\n\
-             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-             and exabytes, respectively.",
-        )
-    })?;
+    let number = sizes::option(digits, "size")?;
     let how = How { format: format.as_deref(), write: true, resize: true, ..How::default() };
     let opened = image(name, how).await?;
+    opened.warn_if_guessed(name, format.as_deref());
     let error = |error: underlay_graph::IoError| Failure::new(error.to_string());
     let now = opened.root.length().await.map_err(error)?;
+    let signed = |number: u64| i64::try_from(number).is_ok();
     let total = match sign {
         Some('+') => now.checked_add(number),
         Some(_) => now.checked_sub(number),
         None => Some(number),
     };
-    let Some(total) = total.filter(|total| *total > 0) else {
+    let Some(total) = total.filter(|total| *total > 0 && signed(*total)) else {
         return Err(Failure::new("New image size must be positive"));
     };
     if total < now && !shrink {
@@ -80,6 +86,12 @@ pub async fn run(words: &[String]) -> Outcome {
              performing such an operation, make sure there is no important data there."
         );
         return Err(Failure::status(1));
+    }
+    if total % 512 != 0 && !opened.is_raw() {
+        return Err(Failure::new("The new size must be a multiple of 512"));
+    }
+    if total < now && mode != Preallocation::Off {
+        return Err(Failure::new("Preallocation can only be used for growing images"));
     }
     {
         let inside = opened.root.enter().await.map_err(error)?;

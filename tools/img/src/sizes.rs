@@ -1,5 +1,7 @@
 //! Sizes as people write and read them.
 
+use crate::Failure;
+
 /// At most three significant digits with a binary unit: `2.97 MiB`, `196 KiB`, `0 B`.
 pub fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -34,22 +36,59 @@ fn three_digits(value: f64) -> String {
 
 /// A size with an optional suffix and fraction (`1.5G`); `None` when it is none or too large.
 pub fn parse(text: &str) -> Option<u64> {
+    let text = text.trim_start();
+    let text = text.strip_prefix('+').unwrap_or(text);
     if !text.contains('.') {
         return underlay_drivers::options::parse_size(text);
     }
-    let (digits, shift) = match text.chars().next_back()? {
-        'k' | 'K' => (&text[..text.len() - 1], 10),
-        'm' | 'M' => (&text[..text.len() - 1], 20),
-        'g' | 'G' => (&text[..text.len() - 1], 30),
-        't' | 'T' => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
+    let last = text.chars().next_back()?;
+    let shift = 10 * "kmgtpe".find(last.to_ascii_lowercase()).map_or(0, |at| at + 1);
+    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
     let (whole, fraction) = digits.split_once('.')?;
-    let places = u32::try_from(fraction.len()).ok().filter(|places| *places <= 9)?;
-    let whole: u128 = whole.parse().ok()?;
-    let fraction: u128 = if fraction.is_empty() { 0 } else { fraction.parse().ok()? };
-    let tens = 10_u128.pow(places);
-    u64::try_from(((whole * tens + fraction) << shift) / tens).ok()
+    // More digits than these make no difference to a count of bytes.
+    let places = u32::try_from(fraction.len()).ok().filter(|places| *places <= 18)?;
+    let number = |digits: &str| match digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        true if digits.is_empty() => Some(0),
+        true => digits.parse::<u64>().ok().map(u128::from),
+        false => None,
+    };
+    let (whole, fraction) = (number(whole)?, number(fraction)?);
+    if shift == 0 && fraction > 0 {
+        return None;
+    }
+    let bytes = whole.checked_mul(1 << shift)?.checked_add((fraction << shift) / 10_u128.pow(places))?;
+    u64::try_from(bytes).ok()
+}
+
+/// A number of a command line, at most `i64::MAX`; `what` names it.
+pub fn argument(text: &str, what: &str) -> Result<u64, Failure> {
+    let limit = i64::MAX.unsigned_abs();
+    match parse(text) {
+        Some(number) if number <= limit => Ok(number),
+        None if !is_out_of_range(text) => Err(Failure::new(format!("Invalid {what} specified: '{text}'."))),
+        _ => Err(Failure::new(format!("Invalid {what} specified. Must be between 0 and {limit}."))),
+    }
+}
+
+/// The value of an option that is a size.
+pub fn option(text: &str, name: &str) -> Result<u64, Failure> {
+    parse(text).ok_or_else(|| match is_out_of_range(text) {
+        true => Failure::new(format!("Value '{text}' is out of range for parameter '{name}'")),
+        false => Failure::new(format!(
+            "Parameter '{name}' expects a non-negative number below 2^64\n\
+             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+             and exabytes, respectively."
+        )),
+    })
+}
+
+/// Whether this looks like a size but is none: negative, or too many digits.
+pub fn is_out_of_range(text: &str) -> bool {
+    let text = text.trim_start();
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    let digits =
+        digits.strip_suffix(|last: char| "bkmgtpe".contains(last.to_ascii_lowercase())).unwrap_or(digits);
+    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 #[cfg(test)]
@@ -74,6 +113,18 @@ mod tests {
         }
         assert_eq!(parse("1.5k"), Some(1536));
         assert_eq!(parse("64M"), Some(64 << 20));
-        assert_eq!(parse("1.x"), None);
+        for text in ["1.x", "1.5", "1.5b", "1k ", "3kB", "0x1k", "", "-1"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+        for (text, bytes) in
+            [("1.0", 1), (".5k", 512), ("1.k", 1024), ("+5", 5), (" 1k", 1024), ("0.5E", 1 << 59)]
+        {
+            assert_eq!(parse(text), Some(bytes), "{text}");
+        }
+        let said = |text| argument(text, "number").expect_err("refused").message.unwrap_or_default();
+        assert_eq!(said("x"), "Invalid number specified: 'x'.");
+        for text in ["-1", "9E", "99999999999999999999"] {
+            assert_eq!(said(text), "Invalid number specified. Must be between 0 and 9223372036854775807.");
+        }
     }
 }

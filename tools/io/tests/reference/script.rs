@@ -1,7 +1,8 @@
 //! Scripts of shell commands that are run twice, once with our programs and once with the reference's, and compared.
 //!
 //! `= NAME` begins a case in two empty folders, one for each side. `$ …` prepares it, with the reference's programs
-//! on both sides. Every other line is run with the programs under test: what it prints to both outputs and its exit
+//! on both sides; `% …` looks with the reference's programs at what is there, which must be the same on both sides.
+//! Every other line is run with the programs under test: what it prints to both outputs and its exit
 //! status are compared, and at the end of the case the images in the two folders. What depends on time is blanked.
 
 use std::os::unix::fs::symlink;
@@ -110,15 +111,33 @@ pub fn run(script: &str, name: &str, ours: &Path) {
                 }
                 continue;
             }
-            let [our, their] =
-                [&mine, &theirs].map(|side| shown(&shell(&side.folder, &side.path, line), &side.folder));
+            let (line, programs) = match line.strip_prefix("% ") {
+                Some(line) => (line, [&reference; 2]),
+                None => (line, [&mine.path, &theirs.path]),
+            };
+            let [our, their] = [(&mine, programs[0]), (&theirs, programs[1])]
+                .map(|(side, path)| shown(&shell(&side.folder, path, line), &side.folder));
             if our != their {
-                differences += &format!("\n{title}: {line}\n### ours: {our}### theirs: {their}");
+                differences += &format!("\n{title}: {line}\n{}", apart(&our, &their));
             }
         }
         differences += &compare_images(title, &mine.folder, &theirs.folder);
     }
     assert!(differences.is_empty(), "{differences}");
+}
+
+/// Where two texts differ: without what both begin and end with, but for a few lines.
+fn apart(our: &str, their: &str) -> String {
+    const AROUND: usize = 2;
+    let [our, their] = [our, their].map(|text| text.lines().collect::<Vec<_>>());
+    let same = our.iter().zip(&their).take_while(|(our, their)| our == their).count();
+    let tail = our[same..].iter().rev().zip(their[same..].iter().rev());
+    let tail = tail.take_while(|(our, their)| our == their).count();
+    let cut = |lines: &[&str]| {
+        let end = (lines.len() - tail + AROUND).min(lines.len());
+        lines[same.saturating_sub(AROUND)..end].join("\n")
+    };
+    format!("### ours, from line {}:\n{}\n### theirs:\n{}\n", same + 1, cut(&our), cut(&their))
 }
 
 fn compare_images(title: &str, mine: &Path, theirs: &Path) -> String {
