@@ -60,13 +60,14 @@ pub async fn run(words: &[String]) -> Outcome {
     let [first, second] = others.as_slice() else {
         return Err(Failure::usage("Expecting two image file names", "compare"));
     };
-    let trouble = |failure: Failure| Failure { status: 2, ..failure };
+    let names = [first.as_str(), second.as_str()];
+    let trouble = |failure: Failure| Failure { status: failure.status.max(2), ..failure };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache")).map_err(trouble)?;
     let how = |at: usize| How { format: formats[at].as_deref(), force_share, ..How::default() };
     let first = image(first, how(0)).await.map_err(trouble)?;
     let second = image(second, how(1)).await.map_err(trouble)?;
     let progress = Progress::start(progress && !quiet);
-    let compared = Comparison { first: &first, second: &second, strict, quiet, progress: &progress };
+    let compared = Comparison { first: &first, second: &second, strict, quiet, progress: &progress, names };
     let difference = compared.run().await.map_err(trouble)?;
     first.close().await.map_err(trouble)?;
     second.close().await.map_err(trouble)?;
@@ -84,6 +85,7 @@ struct Comparison<'a> {
     strict: bool,
     quiet: bool,
     progress: &'a Progress,
+    names: [&'a str; 2],
 }
 
 /// A chunk that is read and compared: where the difference is, if there is one.
@@ -123,7 +125,7 @@ impl Comparison<'_> {
     ) -> Result<Option<String>, Failure> {
         let mut running = VecDeque::new();
         while !rest.is_empty() {
-            let looked = look(rest, first, second).await.map_err(failed)?;
+            let looked = self.look(rest, first, second).await?;
             if self.strict && !looked.alike {
                 if let Some(at) = drain(&mut running).await? {
                     return Ok(Some(mismatch(at)));
@@ -178,14 +180,27 @@ struct Looked {
     alike: bool,
 }
 
-async fn look(range: ByteRange, first: &Image, second: Option<&Image>) -> Result<Looked, IoError> {
-    let one = first.status(range).await?;
-    let Some(second) = second else { return Ok(Looked { len: one.len, zero: one.zero, alike: true }) };
-    let other = second.status(range).await?;
-    // The reference's strict mode also looks at whether a run reaches the image's end.
-    let key = |s: &Status| (s.allocated, s.zero, s.data, s.encoded, s.len == range.len());
-    let alike = key(&one) == key(&other);
-    Ok(Looked { len: one.len.min(other.len), zero: one.zero && other.zero, alike })
+impl Comparison<'_> {
+    async fn look(&self, range: ByteRange, first: &Image, second: Option<&Image>) -> Result<Looked, Failure> {
+        let unknown = |at: usize| Failure {
+            status: 3,
+            ..Failure::new(format!("Sector allocation test failed for {}", self.names[at]))
+        };
+        let at = usize::from(std::ptr::eq(first, self.second));
+        let one = first.status(range).await.map_err(|_| unknown(at))?;
+        let Some(second) = second else { return Ok(Looked { len: one.len, zero: one.zero, alike: true }) };
+        let other = second.status(range).await.map_err(|_| unknown(1))?;
+        Ok(Looked::of(range, &one, &other))
+    }
+}
+
+impl Looked {
+    fn of(range: ByteRange, one: &Status, other: &Status) -> Self {
+        // The reference's strict mode also looks at whether a run reaches the image's end.
+        let key = |s: &Status| (s.allocated, s.zero, s.data, s.encoded, s.len == range.len());
+        let alike = key(one) == key(other);
+        Self { len: one.len.min(other.len), zero: one.zero && other.zero, alike }
+    }
 }
 
 async fn differ(range: ByteRange, first: &Root, second: Option<&Root>) -> Result<Option<u64>, IoError> {

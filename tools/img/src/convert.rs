@@ -299,15 +299,23 @@ impl Copy<'_> {
     /// Copies several chunks at once.
     async fn run(&self, pace: &mut Pace) -> Outcome {
         let (request, output) = (self.request, self.output);
-        let reading = |error: IoError| Failure::new(format!("error while reading block status: {error}"));
         let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
         // Compressed clusters are packed one behind the other: in order.
         let workers = if request.compressed { 1 } else { request.workers };
         let sparse = if request.compressed { cluster } else { request.sparse.unwrap_or(4096) };
+        let unit =
+            self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
         let mut rest = ByteRange::between(0, self.length);
         let mut running = VecDeque::new();
         while !rest.is_empty() {
-            let (kind, len) = self.look(rest, cluster).await.map_err(reading)?;
+            let (kind, len) = match self.look(rest, cluster).await {
+                Ok(looked) => looked,
+                // One bad entry may be in the way of many good ones.
+                Err(_) => match self.look(rest.split(unit - rest.start() % unit).0, cluster).await {
+                    Ok(looked) => looked,
+                    Err(error) => self.unknown(rest, error)?,
+                },
+            };
             let (run, after) = rest.split(len);
             rest = after;
             if kind == Kind::Shared || kind == Kind::Zero && self.known_zero {
@@ -339,6 +347,18 @@ impl Copy<'_> {
             finish(running.pop_front()).await?;
         }
         Ok(())
+    }
+
+    /// Where nobody can say what there is: an error, or a sector to try.
+    fn unknown(&self, rest: ByteRange, error: IoError) -> Result<(Kind, u64), Failure> {
+        let text = format!("error while reading block status at offset {}: {error}", rest.start());
+        if !self.request.salvage {
+            return Err(Failure::new(text));
+        }
+        if !self.request.quiet {
+            eprintln!("qemu-img: warning: {text}");
+        }
+        Ok((Kind::Data, rest.len().min(512)))
     }
 
     /// What to do with the first bytes of `rest`, and with how many.

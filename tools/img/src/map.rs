@@ -60,7 +60,7 @@ pub async fn run(words: &[String]) -> Outcome {
 
 /// Prints the extents of an image, neighbours that are alike in one.
 async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
-    let failed = |error| Failure::new(format!("Failed to read image metadata: {error}"));
+    let failed = |error| Failure::new(format!("Could not read file metadata: {error}"));
     let inside = image.root.enter().await.map_err(failed)?;
     let cx = inside.cx();
     let end = cx.length().min(start.saturating_add(most));
@@ -68,7 +68,13 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let mut printer = if json { Printer::json() } else { Printer::human(image) };
     let mut last: Option<(u64, Status)> = None;
     while !rest.is_empty() {
-        let found = status(&cx, rest.split(STRIDE).0, None).await.map_err(failed)?;
+        let found = match status(&cx, rest.split(STRIDE).0, None).await {
+            Ok(found) => found,
+            Err(error) => {
+                printer.flush()?;
+                return Err(failed(error));
+            }
+        };
         match &mut last {
             Some((_, last)) if continues(last, &found) => last.len += found.len,
             _ => {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use underlay_drivers::open::OnCorrupt;
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::status::{Status, status};
@@ -50,7 +51,8 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     spec.discard = Some(true);
     let graph = Graph::new();
     let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
-    let opened = Opener::new(&graph, policy, None).open(spec).await;
+    let on_corrupt: OnCorrupt = Arc::new(|_, found| eprintln!("{found}"));
+    let opened = Opener::new(&graph, policy, Some(on_corrupt)).open(spec).await;
     let new = opened.map_err(|error| failed(&error, None))?;
     let mut required = Perms::CONSISTENT_READ;
     if how.write {
