@@ -58,6 +58,11 @@ impl IoError {
         Self { hint: Some(hint.into().into()), ..self.with(message) }
     }
 
+    /// The error number's own text only, for where the reference says no more.
+    pub fn plain(&self) -> Self {
+        Self::new(self.errno)
+    }
+
     /// What tools print below the message.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()

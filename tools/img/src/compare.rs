@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use underlay_graph::status::Status;
-use underlay_graph::{ByteRange, IoError, Root};
+use underlay_graph::{ByteRange, Root};
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
@@ -89,11 +89,7 @@ struct Comparison<'a> {
 }
 
 /// A chunk that is read and compared: where the difference is, if there is one.
-type Chunk = rt::JoinHandle<Result<Option<u64>, IoError>>;
-
-fn failed(error: IoError) -> Failure {
-    Failure::new(format!("Error while reading: {error}"))
-}
+type Chunk = rt::JoinHandle<Result<Option<u64>, Failure>>;
 
 impl Comparison<'_> {
     /// The difference, in words.
@@ -138,8 +134,9 @@ impl Comparison<'_> {
             if looked.zero {
                 continue;
             }
-            let (one, other) = (first.root.clone(), second.map(|second| second.root.clone()));
-            running.push_back(rt::spawn(async move { differ(run, &one, other.as_ref()).await }));
+            let side = |image: &Image| (image.root.clone(), self.name(image).to_owned());
+            let (one, other) = (side(first), second.map(side));
+            running.push_back(rt::spawn(async move { differ(run, one, other).await }));
             if running.len() >= WORKERS
                 && let Some(at) = next(&mut running).await?
             {
@@ -157,7 +154,7 @@ fn mismatch(at: u64) -> String {
 /// The result of the oldest chunk.
 async fn next(running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
     match running.pop_front() {
-        Some(chunk) => chunk.await.map_err(failed),
+        Some(chunk) => chunk.await,
         None => Ok(None),
     }
 }
@@ -181,15 +178,19 @@ struct Looked {
 }
 
 impl Comparison<'_> {
+    /// The name of one of the two.
+    fn name(&self, image: &Image) -> &str {
+        self.names[usize::from(std::ptr::eq(image, self.second))]
+    }
+
     async fn look(&self, range: ByteRange, first: &Image, second: Option<&Image>) -> Result<Looked, Failure> {
-        let unknown = |at: usize| Failure {
+        let unknown = |image: &Image| Failure {
             status: 3,
-            ..Failure::new(format!("Sector allocation test failed for {}", self.names[at]))
+            ..Failure::new(format!("Sector allocation test failed for {}", self.name(image)))
         };
-        let at = usize::from(std::ptr::eq(first, self.second));
-        let one = first.status(range).await.map_err(|_| unknown(at))?;
+        let one = first.status(range).await.map_err(|_| unknown(first))?;
         let Some(second) = second else { return Ok(Looked { len: one.len, zero: one.zero, alike: true }) };
-        let other = second.status(range).await.map_err(|_| unknown(1))?;
+        let other = second.status(range).await.map_err(|_| unknown(second))?;
         Ok(Looked::of(range, &one, &other))
     }
 }
@@ -203,19 +204,28 @@ impl Looked {
     }
 }
 
-async fn differ(range: ByteRange, first: &Root, second: Option<&Root>) -> Result<Option<u64>, IoError> {
-    let bytes = Iov::scratch(range.buffer_len());
-    first.read(range, bytes.clone()).await?;
-    let bytes = bytes.to_vec();
-    let found = match second {
+/// An image to read, and its name.
+type Side = (Root, String);
+
+async fn differ(range: ByteRange, first: Side, second: Option<Side>) -> Result<Option<u64>, Failure> {
+    let bytes = read(range, &first).await?;
+    let found = match &second {
         None => bytes.iter().position(|byte| *byte != 0),
         Some(second) => {
-            let others = Iov::scratch(range.buffer_len());
-            second.read(range, others.clone()).await?;
-            let others = others.to_vec();
+            let others = read(range, second).await?;
             if bytes == others { None } else { bytes.iter().zip(&others).position(|(a, b)| a != b) }
         }
     };
     // In whole sectors, as the reference counts.
     Ok(found.map(|at| (range.start() + at as u64) / 512 * 512))
+}
+
+async fn read(range: ByteRange, (root, name): &Side) -> Result<Vec<u8>, Failure> {
+    let bytes = Iov::scratch(range.buffer_len());
+    root.read(range, bytes.clone()).await.map_err(|error| {
+        let why = error.plain();
+        let text = format!("Error while reading offset {} of {name}: {why}", range.start());
+        Failure { status: 4, ..Failure::new(text) }
+    })?;
+    Ok(bytes.to_vec())
 }

@@ -351,7 +351,7 @@ impl Copy<'_> {
 
     /// Where nobody can say what there is: an error, or a sector to try.
     fn unknown(&self, rest: ByteRange, error: IoError) -> Result<(Kind, u64), Failure> {
-        let text = format!("error while reading block status at offset {}: {error}", rest.start());
+        let text = format!("error while reading block status at offset {}: {}", rest.start(), error.plain());
         if !self.request.salvage {
             return Err(Failure::new(text));
         }
@@ -424,8 +424,9 @@ impl Piece {
         if let Err(error) = self.input.root.read(self.run, data.clone()).await {
             let Some(quiet) = self.salvage else {
                 return Err(Failure::new(format!(
-                    "error while reading at byte {}: {error}",
-                    self.run.start()
+                    "error while reading at byte {}: {}",
+                    self.run.start(),
+                    error.plain()
                 )));
             };
             self.salvage(&data, quiet).await;
@@ -458,7 +459,11 @@ impl Piece {
             let into = data.slice(at, sector.buffer_len());
             if let Err(error) = self.input.root.read(sector, into.clone()).await {
                 if !quiet {
-                    eprintln!("qemu-img: warning: error while reading offset {}: {error}", sector.start());
+                    eprintln!(
+                        "qemu-img: warning: error while reading offset {}: {}",
+                        sector.start(),
+                        error.plain()
+                    );
                 }
                 into.fill(0);
             }
