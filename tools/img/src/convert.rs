@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use underlay_drivers::filename;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, NodeId, Role, WriteFlags};
@@ -306,7 +307,7 @@ impl Copy<'_> {
         let unit =
             self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
         let mut rest = ByteRange::between(0, self.length);
-        let mut running = VecDeque::new();
+        let (mut running, mut next_lane) = (VecDeque::new(), 0);
         while !rest.is_empty() {
             let (kind, len) = match self.look(rest, cluster).await {
                 Ok(looked) => looked,
@@ -340,7 +341,13 @@ impl Copy<'_> {
                 salvage: request.salvage.then_some(request.quiet),
             };
             let compressed = request.compressed;
-            running.push_back(rt::spawn(async move { piece.copy(compressed, sparse).await }));
+            let (to, from) = oneshot::channel();
+            rt::spawn_background(next_lane, async move {
+                // Nobody waits any more after an error.
+                let _ = to.send(piece.copy(compressed, sparse).await);
+            });
+            next_lane = (next_lane + 1) % rt::lanes();
+            running.push_back(from);
             self.progress.show((self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64);
         }
         while !running.is_empty() {
@@ -389,9 +396,10 @@ impl Copy<'_> {
     }
 }
 
-async fn finish(piece: Option<rt::JoinHandle<Outcome>>) -> Outcome {
+async fn finish(piece: Option<oneshot::Receiver<Outcome>>) -> Outcome {
     match piece {
-        Some(piece) => piece.await,
+        // A task answers, or takes the program down with it.
+        Some(piece) => piece.await.unwrap_or_else(|_| Err(Failure::new("a copy was lost"))),
         None => Ok(()),
     }
 }

@@ -17,7 +17,7 @@ pub mod sizes;
 
 pub use info::format_lines as info_lines;
 
-use underlay_sys::thread::block_on;
+use underlay_sys::thread::{IoThread, block_on};
 
 /// Why a subcommand ends early: what to print (nothing when that has been done) and the exit status.
 #[derive(Clone, Debug)]
@@ -85,6 +85,20 @@ Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 
 const LATER: [&str; 6] = ["amend", "bench", "bitmap", "dd", "measure", "snapshot"];
 
+/// Most threads that copy.
+const MOST_THREADS: usize = 4;
+
+/// Converts on several threads: where the bytes are in memory, copying them is all the work there is.
+fn on_all_processors(words: &[String]) -> Outcome {
+    let count = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    let threads = IoThread::start_crew("img", count)
+        .map_err(|error| Failure::new(format!("Cannot start threads: {error}")))?;
+    let words = words.to_vec();
+    let home = threads.first().map(IoThread::spawner);
+    let home = home.ok_or_else(|| Failure::new("Cannot start threads"))?;
+    block_on(home.run(async move { convert::run(&words).await }))
+}
+
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
@@ -125,7 +139,7 @@ fn run(command: &str, rest: &[String]) -> Outcome {
         "check" => block_on(check::run(rest)),
         "commit" => block_on(commit::run(rest)),
         "compare" => block_on(compare::run(rest)),
-        "convert" => block_on(convert::run(rest)),
+        "convert" => on_all_processors(rest),
         "create" => block_on(create::run(rest)),
         "info" => block_on(info::run(rest)),
         "map" => block_on(map::run(rest)),
