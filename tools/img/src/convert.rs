@@ -308,6 +308,8 @@ impl Copy<'_> {
             self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
         let mut rest = ByteRange::between(0, self.length);
         let (mut running, mut next_lane) = (VecDeque::new(), 0);
+        // The first one's turn has come: its sender is gone.
+        let mut turn = oneshot::channel::<()>().1;
         while !rest.is_empty() {
             let (kind, len) = match self.look(rest, cluster).await {
                 Ok(looked) => looked,
@@ -342,9 +344,14 @@ impl Copy<'_> {
             };
             let compressed = request.compressed;
             let (to, from) = oneshot::channel();
+            // Read at the same time, but written one after the other, so that the target lies in order.
+            let (written, next_turn) = oneshot::channel::<()>();
+            let turn = std::mem::replace(&mut turn, next_turn);
             rt::spawn_background(next_lane, async move {
+                let copied = piece.copy(turn, compressed, sparse).await;
+                drop(written);
                 // Nobody waits any more after an error.
-                let _ = to.send(piece.copy(compressed, sparse).await);
+                let _ = to.send(copied);
             });
             next_lane = (next_lane + 1) % rt::lanes();
             running.push_back(from);
@@ -418,7 +425,8 @@ struct Piece {
 }
 
 impl Piece {
-    async fn copy(self, compressed: bool, sparse: u64) -> Outcome {
+    /// Writes when its turn has come: when the sender of `turn` has gone.
+    async fn copy(self, turn: oneshot::Receiver<()>, compressed: bool, sparse: u64) -> Outcome {
         let at = self.start + self.run.start();
         let writing = |error: underlay_graph::IoError| {
             Failure::new(format!("error while writing at byte {at}: {error}"))
@@ -426,6 +434,7 @@ impl Piece {
         let zeroes = underlay_graph::ZeroFlags { may_unmap: true, no_fallback: false };
         let target = ByteRange::between(at, at + self.run.len());
         if self.zero {
+            let _ = turn.await;
             return self.output.root.write_zeroes(target, zeroes).await.map_err(writing);
         }
         let data = Iov::scratch(self.run.buffer_len());
@@ -439,6 +448,7 @@ impl Piece {
             };
             self.salvage(&data, quiet).await;
         }
+        let _ = turn.await;
         for (from, len, is_zero) in runs(&data, sparse) {
             let range = ByteRange::between(at + from as u64, at + (from + len) as u64);
             if is_zero && self.known_zero {
