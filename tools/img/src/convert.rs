@@ -344,8 +344,12 @@ impl Copy<'_> {
             };
             let compressed = request.compressed;
             let (to, from) = oneshot::channel();
-            // Read at the same time, but written one after the other, so that the target lies in order.
+            // Read at the same time, but written one after the other, so that clusters lie in order. A raw target has
+            // a place for every byte anyway.
             let (written, next_turn) = oneshot::channel::<()>();
+            if request.target_format == "raw" {
+                turn = oneshot::channel().1;
+            }
             let turn = std::mem::replace(&mut turn, next_turn);
             rt::spawn_background(next_lane, async move {
                 let copied = piece.copy(turn, compressed, sparse).await;
