@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use underlay_sys::Iov;
 
+use crate::chain::Reliers;
 use crate::error::Result;
 use crate::node::WriteFlags;
 use crate::range_lock::{Mode, RangeGuard, RangeLock};
@@ -19,6 +20,7 @@ use crate::view::Cx;
 pub struct Blocks {
     lock: RangeLock,
     highest: AtomicU64,
+    pub(crate) reliers: Reliers,
 }
 
 impl Blocks {

@@ -69,6 +69,7 @@ struct Found<'a> {
 async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Arc<()>>) -> Result<Found<'a>> {
     let mut at = *cx;
     let mut range = range;
+    let mut top = true;
     loop {
         let length = at.length();
         if range.start() >= length {
@@ -86,8 +87,14 @@ async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Arc<()>>) -> R
         {
             range = range.split(extent.len).0;
             at = below;
+            if top && let Some((first, len)) = cx.view().chain().and_then(|chain| chain.first_with(range)) {
+                range = range.split(len).0;
+                at = first;
+            }
+            top = false;
             continue;
         }
+        top = false;
         leases.extend(format.lease());
         let extent = match format.map_cached(range) {
             Some(extent) => extent,

@@ -7,6 +7,7 @@
 
 pub mod align;
 pub mod bitmap;
+mod chain;
 pub mod error;
 pub mod format;
 pub mod graph;

@@ -1,11 +1,12 @@
 //! The wiring as requests see it: immutable, shared, walked from the top down with a [`Cx`].
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
 use underlay_sys::Iov;
 
 use crate::align::{self, Blocks};
+use crate::chain::Chain;
 use crate::error::{IoError, Result};
 use crate::format::Extent;
 use crate::node::{Kind, Limits, Node, WriteFlags, ZeroFlags};
@@ -48,6 +49,8 @@ pub struct View {
     pub(crate) options: NodeOptions,
     pub(crate) limits: Limits,
     pub(crate) blocks: Arc<Blocks>,
+    /// Made when it is first of use.
+    chain: OnceLock<Option<Chain>>,
 }
 
 impl View {
@@ -75,8 +78,9 @@ impl View {
         options: NodeOptions,
         blocks: Arc<Blocks>,
     ) -> Arc<Self> {
-        let mut view =
-            Self { id, name, node, children, trackers, options, limits: Limits::default(), blocks };
+        let limits = Limits::default();
+        let chain = OnceLock::new();
+        let mut view = Self { id, name, node, children, trackers, options, limits, blocks, chain };
         view.limits = view.node.limits(&Cx { view: &view });
         Arc::new(view)
     }
@@ -105,6 +109,16 @@ impl View {
     /// The child in `role`.
     pub fn child(&self, role: Role) -> Option<&Arc<View>> {
         self.children.iter().find(|(r, _)| *r == role).map(|(_, view)| view)
+    }
+
+    /// The backing node of a format node, which shows where the node has nothing.
+    pub(crate) fn backing_of_format(&self) -> Option<&Arc<View>> {
+        self.node.as_format().and_then(|_| self.child(Role::Backing))
+    }
+
+    /// What is known about the layers below, if there are many.
+    pub(crate) fn chain(&self) -> Option<&Chain> {
+        self.chain.get_or_init(|| Chain::below(self)).as_ref()
     }
 
     /// All children, in the order in which they were wired.
@@ -293,6 +307,7 @@ impl<'a> Cx<'a> {
     }
 
     fn touched(&self, range: ByteRange) {
+        self.view.blocks.reliers.end();
         for tracker in &self.view.trackers {
             tracker.touched(range);
         }

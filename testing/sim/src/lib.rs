@@ -5,11 +5,13 @@
 pub mod disk;
 pub mod model;
 pub mod rng;
+pub mod seeds;
 pub mod world;
 
 pub use disk::{Disk, Fault, Power};
 pub use model::Model;
 pub use rng::Rng;
+pub use seeds::run_seeds;
 pub use world::World;
 
 /// Bytes that a disk writes whole or not at all.

@@ -21,7 +21,7 @@ use underlay_jobs::{
 };
 use underlay_qcow2::{CreateOptions, Fix, OpenOptions, Qcow2, check, create};
 use underlay_sim::model::stamp;
-use underlay_sim::{Disk, Fault, Model, Power, Rng, SECTOR, World};
+use underlay_sim::{Disk, Fault, Model, Power, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
 
 const NAMES: [&str; 4] = ["A", "B", "C", "D"];
@@ -429,31 +429,17 @@ async fn jobs(seed: u64) {
     cut_and_compare(&setup, &guests, seed).await;
 }
 
-fn seeds(default: u64, run: impl Fn(u64) + std::panic::RefUnwindSafe) {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let all = match number("UNDERLAY_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("UNDERLAY_SEEDS").unwrap_or(default),
-    };
-    for seed in all {
-        if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
-            eprintln!("UNDERLAY_SEED={seed} reproduces this");
-            std::panic::resume_unwind(panic);
-        }
-    }
-}
-
 #[test]
 fn power_cuts_lose_nothing_flushed() {
-    seeds(5000, |seed| World::new(seed).run(power(seed)));
+    run_seeds(5000, power);
 }
 
 #[test]
 fn failing_disks_lose_nothing() {
-    seeds(3000, |seed| World::new(seed).run(faults(seed)));
+    run_seeds(3000, faults);
 }
 
 #[test]
 fn streams_and_commits_lose_nothing() {
-    seeds(3000, |seed| World::new(seed).run(jobs(seed)));
+    run_seeds(3000, jobs);
 }
