@@ -22,7 +22,7 @@ const PARALLEL: usize = 16;
 
 /// How a part of a write gets to the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
+pub(crate) enum How {
     /// Straight to the host offset of its first byte.
     InPlace(u64),
     /// To own clusters, from this one on, whose touched parts hold no data yet.
@@ -46,7 +46,7 @@ fn how(layout: &Layout, entry: Entry, range: ByteRange) -> How {
 
 /// The first part of `range` whose clusters all go the same way, to neighbouring places. `entries` belong to the
 /// clusters of `range`.
-fn first_part(layout: &Layout, entries: &[Entry], range: ByteRange) -> (How, ByteRange) {
+pub(crate) fn first_part(layout: &Layout, entries: &[Entry], range: ByteRange) -> (How, ByteRange) {
     let cluster = layout.cluster();
     let mut result: Option<(How, u64)> = None;
     let mut rest = range;
@@ -176,7 +176,10 @@ impl Qcow2 {
                 (host, false)
             }
             _ => {
-                let new = self.alloc_clusters(cx, count).await?;
+                let new = match self.reserved.take(outer.start(), count) {
+                    Some(reserved) => reserved,
+                    None => self.alloc_clusters(cx, count).await?,
+                };
                 (new.host, new.fresh)
             }
         };

@@ -26,6 +26,7 @@ pub mod populate;
 mod rebuild;
 mod refblocks;
 pub mod refcount;
+mod reserve;
 pub mod resize;
 pub mod snapshots;
 #[cfg(test)]

@@ -32,6 +32,7 @@ use crate::header::{Crypt, Header, HeaderError};
 use crate::mapping::L1;
 use crate::metadata::Metadata;
 use crate::refcount::Refcounts;
+use crate::reserve::Reserved;
 use crate::update::write_features;
 
 /// Largest L2 cache that is used unless the user says otherwise, in bytes. QEMU's default.
@@ -181,6 +182,7 @@ pub struct Qcow2 {
     pub(crate) ranges: RangeLock,
     pub(crate) commits: Commits,
     pub(crate) frees: Mutex<Frees>,
+    pub(crate) reserved: Reserved,
     /// Held by everybody who uses an answer of the mapping; replaced whenever clusters have been dropped.
     pub(crate) epoch: RwLock<Arc<()>>,
     pub(crate) decoded: Mutex<Option<Decoded>>,
@@ -226,6 +228,7 @@ impl Qcow2 {
             ranges: RangeLock::default(),
             commits: Commits::default(),
             frees: Mutex::default(),
+            reserved: Reserved::default(),
             epoch: RwLock::default(),
             decoded: Mutex::default(),
             packing: tokio::sync::Mutex::default(),

@@ -152,6 +152,7 @@ impl Format for Qcow2 {
 impl Qcow2 {
     /// Writes everything back, also what the last commit gave free.
     pub(crate) async fn settle(&self, cx: &Cx<'_>) -> Result<()> {
+        self.give_back_reserved(cx).await;
         self.commit(cx).await?;
         // A commit may leave lowered refcounts to write, whose blocks may have to be loaded, and so on: two more suffice
         // unless somebody still works on the image.

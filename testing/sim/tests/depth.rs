@@ -114,7 +114,10 @@ async fn deep(seed: u64) {
     let mut below = None;
     for _ in 0..2 + rng.below(7) {
         let node = add_layer(&graph, &mut rng, &power, below).await;
-        layers.push(Layer { root: user(&graph, node).await, own: vec![None; SECTORS as usize] });
+        layers.push(Layer {
+            root: user(&graph, node).await,
+            own: vec![None; usize::try_from(SECTORS).unwrap()],
+        });
         below = Some(node);
     }
     let over = Arc::new(AtomicBool::new(false));

@@ -8,6 +8,7 @@ use underlay_drivers::filename;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, NodeId, Role, WriteFlags};
 use underlay_jobs::pace::Pace;
+use underlay_qcow2::Qcow2;
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
@@ -236,29 +237,34 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     if output.length().await? < total {
         return Err(Failure::new("output file is smaller than input file"));
     }
+    let copied = copy_all(inputs, &output, total, request).await;
+    // Closed after an error too: what was copied so far is then a sound image.
+    let output = Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?;
+    let closed = output.close().await;
+    copied.and(closed)
+}
+
+/// Copies the inputs, each to its place; `total` bytes in all.
+async fn copy_all(
+    inputs: Vec<(u64, u64, Arc<Image>)>,
+    output: &Arc<Image>,
+    total: u64,
+    request: &Request,
+) -> Outcome {
+    let no_backing = request.backing.is_none();
     let known_zero = no_backing && (!request.no_create || request.target_is_zero);
     let progress = Progress::start(request.progress);
     let mut pace = Pace::default();
     for (start, length, input) in inputs {
-        let below = if no_backing { None } else { Some(shared_backing(&input, &output)) };
+        let below = if no_backing { None } else { Some(shared_backing(&input, output)) };
         let progress = &progress;
-        let copy = Copy {
-            input: &input,
-            output: &output,
-            request,
-            start,
-            length,
-            total,
-            known_zero,
-            below,
-            progress,
-        };
+        let copy = Copy { input: &input, output, request, start, length, total, known_zero, below, progress };
         copy.run(&mut pace).await?;
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
     progress.show(100.0);
     progress.end();
-    Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?.close().await
+    Ok(())
 }
 
 /// The image below the source that has what the target's backing file has: the same file, if it is in the chain. Else
@@ -287,6 +293,9 @@ struct Copy<'a> {
     progress: &'a Progress,
 }
 
+/// Chunks on their way, oldest first.
+type Running = VecDeque<oneshot::Receiver<Outcome>>;
+
 /// What to do with a run of bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -297,8 +306,18 @@ enum Kind {
 }
 
 impl Copy<'_> {
-    /// Copies several chunks at once.
+    /// Copies several chunks at once. None is under way any more when this ends.
     async fn run(&self, pace: &mut Pace) -> Outcome {
+        let mut running = VecDeque::new();
+        let mut outcome = self.start_all(pace, &mut running).await;
+        while !running.is_empty() {
+            outcome = outcome.and(finish(running.pop_front()).await);
+        }
+        outcome
+    }
+
+    /// Starts all chunks, as many at a time as there are workers; the last ones are still `running` then. Stops at an error.
+    async fn start_all(&self, pace: &mut Pace, running: &mut Running) -> Outcome {
         let (request, output) = (self.request, self.output);
         let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
         // Compressed clusters are packed one behind the other: in order.
@@ -307,7 +326,7 @@ impl Copy<'_> {
         let unit =
             self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
         let mut rest = ByteRange::between(0, self.length);
-        let (mut running, mut next_lane) = (VecDeque::new(), 0);
+        let mut next_lane = 0;
         // The first one's turn has come: its sender is gone.
         let mut turn = oneshot::channel::<()>().1;
         while !rest.is_empty() {
@@ -344,25 +363,21 @@ impl Copy<'_> {
             };
             let compressed = request.compressed;
             let (to, from) = oneshot::channel();
-            // Read at the same time, but written one after the other, so that clusters lie in order. A raw target has
-            // a place for every byte anyway.
-            let (written, next_turn) = oneshot::channel::<()>();
+            // All at the same time, but clusters get their places one after the other, so that they lie in order. A raw
+            // target has a place for every byte anyway.
+            let (next, next_turn) = oneshot::channel::<()>();
             if request.target_format == "raw" {
                 turn = oneshot::channel().1;
             }
-            let turn = std::mem::replace(&mut turn, next_turn);
+            let turn = Turn { come: std::mem::replace(&mut turn, next_turn), next };
             rt::spawn_background(next_lane, async move {
                 let copied = piece.copy(turn, compressed, sparse).await;
-                drop(written);
                 // Nobody waits any more after an error.
                 let _ = to.send(copied);
             });
             next_lane = (next_lane + 1) % rt::lanes();
             running.push_back(from);
             self.progress.show((self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64);
-        }
-        while !running.is_empty() {
-            finish(running.pop_front()).await?;
         }
         Ok(())
     }
@@ -415,6 +430,12 @@ async fn finish(piece: Option<oneshot::Receiver<Outcome>>) -> Outcome {
     }
 }
 
+/// When a piece may take its places in the target: when the sender of `come` has gone. Then the next piece may.
+struct Turn {
+    come: oneshot::Receiver<()>,
+    next: oneshot::Sender<()>,
+}
+
 /// One run to copy.
 struct Piece {
     input: Arc<Image>,
@@ -429,8 +450,7 @@ struct Piece {
 }
 
 impl Piece {
-    /// Writes when its turn has come: when the sender of `turn` has gone.
-    async fn copy(self, turn: oneshot::Receiver<()>, compressed: bool, sparse: u64) -> Outcome {
+    async fn copy(self, turn: Turn, compressed: bool, sparse: u64) -> Outcome {
         let at = self.start + self.run.start();
         let writing = |error: underlay_graph::IoError| {
             Failure::new(format!("error while writing at byte {at}: {error}"))
@@ -438,7 +458,7 @@ impl Piece {
         let zeroes = underlay_graph::ZeroFlags { may_unmap: true, no_fallback: false };
         let target = ByteRange::between(at, at + self.run.len());
         if self.zero {
-            let _ = turn.await;
+            let _ = turn.come.await;
             return self.output.root.write_zeroes(target, zeroes).await.map_err(writing);
         }
         let data = Iov::scratch(self.run.buffer_len());
@@ -452,8 +472,13 @@ impl Piece {
             };
             self.salvage(&data, quiet).await;
         }
-        let _ = turn.await;
-        for (from, len, is_zero) in runs(&data, sparse) {
+        let runs = runs(&data, sparse);
+        let _ = turn.come.await;
+        if !compressed {
+            self.reserve(at, &runs).await.map_err(writing)?;
+            drop(turn.next);
+        }
+        for (from, len, is_zero) in runs {
             let range = ByteRange::between(at + from as u64, at + (from + len) as u64);
             if is_zero && self.known_zero {
                 continue;
@@ -471,6 +496,18 @@ impl Piece {
 }
 
 impl Piece {
+    /// Gives the data among `runs` of the piece at `at` its places in a target that hands them out.
+    async fn reserve(&self, at: u64, runs: &[(usize, usize, bool)]) -> Result<(), IoError> {
+        let inside = self.output.root.enter().await?;
+        let cx = inside.cx();
+        let Some(qcow2) = cx.node().as_any().downcast_ref::<Qcow2>() else { return Ok(()) };
+        for (from, len, _) in runs.iter().filter(|(_, _, is_zero)| !is_zero) {
+            let range = ByteRange::between(at + *from as u64, at + (from + len) as u64);
+            qcow2.reserve_places(&cx, range).await?;
+        }
+        Ok(())
+    }
+
     /// Reads what can be read, sector by sector.
     async fn salvage(&self, data: &Iov, quiet: bool) {
         let mut rest = self.run;

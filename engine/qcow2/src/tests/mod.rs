@@ -6,6 +6,7 @@ mod hostile;
 mod model;
 mod offline;
 mod power;
+mod reserve;
 
 use std::any::Any;
 use std::collections::BTreeMap;

@@ -11,12 +11,12 @@ use crate::create::CreateOptions;
 use crate::header::Header;
 use crate::live::OpenOptions;
 
-fn shapes() -> [Shape; 4] {
+pub fn shapes() -> [Shape; 4] {
     let shape = |bits, order, extended, v3| Shape { bits, order, extended, v3, zstd: false, size: 1 << 20 };
     [shape(9, 4, false, true), shape(12, 6, false, true), shape(14, 4, true, true), shape(9, 4, false, false)]
 }
 
-fn check_ours(disk: &Arc<Disk>, fix: Fix) -> (Outcome, Vec<String>) {
+pub fn check_ours(disk: &Arc<Disk>, fix: Fix) -> (Outcome, Vec<String>) {
     let mut lines = Vec::new();
     let view = view_of(disk.clone());
     let mut report = |finding| {
@@ -38,7 +38,7 @@ fn filled(shape: &Shape) -> Vec<u8> {
     disk.content()
 }
 
-fn content(image: Vec<u8>) -> Vec<u8> {
+pub fn content(image: Vec<u8>) -> Vec<u8> {
     let setup = open(Disk::new(image, 2).forget_cuts(), None, OpenOptions::default(), false);
     setup.read(0, setup.image.size())
 }
