@@ -105,17 +105,23 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     Ok(())
 }
 
-fn start(daemon: &Daemon, started: Started) {
+/// Gives a new job its thread.
+pub fn start(daemon: &Daemon, started: Started) {
     daemon.job_thread().spawn_background(started.task);
 }
 
-fn settings(arguments: &mut Arguments) -> Settings {
-    let on_error = match arguments.optional_text("on-error").as_deref() {
-        Some("ignore") => OnError::Ignore,
-        Some("enospc" | "auto") => OnError::Enospc,
-        Some("stop") => OnError::Stop,
-        _ => OnError::Report,
+/// What the commands that start a job say about it.
+pub fn settings(arguments: &mut Arguments) -> Settings {
+    let mut policy = |name| {
+        arguments.optional_text(name).map(|policy| match policy.as_str() {
+            "ignore" => OnError::Ignore,
+            "enospc" | "auto" => OnError::Enospc,
+            "stop" => OnError::Stop,
+            _ => OnError::Report,
+        })
     };
+    let on_error = policy("on-error").or(policy("on-source-error")).unwrap_or_default();
+    let on_target_error = policy("on-target-error");
     Settings {
         // The default is the name of the device, and nodes have none: the same complaint as for an empty name.
         id: Some(arguments.text("job-id")),
@@ -124,6 +130,7 @@ fn settings(arguments: &mut Arguments) -> Settings {
         auto_finalize: arguments.flag("auto-finalize", true),
         auto_dismiss: arguments.flag("auto-dismiss", true),
         on_error,
+        on_target_error,
     }
 }
 
@@ -199,6 +206,9 @@ pub fn query_block_jobs(daemon: &Daemon) -> Value {
             .with("auto-dismiss", job.auto_dismiss);
         if let Some(error) = job.error {
             object.insert("error", error);
+        }
+        if let Some(synced) = job.actively_synced {
+            object.insert("actively-synced", synced);
         }
         Value::Object(object)
     };

@@ -5,6 +5,7 @@ pub mod blockdev;
 pub mod export;
 pub mod job;
 pub mod lookup;
+pub mod mirror;
 pub mod query;
 pub mod snapshot;
 
@@ -80,6 +81,8 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         }
         "block-stream" => job::stream(daemon, &mut arguments).await?,
         "block-commit" => job::commit(daemon, &mut arguments).await?,
+        "blockdev-mirror" => mirror::blockdev_mirror(daemon, &mut arguments).await?,
+        "block-job-change" => mirror::change(daemon, &mut arguments)?,
         "nbd-server-start" => export::server_start(daemon, &mut arguments)?,
         "nbd-server-stop" => export::server_stop(daemon).await?,
         "nbd-server-add" => export::server_add(daemon, &mut arguments).await?,

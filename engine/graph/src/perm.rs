@@ -108,6 +108,8 @@ impl Access {
 pub fn for_child(node: &dyn Node, access: Access, role: Role) -> (Perms, Perms) {
     use Perms as P;
     match (node.kind(), role) {
+        // What is copied there is for nobody to rely on yet.
+        (_, Role::Target) => (P::WRITE, P::ALL.without(P::RESIZE)),
         (Kind::Filter, _) if node.shields_child() => (P::NONE, P::ALL),
         (Kind::Filter, _) => (access.required, access.shared),
         (_, Role::File) if !node.keeps_metadata() => (access.required | P::CONSISTENT_READ, access.shared),

@@ -241,7 +241,8 @@ impl Plan {
     /// The first node at or below `id` that is no filter.
     pub fn skip_filters(&self, mut id: NodeId) -> NodeId {
         while self.node(id).node.kind() == Kind::Filter {
-            let Some(&(_, below)) = self.node(id).children.first() else { break };
+            let node = self.node(id);
+            let Some(below) = node.child(Role::File).or(node.child(Role::Backing)) else { break };
             id = below;
         }
         id

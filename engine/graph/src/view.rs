@@ -20,6 +20,8 @@ pub enum Role {
     File,
     /// What shows where an image has nothing of its own.
     Backing,
+    /// Where a filter copies to.
+    Target,
 }
 
 impl Role {
@@ -28,6 +30,7 @@ impl Role {
         match self {
             Self::File => "file",
             Self::Backing => "backing",
+            Self::Target => "target",
         }
     }
 }

@@ -5,13 +5,10 @@
 //! the guest writes. A range is taken out of the bitmap *before* it is read, and a write puts it in *after* it is
 //! done, so nothing is missed; two copies of the same range take turns, so that an old one never lands last.
 //!
-//! The job is ready once it went through everything and little is left. The guest may write faster than the job
-//! copies; nothing slows it down. The switch closes the gates of all users, copies what is left then, flushes the
-//! base and opens the gates onto it; before that the job catches up until what is left is small, or until it has
-//! tried [`ROUNDS`] times.
+//! When it is ready, and how it ends: [`crate::follow`]. The switch closes the gates of all users, copies what is left
+//! then, flushes the base and opens the gates onto it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
@@ -32,18 +29,13 @@ use crate::commit::{
 use crate::copy::{self, Buffers, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::Stop;
 use crate::filter::Pass;
+use crate::follow::{self, Follow, NAP};
 use crate::job::{HeldBack, Job, Kind};
 use crate::jobs::Work;
 
 /// Bytes per bit: less than QEMU's 64 KiB, so that a guest that writes at random makes less work than it does
 /// itself, and the job catches up with it.
 const GRANULARITY: u64 = 16 << 10;
-/// So little may be left for the time when the guest has to wait.
-const LITTLE: u64 = 8 << 20;
-/// How often the job goes through what is dirty before it takes what is left for the last step.
-const ROUNDS: u32 = 6;
-/// How long it waits for the guest to write something.
-const NAP: Duration = Duration::from_millis(50);
 /// Bits are set for so many bytes at once, as writes of the guest wait meanwhile.
 const STRIDE: u64 = 128 << 20;
 
@@ -114,33 +106,12 @@ impl Active {
         Ok(())
     }
 
-    /// Goes once through what is dirty.
-    async fn round(&self, job: &Arc<Job>, mirror: &Arc<Mirror>) -> Result<(), Stop> {
-        job.set_remaining(self.dirty.count());
-        copy::walk(job, mirror, ByteRange::between(0, mirror.length), Ignored::TryAgain).await?;
-        job.set_remaining(self.dirty.count());
-        Ok(())
-    }
-
     async fn mirror(&self) -> Result<Arc<Mirror>, Stop> {
         let (top, base) = (self.root(self.wiring.main)?, self.root(self.wiring.base)?);
         let length = top.length().await?;
         let unit = chunk_unit(base.enter().await?.cx());
         let push = Push { top, base, below: self.part.base, unit, buffers: Arc::new(Buffers::default()) };
         Ok(Arc::new(Mirror { push, length, dirty: self.dirty.clone(), turns: RangeLock::default() }))
-    }
-
-    /// Makes what was copied durable, while the guest goes on.
-    async fn flush(&self, job: &Job, base: &Root) -> Result<(), Stop> {
-        while let Err(error) = base.flush().await {
-            job.on_error(&error, false)?;
-            job.doze(NAP).await?;
-        }
-        Ok(())
-    }
-
-    fn is_small(&self) -> bool {
-        self.dirty.count() <= LITTLE
     }
 
     fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
@@ -168,41 +139,12 @@ impl Work for Active {
         grow(&self.graph, job, self.part.base, top.length().await?).await?;
         let mirror = self.mirror().await?;
         self.mark_all(job, &top, mirror.length).await?;
-        let (mut ready, mut rounds) = (false, 0);
-        loop {
-            self.round(job, &mirror).await?;
-            rounds += 1;
-            let near = self.is_small() || rounds >= ROUNDS;
-            if !ready && near {
-                self.flush(job, &mirror.push.base).await?;
-                job.becomes_ready().await?;
-                (ready, rounds) = (true, 0);
-            }
-            match job.end_wanted() {
-                Some(switch) if ready && near => {
-                    self.flush(job, &mirror.push.base).await?;
-                    self.switch = switch;
-                    return Ok(());
-                }
-                None if ready => {
-                    rounds = 0;
-                    job.doze(NAP).await?;
-                }
-                _ => {}
-            }
-        }
+        self.switch = follow::until_ended(job, &Following { job, mirror }).await?;
+        Ok(())
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
-        // The guest may have written for long while the job was pending.
-        let mirror = self.mirror().await?;
-        for _ in 0..ROUNDS {
-            if self.is_small() {
-                break;
-            }
-            self.round(job, &mirror).await?;
-        }
-        drop(mirror);
+        follow::catch_up(&Following { job, mirror: self.mirror().await? }).await?;
         let mut overlays = overlays(&self.graph.plan(), self.part.top);
         if !self.switch {
             overlays.clear();
@@ -228,6 +170,35 @@ impl Work for Active {
             }
             self.wiring.claim.leave_all_writable();
         }
+    }
+}
+
+/// The base on its way after the top.
+struct Following<'a> {
+    job: &'a Arc<Job>,
+    mirror: Arc<Mirror>,
+}
+
+#[async_trait]
+impl Follow for Following<'_> {
+    async fn round(&self) -> Result<(), Stop> {
+        let (job, mirror) = (self.job, &self.mirror);
+        job.set_remaining(mirror.dirty.count());
+        copy::walk(job, mirror, ByteRange::between(0, mirror.length), Ignored::TryAgain).await?;
+        job.set_remaining(mirror.dirty.count());
+        Ok(())
+    }
+
+    fn left(&self) -> u64 {
+        self.mirror.dirty.count()
+    }
+
+    async fn flush(&self) -> Result<(), Stop> {
+        while let Err(error) = self.mirror.push.base.flush().await {
+            self.job.on_error(&error, false)?;
+            self.job.doze(NAP).await?;
+        }
+        Ok(())
     }
 }
 

@@ -43,6 +43,12 @@ pub enum JobError {
     /// Nothing to take the id from.
     #[error("An explicit job ID is required")]
     NoId,
+    /// Only a mirror's copy mode can be changed.
+    #[error("Job type does not support change")]
+    NoChange,
+    /// A mirror that blocks writes does not go back.
+    #[error("Change to copy mode 'background' is not implemented")]
+    NoWayBack,
     /// A speed below zero.
     #[error("Parameter 'speed' expects a non-negative value")]
     NegativeSpeed,

@@ -87,31 +87,49 @@ impl Pass {
         node: NodeId,
         name: Option<&str>,
     ) -> std::result::Result<NodeId, GraphError> {
-        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
-        let named = match name {
-            Some(name) if name.len() > NodeName::MAX => return Err(failed(GraphError::NameTooLong)),
-            Some(name) => {
-                Some(NodeName::new(name).ok_or_else(|| failed(GraphError::InvalidName(name.to_owned())))?)
-            }
-            None => None,
-        };
-        let below = plan.node(node);
-        let new = NewNode {
-            name: named,
-            node: Arc::new(self),
-            // Nobody writes through the filter above what is being committed.
-            read_only: below.read_only || self == Self::CommitTop,
-            // Discards are for the node below to pass on or not.
-            options: underlay_graph::plan::NodeOptions {
-                discard: true,
-                detect_zeroes: underlay_graph::plan::DetectZeroes::Off,
-                ..below.options
-            },
-            children: vec![(self.role(), Wiring::Existing(node))],
-        };
-        let filter = plan.add(new).map_err(failed)?;
-        plan.node_mut(filter).implicit = name.is_none();
-        plan.replace(node, filter, |parent| parent == filter)?;
+        let children = [(self.role(), node)];
+        // Nobody writes through the filter above what is being committed.
+        let filter = insert(plan, Arc::new(self), &children, name, |_| false)?;
+        if self == Self::CommitTop {
+            plan.node_mut(filter).read_only = true;
+        }
         Ok(filter)
     }
+}
+
+/// Puts a filter between the first of its `children` and the users of that, except those for which `keep`; without a name it
+/// is implicit.
+pub(crate) fn insert(
+    plan: &mut Plan,
+    filter: Arc<dyn Node>,
+    children: &[(Role, NodeId)],
+    name: Option<&str>,
+    keep: impl Fn(NodeId) -> bool,
+) -> std::result::Result<NodeId, GraphError> {
+    let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
+    let named = match name {
+        Some(name) if name.len() > NodeName::MAX => return Err(failed(GraphError::NameTooLong)),
+        Some(name) => {
+            Some(NodeName::new(name).ok_or_else(|| failed(GraphError::InvalidName(name.to_owned())))?)
+        }
+        None => None,
+    };
+    let Some(&(_, node)) = children.first() else { return Err(GraphError::new("A filter has a child")) };
+    let below = plan.node(node);
+    let new = NewNode {
+        name: named,
+        node: filter,
+        read_only: below.read_only,
+        // Discards are for the node below to pass on or not.
+        options: underlay_graph::plan::NodeOptions {
+            discard: true,
+            detect_zeroes: underlay_graph::plan::DetectZeroes::Off,
+            ..below.options
+        },
+        children: children.iter().map(|(role, id)| (*role, Wiring::Existing(*id))).collect(),
+    };
+    let filter = plan.add(new).map_err(failed)?;
+    plan.node_mut(filter).implicit = name.is_none();
+    plan.replace(node, filter, |parent| parent == filter || keep(parent))?;
+    Ok(filter)
 }

@@ -5,7 +5,8 @@
 //! (`busy` tells whether something that it began before is still under way). A pause has two reasons that are
 //! counted apart: a user's, and changes of the graph that hold the job's requests back ([`Drained`]).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -25,6 +26,8 @@ pub enum Kind {
     Stream,
     /// block-commit, active or not
     Commit,
+    /// blockdev-mirror, drive-mirror
+    Mirror,
 }
 
 impl Kind {
@@ -33,6 +36,7 @@ impl Kind {
         match self {
             Self::Stream => "stream",
             Self::Commit => "commit",
+            Self::Mirror => "mirror",
         }
     }
 }
@@ -100,6 +104,8 @@ pub struct Settings {
     pub auto_dismiss: bool,
     /// What to do when a request fails.
     pub on_error: OnError,
+    /// The same for writes, where a job tells the two apart.
+    pub on_target_error: Option<OnError>,
 }
 
 impl Default for Settings {
@@ -111,6 +117,7 @@ impl Default for Settings {
             auto_finalize: true,
             auto_dismiss: true,
             on_error: OnError::Report,
+            on_target_error: None,
         }
     }
 }
@@ -144,6 +151,8 @@ pub struct JobInfo {
     pub auto_finalize: bool,
     /// See [`Settings`].
     pub auto_dismiss: bool,
+    /// Of a mirror: every write of the guest is at the target too before it is acknowledged.
+    pub actively_synced: Option<bool>,
 }
 
 /// How a client wants a job to end before its time.
@@ -174,6 +183,7 @@ struct State {
     io_status: IoStatus,
     error: Option<String>,
     pace: Pace,
+    synced: bool,
 }
 
 /// A job. See the module.
@@ -181,8 +191,11 @@ pub struct Job {
     id: String,
     kind: Kind,
     on_error: OnError,
+    on_target_error: Option<OnError>,
     auto_finalize: bool,
     auto_dismiss: bool,
+    /// Of a mirror: whether it writes to the target before a guest's write is acknowledged.
+    write_blocking: OnceLock<Arc<AtomicBool>>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
@@ -221,11 +234,14 @@ impl Job {
             io_status: IoStatus::Ok,
             error: None,
             pace: Pace::default(),
+            synced: false,
         };
         Arc::new(Self {
             id,
             kind,
             on_error: settings.on_error,
+            on_target_error: settings.on_target_error,
+            write_blocking: OnceLock::new(),
             auto_finalize: settings.auto_finalize,
             auto_dismiss: settings.auto_dismiss,
             sink,
@@ -270,6 +286,7 @@ impl Job {
             io_status: state.io_status,
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
+            actively_synced: self.write_blocking.get().map(|_| state.synced),
         }
     }
 
@@ -314,6 +331,19 @@ impl Job {
         self.check(&state, Verb::SetSpeed)?;
         state.speed = u64::try_from(speed).map_err(|_| JobError::NegativeSpeed)?;
         state.pace.forget();
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// block-job-change of a mirror's copy mode, which may only become `write-blocking`.
+    pub fn change_copy_mode(&self, write_blocking: bool) -> Result<(), JobError> {
+        let state = self.state();
+        self.check(&state, Verb::Change)?;
+        let Some(now) = self.write_blocking.get() else { return Err(JobError::NoChange) };
+        if !write_blocking && now.load(Ordering::Relaxed) {
+            return Err(JobError::NoWayBack);
+        }
+        now.store(write_blocking, Ordering::Relaxed);
         self.changed.notify_waiters();
         Ok(())
     }
@@ -546,6 +576,16 @@ impl Job {
         self.state().total = total;
     }
 
+    /// The job is a mirror, and this is its copy mode.
+    pub(crate) fn set_copy_mode(&self, write_blocking: Arc<AtomicBool>) {
+        let _ = self.write_blocking.set(write_blocking);
+    }
+
+    /// Whether what a guest writes is at the target too when it is acknowledged.
+    pub(crate) fn set_synced(&self, synced: bool) {
+        self.state().synced = synced;
+    }
+
     /// So many bytes more are done.
     pub(crate) fn advance(&self, bytes: u64) {
         self.state().current += bytes;
@@ -563,7 +603,8 @@ impl Job {
         let mut state = self.state();
         // Too late to wait for anybody.
         let late = matches!(state.status, Status::Waiting | Status::Pending);
-        let action = if late { Action::Report } else { self.on_error.action(error) };
+        let policy = self.on_target_error.filter(|_| !is_read).unwrap_or(self.on_error);
+        let action = if late { Action::Report } else { policy.action(error) };
         self.sink.emit(JobEvent::Error { id: self.id.clone(), is_read, action });
         match action {
             Action::Report => return Err(error.into()),

@@ -1,6 +1,6 @@
-//! Long work on disks: streaming a chain into its top, committing it into its base.
+//! Long work on disks: streaming a chain into its top, committing it into its base, mirroring it elsewhere.
 //!
-//! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`]); they share the frame
+//! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`], [`mirror`]); they share the frame
 //! ([`job`]: states, verbs, pausing, speed, errors) and the one copy engine ([`copy`]). Jobs know nodes and their
 //! wiring, not formats; names and QMP are the caller's.
 //!
@@ -18,8 +18,11 @@ pub mod copy;
 pub mod error;
 pub mod event;
 pub mod filter;
+mod follow;
 pub mod job;
 pub mod jobs;
+pub mod mirror;
+mod mirror_top;
 pub mod pace;
 pub mod status;
 pub mod stream;
@@ -31,6 +34,7 @@ pub use error::JobError;
 pub use event::{Action, EventSink, JobEvent, Progress};
 pub use job::{IoStatus, Job, JobInfo, Kind, OnError, Settings};
 pub use jobs::{JobTask, Jobs, Started};
+pub use mirror::{MirrorArgs, SyncMode};
 pub use status::{Status, Verb};
 pub use stream::{StreamArgs, StreamEnd};
 

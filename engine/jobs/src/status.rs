@@ -44,6 +44,8 @@ pub enum Verb {
     Finalize,
     /// job-dismiss
     Dismiss,
+    /// block-job-change
+    Change,
 }
 
 impl Status {
@@ -99,7 +101,7 @@ impl Status {
         use Status::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby};
         match verb {
             Verb::Cancel => !matches!(self, Aborting | Concluded | Null),
-            Verb::Pause | Verb::Resume | Verb::SetSpeed => {
+            Verb::Pause | Verb::Resume | Verb::SetSpeed | Verb::Change => {
                 matches!(self, Created | Running | Paused | Ready | Standby)
             }
             Verb::Complete => matches!(self, Ready | Standby),
@@ -111,7 +113,7 @@ impl Status {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Cancel,
         Self::Pause,
         Self::Resume,
@@ -119,6 +121,7 @@ impl Verb {
         Self::Complete,
         Self::Finalize,
         Self::Dismiss,
+        Self::Change,
     ];
 
     /// The name in messages.
@@ -131,6 +134,7 @@ impl Verb {
             Self::Complete => "complete",
             Self::Finalize => "finalize",
             Self::Dismiss => "dismiss",
+            Self::Change => "change",
         }
     }
 }

@@ -4,5 +4,6 @@
 mod disk;
 mod frame;
 mod lab;
+mod mirror;
 mod random;
 mod world;

@@ -5,6 +5,7 @@
 //! is accepted and what is announced cannot differ.
 
 use super::defs::*;
+use super::jobs::*;
 use super::ty::{Command, Event, Type};
 
 /// All commands.
@@ -50,6 +51,8 @@ pub static COMMANDS: &[Command] = &[
     Command { name: "x-debug-query-block-graph", arguments: &NOTHING, returns: Type::Object(&BLOCK_GRAPH) },
     Command { name: "block-stream", arguments: &BLOCK_STREAM_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "block-commit", arguments: &BLOCK_COMMIT_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "blockdev-mirror", arguments: &BLOCKDEV_MIRROR_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "block-job-change", arguments: &BLOCK_JOB_CHANGE_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "block-job-set-speed",
         arguments: &BLOCK_JOB_SET_SPEED_ARG,

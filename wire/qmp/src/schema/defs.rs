@@ -4,6 +4,7 @@
 //! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them, so what
 //! is accepted and what is announced cannot differ.
 
+use super::jobs::{JOB_STATUS, JOB_TYPE};
 use super::ty::{Alternate, Enum, Object, Type, opt, req};
 
 pub(super) static QMP_CAPABILITY: Enum = Enum { values: &["oob"] };
@@ -471,134 +472,6 @@ pub(super) static BLOCK_GRAPH: Object = Object {
     members: &[
         req("nodes", Type::List(&Type::Object(&BLOCK_GRAPH_NODES))),
         req("edges", Type::List(&Type::Object(&BLOCK_GRAPH_EDGES))),
-    ],
-    tag: None,
-    cases: &[],
-};
-
-pub(super) static BLOCKDEV_ON_ERROR: Enum = Enum { values: &["report", "ignore", "enospc", "stop", "auto"] };
-
-pub(super) static BLOCK_STREAM_ARG: Object = Object {
-    members: &[
-        opt("job-id", Type::Str),
-        req("device", Type::Str),
-        opt("base", Type::Str),
-        opt("base-node", Type::Str),
-        opt("backing-file", Type::Str),
-        opt("backing-mask-protocol", Type::Bool),
-        opt("bottom", Type::Str),
-        opt("speed", Type::Int),
-        opt("on-error", Type::Enum(&BLOCKDEV_ON_ERROR)),
-        opt("filter-node-name", Type::Str),
-        opt("auto-finalize", Type::Bool),
-        opt("auto-dismiss", Type::Bool),
-    ],
-    tag: None,
-    cases: &[],
-};
-
-pub(super) static BLOCK_COMMIT_ARG: Object = Object {
-    members: &[
-        opt("job-id", Type::Str),
-        req("device", Type::Str),
-        opt("base-node", Type::Str),
-        opt("base", Type::Str),
-        opt("top-node", Type::Str),
-        opt("top", Type::Str),
-        opt("backing-file", Type::Str),
-        opt("backing-mask-protocol", Type::Bool),
-        opt("speed", Type::Int),
-        opt("on-error", Type::Enum(&BLOCKDEV_ON_ERROR)),
-        opt("filter-node-name", Type::Str),
-        opt("auto-finalize", Type::Bool),
-        opt("auto-dismiss", Type::Bool),
-    ],
-    tag: None,
-    cases: &[],
-};
-
-pub(super) static BLOCK_JOB_SET_SPEED_ARG: Object =
-    Object { members: &[req("device", Type::Str), req("speed", Type::Int)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_PAUSE_ARG: Object =
-    Object { members: &[req("device", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_RESUME_ARG: Object =
-    Object { members: &[req("device", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_CANCEL_ARG: Object =
-    Object { members: &[req("device", Type::Str), opt("force", Type::Bool)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_COMPLETE_ARG: Object =
-    Object { members: &[req("device", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_FINALIZE_ARG: Object =
-    Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static BLOCK_JOB_DISMISS_ARG: Object =
-    Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_TYPE: Enum = Enum { values: &["commit", "stream"] };
-
-pub(super) static JOB_STATUS: Enum = Enum {
-    values: &[
-        "undefined",
-        "created",
-        "running",
-        "paused",
-        "ready",
-        "standby",
-        "waiting",
-        "pending",
-        "aborting",
-        "concluded",
-        "null",
-    ],
-};
-
-pub(super) static QUERY_BLOCK_JOBS_RET: Object = Object {
-    members: &[
-        req("type", Type::Enum(&JOB_TYPE)),
-        req("device", Type::Str),
-        req("len", Type::Int),
-        req("offset", Type::Int),
-        req("busy", Type::Bool),
-        req("paused", Type::Bool),
-        req("speed", Type::Int),
-        req("io-status", Type::Enum(&BLOCK_INFO_IO_STATUS)),
-        req("ready", Type::Bool),
-        req("status", Type::Enum(&JOB_STATUS)),
-        req("auto-finalize", Type::Bool),
-        req("auto-dismiss", Type::Bool),
-        opt("error", Type::Str),
-    ],
-    tag: Some("type"),
-    cases: &[],
-};
-
-pub(super) static JOB_PAUSE_ARG: Object = Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_RESUME_ARG: Object = Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_CANCEL_ARG: Object = Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_COMPLETE_ARG: Object =
-    Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_FINALIZE_ARG: Object =
-    Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static JOB_DISMISS_ARG: Object =
-    Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
-
-pub(super) static QUERY_JOBS_RET: Object = Object {
-    members: &[
-        req("id", Type::Str),
-        req("type", Type::Enum(&JOB_TYPE)),
-        req("status", Type::Enum(&JOB_STATUS)),
-        req("current-progress", Type::Int),
-        req("total-progress", Type::Int),
-        opt("error", Type::Str),
     ],
     tag: None,
     cases: &[],

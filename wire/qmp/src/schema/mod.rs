@@ -5,6 +5,7 @@ pub mod check;
 mod commands;
 mod defs;
 pub mod introspect;
+mod jobs;
 pub mod ty;
 
 pub use check::{ArgumentError, Input, check};

@@ -1,0 +1,459 @@
+//! blockdev-mirror: copies a disk to another node, keeps the copy in step with what the guest writes, and at the end
+//! either moves the guest there (complete) or leaves a copy of that moment (cancel). Source: `design/qemu-surface.md`
+//! 6.3, 5.4.
+//!
+//! A dirty bitmap remembers what has to be copied: at first what `sync` says, then what the guest writes. A range is
+//! taken out of the bitmap *before* it is read, and a write puts it in *after* it is done, so nothing is missed. In the
+//! copy mode `write-blocking` the filter above the source ([`crate::mirror_top`]) copies the guest's writes itself.
+//! Whole granules are copied, as the guest sees them: where nothing but zeroes shows, nothing is read, and where the
+//! target shows zeroes already, nothing is written.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use underlay_graph::graph::LastStep;
+use underlay_graph::plan::{NewRoot, Wires};
+use underlay_graph::range_lock::Mode;
+use underlay_graph::status::status;
+use underlay_graph::view::Tracker;
+use underlay_graph::{
+    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NodeId, Perms, Plan, Role, Root, RootId, WriteFlags,
+    ZeroFlags,
+};
+
+use crate::chain::{self, Claim, wrong};
+use crate::commit::check_root;
+use crate::copy::{self, Buffers, Copier, Fault, Ignored, Step};
+use crate::error::{JobError, Stop};
+use crate::filter;
+use crate::follow::{self, Follow, NAP};
+use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::jobs::{Jobs, Started, Work};
+use crate::mirror_top::{MirrorTop, Tracked};
+
+/// Bytes in one copy. Source: QEMU's, seen in the `offset` of a slow job.
+const CHUNK: u64 = 1 << 20;
+/// The source is looked at in steps of so many bytes, as the job may be cancelled.
+const STRIDE: u64 = 1 << 40;
+
+/// What is copied at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// The whole disk.
+    Full,
+    /// What the source's own layer has.
+    Top,
+    /// Nothing: only what is written from now on.
+    None,
+}
+
+/// What blockdev-mirror asks for, with its names resolved.
+#[derive(Clone, Debug)]
+pub struct MirrorArgs {
+    /// What all jobs have.
+    pub settings: Settings,
+    /// `device`: the disk that is copied.
+    pub source: NodeId,
+    /// `target`
+    pub target: NodeId,
+    /// `replaces`: the node in whose place the target comes; the source by default.
+    pub replaces: Option<NodeId>,
+    /// `sync`
+    pub sync: SyncMode,
+    /// `granularity`, in bytes; by default the target's cluster size between 4 and 64 KiB.
+    pub granularity: Option<u32>,
+    /// `buf-size`: bytes that may be on their way; checked, but our own engine decides.
+    pub buf_size: Option<i64>,
+    /// `copy-mode=write-blocking`
+    pub write_blocking: bool,
+    /// `target-is-zero`
+    pub target_is_zero: bool,
+    /// `filter-node-name`
+    pub filter_node_name: Option<String>,
+}
+
+impl Jobs {
+    /// Starts a mirror.
+    pub async fn mirror(self: &Arc<Self>, graph: &Arc<Graph>, args: MirrorArgs) -> Result<Started, JobError> {
+        let granularity = check(&graph.plan(), &args)?;
+        let wires = graph.wires();
+        let default = || {
+            let cluster = wires.view(args.target).cx().skip_filters().node().image_info().cluster_size;
+            cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10))
+        };
+        let granularity = granularity.unwrap_or_else(default);
+        check_replaces(graph, &args)?;
+        let plan = graph.plan();
+        check_root(&plan, args.source)?;
+        chain::check_free(&plan, &[args.source, args.target])?;
+        let id = self.choose_id(&args.settings)?;
+        let job = self.draft(id, Kind::Mirror, &args.settings);
+        let length = wires.view(args.source).cx().length();
+        let tracked = Tracked::new(length, granularity, args.write_blocking);
+        job.set_copy_mode(tracked.blocking.clone());
+        let wiring = graph.change(|plan| wire(plan, &args, &job, &tracked)).await?;
+        let settings = args.settings.clone();
+        let mirror = Mirror { graph: graph.clone(), args, wiring, tracked, switch: false };
+        self.launch(job, &settings, Box::new(mirror)).await
+    }
+}
+
+/// The granularity, if one was asked for.
+fn check(plan: &Plan, args: &MirrorArgs) -> Result<Option<u64>, JobError> {
+    if args.source == args.target {
+        return Err(wrong("Can't mirror node into itself".into()));
+    }
+    if plan.get(args.source).is_none() || plan.get(args.target).is_none() {
+        return Err(wrong("The node was removed in the meantime".into()));
+    }
+    if args.buf_size.is_some_and(|size| size < 0) {
+        return Err(wrong("Invalid parameter 'buf-size'".into()));
+    }
+    match args.granularity.filter(|granularity| *granularity != 0) {
+        Some(granularity) if !(512..=64 << 20).contains(&granularity) => {
+            Err(wrong("Parameter 'granularity' expects a value in range [512B, 64MB]".into()))
+        }
+        Some(granularity) if !granularity.is_power_of_two() => {
+            Err(wrong("Parameter 'granularity' expects a power of 2".into()))
+        }
+        granularity => Ok(granularity.map(u64::from)),
+    }
+}
+
+/// Only a node that shows the same as the source may be replaced: the source, or a filter above it.
+fn check_replaces(graph: &Graph, args: &MirrorArgs) -> Result<(), JobError> {
+    let Some(replaces) = args.replaces else { return Ok(()) };
+    let (plan, wires) = (graph.plan(), graph.wires());
+    let mut shows = vec![replaces];
+    while let Some(&at) = shows.last().filter(|at| plan.node(**at).node.kind() == NodeKind::Filter) {
+        let below = plan.node(at).child(Role::File).or(plan.node(at).child(Role::Backing));
+        let Some(below) = below else { break };
+        shows.push(below);
+    }
+    let name = |id| plan.node(id).name.to_string();
+    if !shows.contains(&args.source) {
+        return Err(wrong(format!(
+            "Cannot replace '{}' by a node mirrored from '{}', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data",
+            name(replaces),
+            name(args.source)
+        )));
+    }
+    if wires.view(replaces).cx().length() != wires.view(args.source).cx().length() {
+        return Err(wrong("cannot replace image with a mirror image of different size".into()));
+    }
+    Ok(())
+}
+
+/// What the job has put into the graph.
+#[derive(Clone, Debug)]
+struct Wiring {
+    claim: Claim,
+    filter: NodeId,
+    /// On the filter; its children are reached through it.
+    main: RootId,
+    tracker: Arc<dyn Tracker>,
+}
+
+fn wire(
+    plan: &mut Plan,
+    args: &MirrorArgs,
+    job: &Arc<Job>,
+    tracked: &Arc<Tracked>,
+) -> Result<Wiring, GraphError> {
+    let claim = Claim::take(plan, Kind::Mirror, vec![args.source, args.target], Vec::new())?;
+    if plan.node(args.target).read_only {
+        return Err(GraphError::new("Block node is read-only"));
+    }
+    let tracker: Arc<dyn Tracker> = tracked.clone();
+    plan.node_mut(args.source).trackers.push(tracker.clone());
+    let children = [(Role::Backing, args.source), (Role::Target, args.target)];
+    // A target that is based on the source goes on showing the source itself.
+    let of_target = plan.reachable(args.target);
+    let node = Arc::new(MirrorTop(tracked.clone()));
+    let name = args.filter_node_name.as_deref();
+    let filter = filter::insert(plan, node, &children, name, |parent| of_target.contains(&parent))?;
+    let user = chain::user(Kind::Mirror, job.id());
+    let main = plan.add_root(NewRoot {
+        user,
+        role: "main node",
+        node: filter,
+        required: Perms::CONSISTENT_READ,
+        shared: Perms::ALL.without(Perms::RESIZE),
+        pinned: true,
+        drained: Some(Arc::new(HeldBack(job.clone()))),
+    });
+    Ok(Wiring { claim, filter, main, tracker })
+}
+
+/// The work of a mirror.
+struct Mirror {
+    graph: Arc<Graph>,
+    args: MirrorArgs,
+    wiring: Wiring,
+    tracked: Arc<Tracked>,
+    /// At the end, switch the users over.
+    switch: bool,
+}
+
+impl Mirror {
+    fn root(&self) -> Result<Root, Stop> {
+        self.graph.root(self.wiring.main).ok_or(Stop::Cancelled)
+    }
+
+    async fn copying(&self) -> Result<Arc<Copying>, Stop> {
+        let root = self.root()?;
+        let length = root.length().await?;
+        Ok(Arc::new(Copying { root, length, tracked: self.tracked.clone(), buffers: Buffers::default() }))
+    }
+
+    /// Marks what has to be copied at first.
+    async fn mark(&self, job: &Job, root: &Root, length: u64) -> Result<(), Stop> {
+        let has_backing = self.graph.plan().backing(self.args.source).is_some();
+        if self.args.sync == SyncMode::None {
+            job.set_remaining(self.tracked.dirty.count());
+            return Ok(());
+        }
+        let only_top = self.args.sync == SyncMode::Top && has_backing;
+        let mut rest = ByteRange::between(0, length);
+        while !rest.is_empty() {
+            job.checkpoint().await?;
+            let step = rest.split(STRIDE).0;
+            let looked = {
+                let inside = root.enter().await?;
+                self.look(&inside.cx(), step, only_top).await
+            };
+            let (wanted, len) = match looked {
+                Ok(looked) => looked,
+                Err(error) => {
+                    job.on_error(&error, true)?;
+                    job.doze(NAP).await?;
+                    continue;
+                }
+            };
+            let (range, later) = rest.split(len);
+            match wanted {
+                true => self.tracked.dirty.set(range),
+                false => job.advance(range.len()),
+            }
+            rest = later;
+        }
+        job.set_remaining(self.tracked.dirty.count());
+        Ok(())
+    }
+
+    /// Whether the first bytes of `range` have to be copied, and for how many of them that is so.
+    async fn look(
+        &self,
+        cx: &Cx<'_>,
+        range: ByteRange,
+        only_top: bool,
+    ) -> Result<(bool, u64), underlay_graph::IoError> {
+        let source = MirrorTop::source(cx);
+        let below = source.skip_filters().backing().filter(|_| only_top);
+        let found = status(&source, range, below.map(|below| below.view().id())).await?;
+        if only_top {
+            return Ok((found.allocated, found.len));
+        }
+        if !found.zero || self.args.target_is_zero {
+            return Ok((!found.zero, found.len));
+        }
+        let already = status(&MirrorTop::target(cx), range.split(found.len).0, None).await?;
+        Ok((!already.zero, already.len))
+    }
+
+    fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
+        let (wiring, args) = (&self.wiring, &self.args);
+        plan.remove_root(wiring.main);
+        plan.node_mut(args.source).trackers.retain(|tracker| !Arc::ptr_eq(tracker, &wiring.tracker));
+        wiring.claim.release(plan);
+        if plan.get(wiring.filter).is_none() {
+            return Ok(());
+        }
+        let of_target = plan.reachable(args.target);
+        let replaced = args.replaces.filter(|replaces| switch && *replaces != args.source);
+        let to = if switch && replaced.is_none() { args.target } else { args.source };
+        plan.replace(wiring.filter, to, |_| false)?;
+        match replaced.filter(|replaced| plan.get(*replaced).is_some()) {
+            Some(replaced) => plan.replace(replaced, args.target, |parent| of_target.contains(&parent)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Work for Mirror {
+    async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
+        let root = self.root()?;
+        let (length, of_target) = {
+            let inside = root.enter().await?;
+            (inside.cx().length(), MirrorTop::target(&inside.cx()).length())
+        };
+        if length != of_target {
+            return Err(Stop::Failed("Source and target image have different sizes".into()));
+        }
+        self.mark(job, &root, length).await?;
+        let copying = self.copying().await?;
+        self.switch = follow::until_ended(job, &Following { job, copying }).await?;
+        Ok(())
+    }
+
+    async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
+        follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
+        let edit = |plan: &mut Plan| {
+            self.unwire(plan, self.switch)?;
+            let rest = CopyRest { tracked: self.tracked.clone(), filter: self.wiring.filter };
+            Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
+        };
+        job.change(&self.graph, edit).await?;
+        job.set_remaining(0);
+        Ok(())
+    }
+
+    async fn abandon(&mut self, job: &Arc<Job>) {
+        if let Err(error) = job.change(&self.graph, |plan| Ok((self.unwire(plan, false)?, None))).await {
+            tracing::error!(?job, %error, "the graph cannot be given back as it was");
+        }
+    }
+}
+
+/// The target on its way after the source.
+struct Following<'a> {
+    job: &'a Arc<Job>,
+    copying: Arc<Copying>,
+}
+
+#[async_trait]
+impl Follow for Following<'_> {
+    async fn round(&self) -> Result<(), Stop> {
+        let (job, copying) = (self.job, &self.copying);
+        job.set_remaining(self.left());
+        copy::walk(job, copying, ByteRange::between(0, copying.length), Ignored::TryAgain).await?;
+        job.set_remaining(self.left());
+        job.set_synced(copying.tracked.is_blocking() && copying.tracked.dirty.is_clean());
+        Ok(())
+    }
+
+    fn left(&self) -> u64 {
+        self.copying.tracked.dirty.count()
+    }
+
+    async fn flush(&self) -> Result<(), Stop> {
+        while let Err(error) = self.copying.flush().await {
+            self.job.on_error(&error, false)?;
+            self.job.doze(NAP).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies what is dirty while the guest writes on.
+struct Copying {
+    root: Root,
+    length: u64,
+    tracked: Arc<Tracked>,
+    buffers: Buffers,
+}
+
+#[async_trait]
+impl Copier for Copying {
+    async fn look(&self, range: ByteRange) -> Result<(Step, u64), Fault> {
+        let granularity = self.tracked.dirty.granularity();
+        let Some(run) = self.tracked.dirty.peek(range.start(), range.len().max(granularity)) else {
+            return Ok((Step::Skip, range.len()));
+        };
+        let clean = range.before(run.start());
+        if !clean.is_empty() {
+            return Ok((Step::Skip, clean.len()));
+        }
+        let run = run.intersect(range);
+        // Only to know how much can be done at once; the copy looks again.
+        let inside = self.root.enter().await.map_err(Fault::read)?;
+        let found = status(&MirrorTop::source(&inside.cx()), run, None).await.map_err(Fault::read)?;
+        // Whole granules, as that is what gets clean.
+        let len = found.len.next_multiple_of(granularity).min(run.len());
+        Ok((if found.zero { Step::Zero } else { Step::Copy }, len))
+    }
+
+    async fn copy(&self, range: ByteRange, _: Step) -> Result<(), Fault> {
+        let inside = self.root.enter().await.map_err(Fault::read)?;
+        let _turn = self.tracked.turns.lock(range, Mode::Exclusive).await;
+        // Clean before it is read: a write from now on makes it dirty again.
+        self.tracked.dirty.clear(range);
+        let result = copy_now(&inside.cx(), range, &self.buffers).await;
+        if result.is_err() {
+            self.tracked.dirty.set(range);
+        }
+        result
+    }
+
+    fn counts_skipped(&self) -> bool {
+        false
+    }
+
+    fn unit(&self) -> u64 {
+        CHUNK.max(self.tracked.dirty.granularity())
+    }
+}
+
+impl Copying {
+    async fn flush(&self) -> Result<(), underlay_graph::IoError> {
+        let inside = self.root.enter().await?;
+        MirrorTop::target(&inside.cx()).flush().await
+    }
+}
+
+/// Makes the target show in `range` what the source does. `cx` is at the filter.
+async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers) -> Result<(), Fault> {
+    let (source, target) = (MirrorTop::source(cx), MirrorTop::target(cx));
+    while !rest.is_empty() {
+        let found = status(&source, rest, None).await.map_err(Fault::read)?;
+        let len = if found.zero { found.len } else { found.len.min(CHUNK) };
+        let (run, later) = rest.split(len);
+        rest = later;
+        if found.zero {
+            zero(&target, run).await.map_err(Fault::write)?;
+            continue;
+        }
+        let whole = buffers.take(run.buffer_len());
+        let bytes = whole.slice(0, run.buffer_len());
+        let result = match source.read(run, bytes.clone()).await {
+            Ok(()) => target.write(run, bytes, WriteFlags::default()).await.map_err(Fault::write),
+            Err(error) => Err(Fault::read(error)),
+        };
+        buffers.put(whole);
+        result?;
+    }
+    Ok(())
+}
+
+/// Zeroes what does not show zeroes yet.
+async fn zero(target: &Cx<'_>, mut rest: ByteRange) -> Result<(), underlay_graph::IoError> {
+    while !rest.is_empty() {
+        let already = status(target, rest, None).await?;
+        let (run, later) = rest.split(already.len);
+        rest = later;
+        if !already.zero {
+            target.write_zeroes(run, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
+        }
+    }
+    Ok(())
+}
+
+/// With all gates closed: copies what is still dirty, and makes it durable. The moment of no return.
+struct CopyRest {
+    tracked: Arc<Tracked>,
+    filter: NodeId,
+}
+
+#[async_trait]
+impl LastStep for CopyRest {
+    async fn run(self: Box<Self>, old: &Wires, _new: &Wires) -> Result<(), GraphError> {
+        let filter = old.view(self.filter);
+        let buffers = Buffers::default();
+        while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
+            copy_now(&filter.cx(), range, &buffers).await.map_err(|fault| fault.error)?;
+        }
+        MirrorTop::target(&filter.cx()).flush().await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,141 @@
+//! The filter above the source of a mirror: passes everything through, and in the copy mode `write-blocking` writes to
+//! the target too before a write is acknowledged.
+//!
+//! What of the source is not (or no longer) at the target is dirty. Copies by the job and writes through this filter
+//! take turns where they touch the same granules, and both reach the target through the filter's own children: nobody
+//! waits for a turn outside the gate that he holds, so a change of the graph finds everybody on the way out.
+//!
+//! ```text
+//!   guest ──► mirror_top ──► target     write-blocking: second, and the granules stay clean
+//!                  │
+//!                  └───────► source     first; every write there makes its granules dirty …
+//! ```
+//!
+//! … except the one that is on its way to the target, which this filter has announced ([`Tracked::expected`]). Somebody
+//! who writes to the source past the filter is never announced, so what he wrote is dirty.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::range_lock::{Mode, RangeLock};
+use underlay_graph::view::Tracker;
+use underlay_graph::{ByteRange, Cx, Kind, Limits, Node, Result, Role, WriteFlags, ZeroFlags};
+use underlay_sys::Iov;
+
+/// What the job and the filter share.
+#[derive(Debug)]
+pub(crate) struct Tracked {
+    pub(crate) dirty: DirtyBitmap,
+    /// One copy or guest's write at a time for a granule.
+    pub(crate) turns: RangeLock,
+    /// The copy mode: `write-blocking`, or else `background`.
+    pub(crate) blocking: Arc<AtomicBool>,
+    /// Writes to the source that will be written to the target as well.
+    expected: Mutex<Vec<ByteRange>>,
+}
+
+impl Tracked {
+    pub(crate) fn new(size: u64, granularity: u64, blocking: bool) -> Arc<Self> {
+        Arc::new(Self {
+            dirty: DirtyBitmap::new(size, granularity),
+            turns: RangeLock::default(),
+            blocking: Arc::new(AtomicBool::new(blocking)),
+            expected: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn is_blocking(&self) -> bool {
+        self.blocking.load(Ordering::Relaxed)
+    }
+
+    fn expected(&self) -> MutexGuard<'_, Vec<ByteRange>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `range` was announced; it is not any more.
+    fn take_expected(&self, range: ByteRange) -> bool {
+        let mut expected = self.expected();
+        let at = expected.iter().position(|other| *other == range);
+        at.map(|at| expected.swap_remove(at)).is_some()
+    }
+}
+
+impl Tracker for Tracked {
+    fn touched(&self, range: ByteRange) {
+        if !self.take_expected(range) {
+            self.dirty.set(range);
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct MirrorTop(pub(crate) Arc<Tracked>);
+
+impl MirrorTop {
+    /// What the guest uses.
+    pub(crate) fn source<'a>(cx: &Cx<'a>) -> Cx<'a> {
+        cx.backing().expect("mirror_top has its source as long as it exists")
+    }
+
+    /// Where it is copied to.
+    pub(crate) fn target<'a>(cx: &Cx<'a>) -> Cx<'a> {
+        cx.child(Role::Target).expect("mirror_top has its target as long as it exists")
+    }
+}
+
+#[async_trait]
+impl Node for MirrorTop {
+    fn driver(&self) -> &'static str {
+        "mirror_top"
+    }
+    fn kind(&self) -> Kind {
+        Kind::Filter
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn length(&self, cx: &Cx<'_>) -> u64 {
+        Self::source(cx).length()
+    }
+    fn limits(&self, cx: &Cx<'_>) -> Limits {
+        Self::source(cx).limits()
+    }
+    async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        Self::source(cx).read(range, into).await
+    }
+    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        if !self.0.is_blocking() {
+            return Self::source(cx).write(range, from, flags).await;
+        }
+        let granules = range.align_out(self.0.dirty.granularity());
+        let _turn = self.0.turns.lock(granules, Mode::Exclusive).await;
+        self.0.expected().push(range);
+        let written = Self::source(cx).write(range, from.clone(), flags).await;
+        self.0.take_expected(range);
+        let copied = match &written {
+            Ok(()) => Self::target(cx).write(range, from, WriteFlags::default()).await,
+            Err(_) => Ok(()),
+        };
+        if written.is_err() || copied.is_err() {
+            // The job copies what is there now, and meets the error that the target has.
+            self.0.dirty.set(range);
+        }
+        written
+    }
+    async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        Self::source(cx).write_zeroes(range, flags).await
+    }
+    async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        Self::source(cx).discard(range).await
+    }
+    async fn flush(&self, cx: &Cx<'_>) -> Result<()> {
+        Self::source(cx).flush().await
+    }
+    async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
+        Ok(())
+    }
+}
