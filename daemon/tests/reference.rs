@@ -208,6 +208,11 @@ fn commit() {
 }
 
 #[test]
+fn mirror() {
+    compare("mirror");
+}
+
+#[test]
 fn statistics() {
     compare("statistics");
 }

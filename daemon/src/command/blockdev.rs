@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
-use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation};
+use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation, Role};
 use underlay_qmp::json::Object;
 
 use super::lookup;
@@ -39,6 +39,9 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         // A job's own ends are told by what follows.
         if plan.roots_of(id).any(|(_, root)| !root.pinned) {
             return Err(GraphError::InUse(node_name.to_owned()));
+        }
+        if plan.parents(id).any(|(_, role)| role == Role::Target) {
+            return Err(GraphError::new(format!("Node {node_name} is in use")));
         }
         lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;
         if !plan.node(id).monitor_owned {
@@ -134,9 +137,7 @@ pub async fn change_backing_file(
 ) -> CommandResult<()> {
     let plan = daemon.graph.plan();
     let top = lookup::either(&plan, device)?;
-    if plan.parents(top).any(|(parent, _)| !plan.node(parent).implicit) {
-        return Err(CommandError::new("Need a root block node"));
-    }
+    underlay_jobs::commit::check_root(&plan, top)?;
     let image = plan.find(image_node_name);
     let image = image.ok_or_else(|| {
         CommandError::new(format!("Cannot find device='' nor node-name='{image_node_name}'"))

@@ -1,6 +1,6 @@
 //! blockdev-mirror and block-job-change.
 
-use underlay_jobs::{JobError, MirrorArgs, SyncMode};
+use underlay_jobs::{MirrorArgs, SyncMode};
 
 use super::arguments::Arguments;
 use super::{job, lookup};
@@ -46,11 +46,8 @@ fn optional_number(arguments: &mut Arguments, name: &str) -> Option<i64> {
     arguments.has(name).then(|| arguments.number(name, 0))
 }
 
-/// block-job-change
+/// block-job-change. QEMU takes any other `type` as asking a mirror for the copy mode `background`.
 pub fn change(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let job = daemon.jobs.block_job(&arguments.text("id"))?;
-    if arguments.text("type") != job.kind().as_str() {
-        return Err(CommandError::from(JobError::NoChange));
-    }
     Ok(job.change_copy_mode(arguments.optional_text("copy-mode").as_deref() == Some("write-blocking"))?)
 }

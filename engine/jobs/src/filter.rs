@@ -89,7 +89,8 @@ impl Pass {
     ) -> std::result::Result<NodeId, GraphError> {
         let children = [(self.role(), node)];
         // Nobody writes through the filter above what is being committed.
-        let filter = insert(plan, Arc::new(self), &children, name, |_| false)?;
+        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
+        let filter = insert(plan, Arc::new(self), &children, name, failed, |_| false)?;
         if self == Self::CommitTop {
             plan.node_mut(filter).read_only = true;
         }
@@ -98,15 +99,15 @@ impl Pass {
 }
 
 /// Puts a filter between the first of its `children` and the users of that, except those for which `keep`; without a name it
-/// is implicit.
+/// is implicit. `failed` says it in the job's words when there can be no such node.
 pub(crate) fn insert(
     plan: &mut Plan,
     filter: Arc<dyn Node>,
     children: &[(Role, NodeId)],
     name: Option<&str>,
+    failed: impl Fn(GraphError) -> GraphError,
     keep: impl Fn(NodeId) -> bool,
 ) -> std::result::Result<NodeId, GraphError> {
-    let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
     let named = match name {
         Some(name) if name.len() > NodeName::MAX => return Err(failed(GraphError::NameTooLong)),
         Some(name) => {

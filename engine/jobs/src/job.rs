@@ -378,7 +378,8 @@ impl Job {
     pub async fn after_cancel(&self) {
         let over_soon = {
             let state = self.state();
-            state.cancel == Some(Cancel::Hard) && state.in_flight == 0
+            // QEMU's mirrors first wait for their target.
+            state.cancel == Some(Cancel::Hard) && state.in_flight == 0 && self.kind != Kind::Mirror
         };
         if over_soon {
             self.concluded().await;

@@ -171,7 +171,8 @@ fn wire(
     let of_target = plan.reachable(args.target);
     let node = Arc::new(MirrorTop(tracked.clone()));
     let name = args.filter_node_name.as_deref();
-    let filter = filter::insert(plan, node, &children, name, |parent| of_target.contains(&parent))?;
+    let filter =
+        filter::insert(plan, node, &children, name, |error| error, |parent| of_target.contains(&parent))?;
     let user = chain::user(Kind::Mirror, job.id());
     let main = plan.add_root(NewRoot {
         user,
@@ -233,7 +234,9 @@ impl Mirror {
             let (range, later) = rest.split(len);
             match wanted {
                 true => self.tracked.dirty.set(range),
-                false => job.advance(range.len()),
+                // QEMU counts the zeroes that need no copy, but not what is below the top.
+                false if !only_top => job.advance(range.len()),
+                false => {}
             }
             rest = later;
         }
@@ -305,6 +308,7 @@ impl Work for Mirror {
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
         };
         job.change(&self.graph, edit).await?;
+        job.advance(self.tracked.take_copied());
         job.set_remaining(0);
         Ok(())
     }
@@ -326,6 +330,7 @@ struct Following<'a> {
 impl Follow for Following<'_> {
     async fn round(&self) -> Result<(), Stop> {
         let (job, copying) = (self.job, &self.copying);
+        job.advance(copying.tracked.take_copied());
         job.set_remaining(self.left());
         copy::walk(job, copying, ByteRange::between(0, copying.length), Ignored::TryAgain).await?;
         job.set_remaining(self.left());

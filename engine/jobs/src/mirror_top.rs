@@ -15,7 +15,7 @@
 //! who writes to the source past the filter is never announced, so what he wrote is dirty.
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -33,6 +33,8 @@ pub(crate) struct Tracked {
     pub(crate) turns: RangeLock,
     /// The copy mode: `write-blocking`, or else `background`.
     pub(crate) blocking: Arc<AtomicBool>,
+    /// Bytes of guests' writes that went to the target, for the job to count.
+    copied: AtomicU64,
     /// Writes to the source that will be written to the target as well.
     expected: Mutex<Vec<ByteRange>>,
 }
@@ -43,12 +45,18 @@ impl Tracked {
             dirty: DirtyBitmap::new(size, granularity),
             turns: RangeLock::default(),
             blocking: Arc::new(AtomicBool::new(blocking)),
+            copied: AtomicU64::new(0),
             expected: Mutex::default(),
         })
     }
 
     pub(crate) fn is_blocking(&self) -> bool {
         self.blocking.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that guests have written to the target since the last call.
+    pub(crate) fn take_copied(&self) -> u64 {
+        self.copied.swap(0, Ordering::Relaxed)
     }
 
     fn expected(&self) -> MutexGuard<'_, Vec<ByteRange>> {
@@ -123,6 +131,8 @@ impl Node for MirrorTop {
         if written.is_err() || copied.is_err() {
             // The job copies what is there now, and meets the error that the target has.
             self.0.dirty.set(range);
+        } else {
+            self.0.copied.fetch_add(range.len(), Ordering::Relaxed);
         }
         written
     }

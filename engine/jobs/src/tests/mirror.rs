@@ -107,7 +107,11 @@ async fn content(lab: &Lab, node: NodeId) -> Vec<u8> {
     let id = lab.graph.change(|plan| Ok(plan.add_root(new))).await.unwrap();
     let root: Root = lab.graph.root(id).unwrap();
     let bytes = learn(&root, ByteRange::between(0, SIZE)).await.bytes;
-    lab.graph.change(|plan| Ok(plan.remove_root(id))).await.unwrap();
+    let gone = lab.graph.change(|plan| {
+        plan.remove_root(id);
+        Ok(())
+    });
+    gone.await.unwrap();
     bytes
 }
 
@@ -144,7 +148,11 @@ async fn meddle(lab: &Lab, job: &Job, lot: &mut Lot) {
         1 => drop(job.set_speed([0, 4 << 20][lot.below(2) as usize])),
         2 => {
             let id = lab.nodes[lot.below(4) as usize];
-            lab.graph.change(|plan: &mut Plan| Ok(plan.touch(id))).await.unwrap();
+            let touch = |plan: &mut Plan| {
+                plan.touch(id);
+                Ok(())
+            };
+            lab.graph.change(touch).await.unwrap();
         }
         _ => {}
     }
