@@ -208,6 +208,11 @@ fn commit() {
 }
 
 #[test]
+fn nbd_client() {
+    compare("nbd_client");
+}
+
+#[test]
 fn mirror() {
     compare("mirror");
 }

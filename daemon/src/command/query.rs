@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
+use underlay_graph::info::dirty_flag;
 use underlay_graph::plan::{DetectZeroes, Wires};
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, RootId, perm};
 use underlay_qmp::json::{Object, Value};
@@ -96,7 +97,9 @@ fn one_image(wires: &Wires, id: NodeId) -> Object {
     if let Some(size) = allocated_size(wires, id) {
         object.insert("actual-size", int(size));
     }
-    object.insert("dirty-flag", Value::Bool(info.dirty));
+    if let Some(dirty) = dirty_flag(&view) {
+        object.insert("dirty-flag", Value::Bool(dirty));
+    }
     if let Some(size) = info.cluster_size {
         object.insert("cluster-size", int(size));
     }

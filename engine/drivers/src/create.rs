@@ -10,6 +10,7 @@ use crate::error::OpenError;
 use crate::names::plain_path;
 use crate::options::{DriverSpec, NodeSpec};
 use crate::protocol::file::FileNode;
+use crate::protocol::nbd::{self, NbdNode};
 
 /// Makes (or empties) the file `name` and writes a qcow2 image into it. The file is locked meanwhile, so that an
 /// image in use is not overwritten; it is durable on return.
@@ -23,8 +24,12 @@ pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError>
     Ok(closed?)
 }
 
-/// Opens the file `name`, made if need be, for nobody else.
+/// Opens the file `name`, made if need be, for nobody else. An export is there or not, and is not locked.
 async fn exclusive_file(name: &str) -> Result<std::sync::Arc<View>, OpenError> {
+    if nbd::spec::is_name(name) {
+        let node = NbdNode::open(&nbd::spec::NbdSpec::parse(name)?, false, false).await?;
+        return Ok(View::detached(std::sync::Arc::new(node), []));
+    }
     let could_not = |error: std::io::Error| {
         OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")))
     };

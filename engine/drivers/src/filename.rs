@@ -9,6 +9,7 @@ use underlay_qmp::json::{Object, Value};
 
 use crate::format::raw::Raw;
 use crate::names;
+use crate::protocol::nbd::NbdNode;
 use crate::protocol::null::NullNode;
 
 /// The plain name that opens the same node (with its format given), if there is one.
@@ -25,7 +26,8 @@ pub fn exact(view: &View) -> Option<String> {
 /// The name of a node: plain or `json:{…}`. A filter is called as what it filters.
 pub fn of(view: &View) -> String {
     if view.node().kind() == Kind::Filter {
-        return view.children().first().map_or_else(String::new, |(_, below)| of(below));
+        let below = view.child(Role::File).or(view.child(Role::Backing));
+        return below.map_or_else(String::new, |below| of(below));
     }
     exact(view).unwrap_or_else(|| format!("json:{}", Value::Object(options(view))))
 }
@@ -84,6 +86,10 @@ pub fn options(view: &View) -> Object {
     object.insert("driver", Value::Str(node.driver().to_owned()));
     if let Some(null) = node.as_any().downcast_ref::<NullNode>() {
         null.filename_options().into_iter().for_each(|(name, value)| object.insert(name, value));
+        return object;
+    }
+    if let Some(nbd) = node.as_any().downcast_ref::<NbdNode>() {
+        nbd.spec().options().into_iter().for_each(|(name, value)| object.insert(name, value));
         return object;
     }
     if node.kind() == Kind::Protocol {

@@ -18,6 +18,7 @@ use crate::names;
 use crate::options::{Backing, Child, DriverSpec, Inherited, NodeSpec};
 use crate::probe::probe;
 use crate::protocol::file::FileNode;
+use crate::protocol::nbd::NbdNode;
 use crate::protocol::null::NullNode;
 
 /// What may be opened because an image says so.
@@ -151,6 +152,11 @@ impl Opener {
         let (node, file): (Arc<dyn Node>, Opened) = match &mut spec.driver {
             DriverSpec::File(file) => {
                 let node = FileNode::open(file, &options, read_only, auto_read_only).await?;
+                let read_only = node.is_read_only();
+                return Ok(protocol(spec, Arc::new(node), read_only, options));
+            }
+            DriverSpec::Nbd(nbd) => {
+                let node = NbdNode::open(nbd, read_only, auto_read_only).await?;
                 let read_only = node.is_read_only();
                 return Ok(protocol(spec, Arc::new(node), read_only, options));
             }

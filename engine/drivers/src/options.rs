@@ -11,6 +11,7 @@ use underlay_qmp::json::{Object, Value};
 use crate::error::OpenError;
 use crate::format::raw::RawOptions;
 use crate::protocol::file::{Aio, Locking};
+use crate::protocol::nbd::spec::{self, NbdSpec};
 
 /// A node to open, with all that is below it.
 #[derive(Clone, Debug)]
@@ -40,6 +41,8 @@ pub struct NodeSpec {
 pub enum DriverSpec {
     /// `file`, `host_device`
     File(FileSpec),
+    /// `nbd`
+    Nbd(NbdSpec),
     /// `null-co`, `null-aio`
     Null(NullSpec),
     /// `raw`
@@ -240,7 +243,18 @@ impl NodeSpec {
         }
     }
 
-    /// An image by its name: a path, `file:` and a path, or `json:{…}`; with its format, or probed without.
+    fn driver_name(&self) -> &'static str {
+        match &self.driver {
+            DriverSpec::File(file) => file.driver,
+            DriverSpec::Nbd(_) => "nbd",
+            DriverSpec::Null(null) => null.driver,
+            DriverSpec::Raw { .. } => "raw",
+            DriverSpec::Qcow2 { .. } => "qcow2",
+            DriverSpec::Probe { .. } => "",
+        }
+    }
+
+    /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, or `json:{…}`; with its format, or probed without.
     pub fn image(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
         if let Some(json) = name.strip_prefix("json:") {
             let mut object = json_options(json)?;
@@ -253,16 +267,24 @@ impl NodeSpec {
             }
             return Self::parse(nest(object));
         }
-        if crate::names::has_protocol(name) && !name.starts_with("file:") {
+        let is_export = spec::is_name(name);
+        if crate::names::has_protocol(name) && !name.starts_with("file:") && !is_export {
             let protocol = name.split(':').next().unwrap_or_default();
             return Err(OpenError::text(format!("Unknown protocol '{protocol}'")));
         }
-        let file = Child::Inline(Box::new(Self::file(name)));
+        let protocol = match is_export {
+            true => Self::with_driver(DriverSpec::Nbd(NbdSpec::parse(name)?)),
+            false => Self::file(name),
+        };
+        if format == Some(protocol.driver_name()) {
+            return Ok(protocol);
+        }
+        let file = Child::Inline(Box::new(protocol));
         let driver = match format {
             None => DriverSpec::Probe { file },
             Some("raw") => DriverSpec::Raw { file, options: RawOptions::default() },
             Some("qcow2") => DriverSpec::Qcow2 { file, backing: Backing::FromImage, options: Box::default() },
-            Some("file" | "host_device") => return Ok(Self::file(name)),
+            Some("file" | "host_device") if !is_export => return Ok(Self::file(name)),
             Some(other) => return Err(OpenError::UnknownDriver(other.to_owned())),
         };
         Ok(Self::with_driver(driver))
@@ -332,7 +354,7 @@ impl NodeSpec {
         let unknown = fields.object.iter().map(|(name, _)| name.to_owned()).chain(left).next();
         if let Some(option) = unknown {
             return Err(match spec {
-                DriverSpec::File(_) | DriverSpec::Null(_) => {
+                DriverSpec::File(_) | DriverSpec::Nbd(_) | DriverSpec::Null(_) => {
                     OpenError::UnknownProtocolOption { driver, option }
                 }
                 _ => OpenError::UnknownFormatOption { driver, option },
@@ -390,6 +412,7 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
             latency_ns: fields.size("latency-ns")?.unwrap_or(0),
             read_zeroes: fields.flag("read-zeroes")?.unwrap_or(false),
         })),
+        "nbd" => nbd_spec(fields),
         "raw" => {
             let options = RawOptions { offset: fields.size("offset")?, size: fields.size("size")? };
             let file = fields.child("file", depth)?.ok_or_else(|| missing("file"))?;
@@ -423,6 +446,41 @@ fn file_spec(fields: &mut Fields, driver: &'static str) -> Result<DriverSpec, Op
         locking,
         aio,
     }))
+}
+
+fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
+    for (unsupported, what) in [("tls-creds", "TLS"), ("tls-hostname", "TLS"), ("x-dirty-bitmap", "A bitmap")]
+    {
+        if fields.take(unsupported).is_some() {
+            let text = format!("{what} of NBD servers is not supported yet (option '{unsupported}')");
+            return Err(OpenError::text(text));
+        }
+    }
+    // As they were before there was `server`.
+    let old = ["path", "host", "port"].map(|name| fields.take(name));
+    let server = match (fields.take("server"), old) {
+        (Some(Value::Object(server)), [None, None, None]) => server,
+        (Some(Value::Object(_)), _) => {
+            let text = "host/port/path and server cannot be used at the same time";
+            return Err(OpenError::text(text.to_owned()));
+        }
+        (Some(_), _) => return Err(fields.wrong_type("server", "object")),
+        (None, [Some(path), None, None]) => Object::new().with("type", "unix").with("path", path),
+        (None, [None, Some(host), port]) => {
+            let port = port.unwrap_or_else(|| Value::Str("10809".to_owned()));
+            Object::new().with("type", "inet").with("host", host).with("port", port)
+        }
+        (None, [None, None, None]) => return Err(OpenError::text("NBD server address missing".to_owned())),
+        (None, _) => {
+            return Err(OpenError::text("path and host/port cannot be used at the same time".to_owned()));
+        }
+    };
+    let mut seconds =
+        |name| Ok::<_, OpenError>(std::time::Duration::from_secs(fields.size(name)?.unwrap_or(0)));
+    let (reconnect_delay, open_timeout) = (seconds("reconnect-delay")?, seconds("open-timeout")?);
+    let export = fields.text("export")?.unwrap_or_default();
+    let server = NbdSpec::server(&server)?;
+    Ok(DriverSpec::Nbd(NbdSpec { server, export, reconnect_delay, open_timeout }))
 }
 
 fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {

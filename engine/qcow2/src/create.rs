@@ -321,11 +321,7 @@ impl Writer<'_> {
     async fn empty_file(&self) -> Result<(), IoError> {
         let resized = self.file.node().resize(self.file, 0, Preallocation::Off).await;
         match resized {
-            Err(error) if error == IoError::ENOTSUP => {
-                let all = ByteRange::between(0, self.file.length());
-                let flags = ZeroFlags { may_unmap: true, no_fallback: false };
-                self.file.write_zeroes(all, flags).await?;
-            }
+            Err(error) if error == IoError::ENOTSUP => {}
             other => other?,
         }
         self.file.flush().await
@@ -360,12 +356,19 @@ impl Writer<'_> {
             Preallocation::Metadata => Preallocation::Off,
             other => other,
         };
+        let was_empty = self.file.length() == 0;
         let resized = self.file.node().resize(self.file, end, how).await;
         match resized {
             // A block device: it has its size already.
-            Err(error) if error == IoError::ENOTSUP && self.file.length() >= end => Ok(()),
-            other => other,
+            Err(error) if error == IoError::ENOTSUP && self.file.length() >= end => {}
+            other => other?,
         }
+        if was_empty {
+            return Ok(());
+        }
+        // A device or an export could not be emptied. What is not written below must be zeroes.
+        let flags = ZeroFlags { may_unmap: true, no_fallback: false };
+        self.file.write_zeroes(ByteRange::between(0, end), flags).await
     }
 
     async fn l2_tables(&self, options: &CreateOptions, tables: &[Preallocated]) -> Result<(), IoError> {

@@ -11,7 +11,7 @@ use crate::header::{Crypt, Header, Version};
 pub fn image_info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
     ImageInfo {
         cluster_size: Some(header.cluster_size()),
-        dirty: header.has(features::DIRTY),
+        dirty: Some(header.has(features::DIRTY)),
         encrypted: header.crypt != Crypt::None,
         format_specific: Some(FormatInfo { kind: "qcow2", fields: fields(header, bitmaps) }),
     }

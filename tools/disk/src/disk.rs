@@ -197,7 +197,10 @@ impl Disk {
         }
         let graph = Graph::new();
         let opened = Opener::new(&graph, BackingPolicy::Follow, None).open(spec).await;
-        let new = opened.map_err(|error| error.to_string())?;
+        let hint = |error: &underlay_drivers::OpenError| {
+            error.cause().and_then(|cause| cause.hint().map(str::to_owned))
+        };
+        let new = opened.map_err(|error| with_hint(error.to_string(), hint(&error).as_deref()))?;
         let required = if write { Perms::CONSISTENT_READ | Perms::WRITE } else { Perms::CONSISTENT_READ };
         let shared = request.shared;
         let edit = |plan: &mut Plan| {

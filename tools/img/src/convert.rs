@@ -214,8 +214,8 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     let mut inputs = Vec::new();
     let mut total = 0_u64;
     for name in sources {
-        let how =
-            How { format: request.format.as_deref(), force_share: request.force_share, ..How::default() };
+        let (format, force_share) = (request.format.as_deref(), request.force_share);
+        let how = How { format, force_share, no_share: !force_share, ..How::default() };
         let input = image(name, how).await?;
         let length = input.length().await?;
         inputs.push((total, length, Arc::new(input)));

@@ -94,6 +94,7 @@ struct Info {
     length: u64,
     allocated: Option<u64>,
     image: underlay_graph::info::ImageInfo,
+    dirty: Option<bool>,
     backing: Option<Backing>,
     children: Vec<(&'static str, Info)>,
 }
@@ -118,6 +119,7 @@ impl Info {
             length: view.cx().length().next_multiple_of(512),
             allocated: own.or(below),
             image: node.image_info(),
+            dirty: underlay_graph::info::dirty_flag(&view),
             backing,
             children,
         }
@@ -136,7 +138,7 @@ impl Info {
         if let Some(size) = self.image.cluster_size {
             line(format!("cluster_size: {size}"));
         }
-        if self.image.dirty {
+        if self.dirty == Some(true) {
             line("cleanly shut down: no".to_owned());
         }
         if let Some(backing) = &self.backing {
@@ -169,8 +171,10 @@ impl Info {
         let mut object = Object::new()
             .with("filename", self.filename.as_str())
             .with("format", self.driver)
-            .with("virtual-size", self.length)
-            .with("dirty-flag", self.image.dirty);
+            .with("virtual-size", self.length);
+        if let Some(dirty) = self.dirty {
+            object.insert("dirty-flag", dirty);
+        }
         if let Some(size) = self.allocated {
             object.insert("actual-size", size);
         }

@@ -21,6 +21,8 @@ pub struct How<'a> {
     pub resize: bool,
     /// Share it with whoever uses it.
     pub force_share: bool,
+    /// Refuse an image that somebody may be writing to.
+    pub no_share: bool,
     /// Without what is below it.
     pub no_backing: bool,
 }
@@ -53,7 +55,7 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
     let on_corrupt: OnCorrupt = Arc::new(|_, found| eprintln!("{found}"));
     let opened = Opener::new(&graph, policy, Some(on_corrupt)).open(spec).await;
-    let new = opened.map_err(|error| failed(&error, None))?;
+    let new = opened.map_err(|error| failed(&error, error.cause().and_then(|cause| cause.hint())))?;
     let mut required = Perms::CONSISTENT_READ;
     if how.write {
         required = required | Perms::WRITE;
@@ -64,7 +66,10 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     let edit = |plan: &mut underlay_graph::Plan| {
         let node = plan.add(new)?;
         let user = "an unnamed block device".to_owned();
-        let shared = Perms::ALL;
+        let shared = match how.no_share {
+            true => Perms::CONSISTENT_READ | Perms::WRITE_UNCHANGED,
+            false => Perms::ALL,
+        };
         let root = NewRoot { user, role: "root", node, required, shared, pinned: false, drained: None };
         Ok((node, plan.add_root(root)))
     };

@@ -485,6 +485,6 @@ impl Node for FileNode {
     fn image_info(&self) -> ImageInfo {
         let format_specific =
             (self.driver == "file").then(|| FormatInfo { kind: "file", fields: Vec::new() });
-        ImageInfo { format_specific, ..ImageInfo::default() }
+        ImageInfo { format_specific, dirty: Some(false), ..ImageInfo::default() }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod file;
 mod locks;
+pub mod nbd;
 pub mod null;
 
 #[cfg(test)]

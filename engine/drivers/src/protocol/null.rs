@@ -4,6 +4,7 @@ use std::any::Any;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use underlay_graph::info::ImageInfo;
 use underlay_graph::{
     ByteRange, Cx, Extent, IoError, Kind, Node, Place, Preallocation, Result, WriteFlags, ZeroFlags,
 };
@@ -91,6 +92,10 @@ impl Node for NullNode {
 
     async fn resize(&self, _cx: &Cx<'_>, _size: u64, _preallocation: Preallocation) -> Result<()> {
         Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
+    }
+
+    fn image_info(&self) -> ImageInfo {
+        ImageInfo { dirty: Some(false), ..ImageInfo::default() }
     }
 
     fn exact_filename(&self) -> Option<String> {

@@ -30,6 +30,13 @@ fn convert_compare() {
 }
 
 #[test]
+fn nbd() {
+    if script::has(&["qemu-nbd"]) {
+        compare(include_str!("../scripts/nbd.txt"));
+    }
+}
+
+#[test]
 fn resize_rebase_commit() {
     compare(include_str!("../scripts/resize_rebase_commit.txt"));
 }

@@ -43,7 +43,7 @@ pub(super) static QUERY_QMP_SCHEMA_RET: Object = Object {
 };
 
 pub(super) static BLOCKDEV_DRIVER: Enum =
-    Enum { values: &["file", "host_device", "null-aio", "null-co", "qcow2", "raw"] };
+    Enum { values: &["file", "host_device", "nbd", "null-aio", "null-co", "qcow2", "raw"] };
 
 pub(super) static BLOCKDEV_OPTIONS_DISCARD: Enum = Enum { values: &["ignore", "unmap"] };
 
@@ -68,6 +68,30 @@ pub(super) static BLOCKDEV_OPTIONS_FILE: Object = Object {
     ],
     tag: None,
     cases: &[],
+};
+
+pub(super) static BLOCKDEV_OPTIONS_NBD: Object = Object {
+    members: &[
+        req("server", Type::Object(&SOCKET_ADDRESS_FLAT)),
+        opt("export", Type::Str),
+        opt("tls-creds", Type::Str),
+        opt("tls-hostname", Type::Str),
+        opt("x-dirty-bitmap", Type::Str),
+        opt("reconnect-delay", Type::U32),
+        opt("open-timeout", Type::U32),
+    ],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static SOCKET_ADDRESS_FLAT: Object = Object {
+    members: &[req("type", Type::Enum(&SOCKET_ADDRESS_TYPE))],
+    tag: Some("type"),
+    cases: &[
+        ("inet", &SOCKET_ADDRESS_INET_DATA),
+        ("unix", &SOCKET_ADDRESS_UNIX_DATA),
+        ("fd", &SOCKET_ADDRESS_FD_DATA),
+    ],
 };
 
 pub(super) static BLOCKDEV_OPTIONS_NULL_AIO: Object = Object {
@@ -163,6 +187,7 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
     cases: &[
         ("file", &BLOCKDEV_OPTIONS_FILE),
         ("host_device", &BLOCKDEV_OPTIONS_FILE),
+        ("nbd", &BLOCKDEV_OPTIONS_NBD),
         ("null-aio", &BLOCKDEV_OPTIONS_NULL_AIO),
         ("null-co", &BLOCKDEV_OPTIONS_NULL_AIO),
         ("qcow2", &BLOCKDEV_OPTIONS_QCOW2),
@@ -419,6 +444,7 @@ pub(super) static BLOCK_STATS_DRIVER_SPECIFIC: Object = Object {
     cases: &[
         ("file", &BLOCK_STATS_DRIVER_SPECIFIC_FILE),
         ("host_device", &BLOCK_STATS_DRIVER_SPECIFIC_FILE),
+        ("nbd", &NOTHING),
         ("null-aio", &NOTHING),
         ("null-co", &NOTHING),
         ("qcow2", &NOTHING),

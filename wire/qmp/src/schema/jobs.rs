@@ -146,7 +146,7 @@ pub(super) static BLOCKDEV_MIRROR_ARG: Object = Object {
         opt("replaces", Type::Str),
         req("sync", Type::Enum(&MIRROR_SYNC_MODE)),
         opt("speed", Type::Int),
-        opt("granularity", Type::Int),
+        opt("granularity", Type::U32),
         opt("buf-size", Type::Int),
         opt("on-source-error", Type::Enum(&BLOCKDEV_ON_ERROR)),
         opt("on-target-error", Type::Enum(&BLOCKDEV_ON_ERROR)),

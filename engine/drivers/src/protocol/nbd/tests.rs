@@ -1,0 +1,264 @@
+//! The client against servers that go away and come back, and against servers that lie.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use underlay_graph::{ByteRange, IoError, Place, View, WriteFlags, ZeroFlags};
+use underlay_nbd::flags::{HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES};
+use underlay_nbd::handshake::server::Ask;
+use underlay_nbd::transmission::{Chunks, command};
+use underlay_nbd::{Descriptor, ExportInfo, Framing, Request, ServerHandshake, Step};
+use underlay_sys::Iov;
+use underlay_sys::net::Address;
+use underlay_sys::thread::block_on;
+
+use super::NbdNode;
+use super::spec::NbdSpec;
+
+const SIZE: u64 = 1 << 20;
+
+/// What a scripted server does with a request; false: hang up.
+type Script = Box<dyn FnMut(&Request, Chunks, &mut Vec<u8>) -> bool + Send>;
+
+fn handshake(stream: &mut UnixStream) -> Option<Framing> {
+    let mut machine = ServerHandshake::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let step = machine.step();
+        match step {
+            Step::Ask(Ask::Export(name)) => {
+                let flags = HAS_FLAGS | SEND_FLUSH | SEND_TRIM | SEND_WRITE_ZEROES;
+                let contexts = vec!["base:allocation".to_owned()];
+                let (minimum_block, preferred_block, maximum_block) = (1, 4096, 32 << 20);
+                machine.answer_export(Some(&ExportInfo {
+                    name,
+                    description: String::new(),
+                    size: SIZE,
+                    flags,
+                    minimum_block,
+                    preferred_block,
+                    maximum_block,
+                    contexts,
+                }));
+            }
+            Step::Ask(Ask::List) => machine.answer_list(&[]),
+            Step::NeedBytes => {
+                stream.write_all(&machine.take_output()).ok()?;
+                let got = stream.read(&mut buffer).ok().filter(|got| *got > 0)?;
+                machine.feed(&buffer[..got]);
+            }
+            Step::Done(agreed) => {
+                stream.write_all(&machine.take_output()).ok()?;
+                return Some(agreed.framing);
+            }
+            _ => return None,
+        }
+    }
+}
+
+/// Serves one connection after the other, each by a script of its own; no more than there are scripts.
+fn serve(path: &Path, scripts: Vec<Script>) -> std::thread::JoinHandle<()> {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        for mut script in scripts {
+            let (mut stream, _) = listener.accept().unwrap();
+            let Some(framing) = handshake(&mut stream) else { continue };
+            let mut head = vec![0; Request::header_len(framing)];
+            while stream.read_exact(&mut head).is_ok() {
+                let request = Request::parse(framing, &head).unwrap().unwrap();
+                if request.command == command::DISCONNECT {
+                    break;
+                }
+                let mut payload = vec![0; usize::try_from(request.payload_len(framing)).unwrap()];
+                stream.read_exact(&mut payload).unwrap();
+                let chunks = Chunks { framing, cookie: request.cookie, offset: request.offset };
+                let mut out = Vec::new();
+                let goes_on = script(&request, chunks, &mut out);
+                // The client may have hung up on a liar.
+                if stream.write_all(&out).is_err() || !goes_on {
+                    break;
+                }
+            }
+        }
+    })
+}
+
+/// Says yes to everything; reads give the byte 7.
+fn honest() -> Script {
+    Box::new(|request, chunks, out| {
+        match request.command {
+            command::READ => {
+                let len = u32::try_from(request.length).unwrap();
+                chunks.data(true, request.offset, len, out);
+                out.extend(std::iter::repeat_n(7, usize::try_from(len).unwrap()));
+            }
+            command::BLOCK_STATUS => {
+                let half = Descriptor { length: request.length / 2, flags: 3 };
+                chunks.status(true, 0, &[half], out);
+            }
+            _ => chunks.none(out),
+        }
+        true
+    })
+}
+
+async fn open(path: &Path, reconnect_delay: u64) -> Arc<View> {
+    let spec = NbdSpec {
+        server: Address::Unix(path.to_owned()),
+        export: String::new(),
+        reconnect_delay: Duration::from_secs(reconnect_delay),
+        open_timeout: Duration::ZERO,
+    };
+    View::detached(Arc::new(NbdNode::open(&spec, false, false).await.unwrap()), [])
+}
+
+fn range(start: u64, len: u64) -> ByteRange {
+    ByteRange::new(start, len).unwrap()
+}
+
+#[test]
+fn every_kind_of_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let server = serve(&path, vec![honest()]);
+    block_on(async {
+        let view = open(&path, 0).await;
+        let cx = view.cx();
+        assert_eq!(cx.length(), SIZE);
+        let into = Iov::zeroed(100_000);
+        cx.read(range(4000, 100_000), into.clone()).await.unwrap();
+        assert!(into.to_vec().iter().all(|byte| *byte == 7));
+        cx.write(range(1, 70_000), Iov::filled(70_000, 1), WriteFlags::default()).await.unwrap();
+        cx.write_zeroes(range(0, SIZE), ZeroFlags { may_unmap: true, no_fallback: false }).await.unwrap();
+        cx.discard(range(0, 512)).await.unwrap();
+        cx.flush().await.unwrap();
+        let extent = cx.map(range(0, 8192)).await.unwrap();
+        assert_eq!((extent.place, extent.len), (Place::Zero, 4096));
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
+/// What the first read gets from a server that answers like this, on a client that does not wait.
+fn read_from(script: Script) -> Result<(), IoError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let server = serve(&path, vec![script]);
+    let result = block_on(async {
+        let view = open(&path, 0).await;
+        let cx = view.cx();
+        let result = cx.read(range(0, 8192), Iov::zeroed(8192)).await;
+        cx.node().close(&cx).await.unwrap();
+        result
+    });
+    server.join().unwrap();
+    result
+}
+
+#[test]
+fn servers_that_lie() {
+    type Lie = fn(&Request, Chunks, &mut Vec<u8>);
+    let lies: [(&str, Lie); 10] = [
+        ("a reply to nobody", |_, chunks, out| Chunks { cookie: 999, ..chunks }.none(out)),
+        ("a success without data", |_, chunks, out| chunks.none(out)),
+        ("half of the data", |_, chunks, out| {
+            chunks.data(true, 0, 4096, out);
+            out.extend([0; 4096]);
+        }),
+        ("data twice", |_, chunks, out| {
+            for done in [false, true] {
+                chunks.data(done, 0, 8192, out);
+                out.extend([0; 8192]);
+            }
+        }),
+        ("data behind the range", |_, chunks, out| {
+            chunks.data(true, 8000, 8192, out);
+            out.extend([0; 8192]);
+        }),
+        ("data far away", |_, chunks, out| chunks.data(true, u64::MAX, 8192, out)),
+        ("a hole that is too long", |_, chunks, out| chunks.hole(true, 0, u32::MAX, out)),
+        ("a chunk of 4 GiB", |_, chunks, out| chunks.data(true, 0, u32::MAX - 8, out)),
+        ("noise", |_, _, out| out.extend([0x5a; 64])),
+        ("a long error text", |_, chunks, out| {
+            let kind = underlay_nbd::transmission::chunk::ERROR;
+            let head =
+                underlay_nbd::Chunk { done: true, kind, cookie: chunks.cookie, offset: 0, length: 1 << 24 };
+            head.encode(chunks.framing, out);
+        }),
+    ];
+    for (what, lie) in lies {
+        let result = read_from(Box::new(move |request, chunks, out| {
+            lie(request, chunks, out);
+            true
+        }));
+        assert_eq!(result, Err(IoError::EIO), "{what}");
+    }
+    // Twice done is noticed after the fact: the answer was complete, what follows is to nobody.
+    let fine = read_from(honest());
+    assert_eq!(fine, Ok(()));
+}
+
+#[test]
+fn what_the_server_says_is_what_the_guest_hears() {
+    let full: Script = Box::new(|_, chunks, out| {
+        chunks.error(underlay_nbd::Errno::from_linux(28), "full", out);
+        true
+    });
+    assert_eq!(read_from(full), Err(IoError::ENOSPC));
+}
+
+#[test]
+fn without_a_delay_requests_fail_and_later_ones_connect_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let hang_up: Script = Box::new(|_, _, _| false);
+    let server = serve(&path, vec![hang_up, honest()]);
+    block_on(async {
+        let view = open(&path, 0).await;
+        let cx = view.cx();
+        let into = Iov::zeroed(4096);
+        assert_eq!(cx.read(range(0, 4096), into.clone()).await, Err(IoError::EIO));
+        cx.read(range(0, 4096), into.clone()).await.unwrap();
+        assert_eq!(into.to_vec(), vec![7; 4096]);
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
+#[test]
+fn with_a_delay_requests_wait_for_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let mut left = 3;
+    // Answers some and then hangs up in the middle of a reply.
+    let dies: Script = Box::new(move |request, chunks, out| {
+        left -= 1;
+        if left > 0 {
+            return honest()(request, chunks, out);
+        }
+        chunks.data(true, request.offset, 4096, out);
+        out.extend([7; 100]);
+        false
+    });
+    let server = serve(&path, vec![dies, honest()]);
+    block_on(async {
+        let view = open(&path, 600).await;
+        let reads = (0..8_u64).map(|number| {
+            let view = view.clone();
+            underlay_sys::rt::spawn(async move {
+                let into = Iov::zeroed(4096);
+                view.cx().read(range(number * 4096, 4096), into.clone()).await.unwrap();
+                assert_eq!(into.to_vec(), vec![7; 4096]);
+            })
+        });
+        for read in reads.collect::<Vec<_>>() {
+            read.await;
+        }
+        let cx = view.cx();
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
