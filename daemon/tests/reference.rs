@@ -208,6 +208,11 @@ fn commit() {
 }
 
 #[test]
+fn transaction() {
+    compare("transaction");
+}
+
+#[test]
 fn nbd_client() {
     compare("nbd_client");
 }

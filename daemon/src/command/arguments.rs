@@ -52,6 +52,16 @@ impl Arguments {
         }
     }
 
+    /// The objects of a list.
+    pub fn objects(&mut self, name: &str) -> Vec<Arguments> {
+        let Some(Value::List(list)) = self.object.remove(name) else { return Vec::new() };
+        let objects = list.into_iter().filter_map(|value| match value {
+            Value::Object(object) => Some(Self { object }),
+            _ => None,
+        });
+        objects.collect()
+    }
+
     /// Whether an argument was given.
     pub fn has(&self, name: &str) -> bool {
         self.object.get(name).is_some()

@@ -8,6 +8,7 @@ pub mod lookup;
 pub mod mirror;
 pub mod query;
 pub mod snapshot;
+pub mod transaction;
 
 use underlay_qmp::json::{Object, Value};
 use underlay_qmp::schema;
@@ -16,6 +17,7 @@ use underlay_qmp::session::Request;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 use arguments::Arguments;
+use snapshot::SnapshotSync;
 
 /// The version of QEMU whose interface this is, and our own.
 pub fn version() -> Value {
@@ -65,10 +67,13 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
             blockdev::add(daemon, arguments.rest()).await?;
         }
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
-        "blockdev-snapshot-sync" => snapshot::snapshot_sync(daemon, snapshot_sync(&mut arguments)).await?,
+        "blockdev-snapshot-sync" => {
+            snapshot::snapshot_sync(daemon, SnapshotSync::new(&mut arguments)).await?
+        }
         "blockdev-snapshot" => {
             snapshot::snapshot(daemon, &arguments.text("node"), &arguments.text("overlay")).await?;
         }
+        "transaction" => transaction::transaction(daemon, &mut arguments).await?,
         "change-backing-file" => {
             let (device, image) = (arguments.text("device"), arguments.text("image-node-name"));
             blockdev::change_backing_file(daemon, &device, &image, &arguments.text("backing-file")).await?;
@@ -100,15 +105,4 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
             .unwrap_or_else(|| Err(CommandError::new(format!("The command {verb} has no handler"))))?,
     }
     Ok(())
-}
-
-fn snapshot_sync(arguments: &mut Arguments) -> snapshot::SnapshotSync {
-    snapshot::SnapshotSync {
-        device: arguments.optional_text("device"),
-        node_name: arguments.optional_text("node-name"),
-        snapshot_file: arguments.text("snapshot-file"),
-        snapshot_node_name: arguments.optional_text("snapshot-node-name"),
-        format: arguments.optional_text("format"),
-        existing: arguments.optional_text("mode").as_deref() == Some("existing"),
-    }
 }

@@ -9,6 +9,7 @@ use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Role};
 
 use underlay_qcow2::CreateOptions;
 
+use super::arguments::Arguments;
 use super::lookup;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
@@ -30,8 +31,53 @@ pub struct SnapshotSync {
     pub existing: bool,
 }
 
+impl SnapshotSync {
+    /// From the command's arguments.
+    pub fn new(arguments: &mut Arguments) -> Self {
+        Self {
+            device: arguments.optional_text("device"),
+            node_name: arguments.optional_text("node-name"),
+            snapshot_file: arguments.text("snapshot-file"),
+            snapshot_node_name: arguments.optional_text("snapshot-node-name"),
+            format: arguments.optional_text("format"),
+            existing: arguments.optional_text("mode").as_deref() == Some("existing"),
+        }
+    }
+}
+
+/// A snapshot that is prepared: what is left to do is one edit of the plan, which others may come before or after.
+pub struct Prepared {
+    /// The name of the node that it brings along.
+    pub brings: Option<String>,
+    edit: Box<dyn FnOnce(&mut Plan) -> Result<(), GraphError> + Send>,
+}
+
+impl Prepared {
+    /// Does it to a draft.
+    pub fn apply(self, plan: &mut Plan) -> Result<(), GraphError> {
+        (self.edit)(plan)
+    }
+}
+
 /// blockdev-snapshot-sync
 pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandResult<()> {
+    let prepared = prepare_sync(daemon, arguments, &[]).await?;
+    Ok(daemon.graph.change(|plan| prepared.apply(plan)).await?)
+}
+
+/// blockdev-snapshot: with an overlay that blockdev-add has opened.
+pub async fn snapshot(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<()> {
+    let prepared = prepare(daemon, node, overlay)?;
+    Ok(daemon.graph.change(|plan| prepared.apply(plan)).await?)
+}
+
+/// blockdev-snapshot-sync up to the change of the graph: the overlay is made and open. `taken` are names that others will
+/// have by then.
+pub async fn prepare_sync(
+    daemon: &Daemon,
+    arguments: SnapshotSync,
+    taken: &[String],
+) -> CommandResult<Prepared> {
     let plan = daemon.graph.plan();
     let (device, node_name) = (arguments.device.as_deref(), arguments.node_name.as_deref());
     let disk = lookup::device_or_node(&plan, device, node_name)?;
@@ -40,7 +86,7 @@ pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandR
         None if arguments.node_name.is_some() => {
             return Err(CommandError::new("New overlay node-name missing"));
         }
-        Some(name) if plan.find(name).is_some() => {
+        Some(name) if plan.find(name).is_some() || taken.contains(name) => {
             return Err(CommandError::new("New overlay node-name already in use"));
         }
         _ => {}
@@ -50,26 +96,32 @@ pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandR
         create_overlay(daemon, disk, &arguments.snapshot_file, format).await?;
     }
     let new = open_overlay(daemon, disk, &arguments, format).await?;
-    let edit = |plan: &mut Plan| {
-        still_there(plan, disk)?;
+    let edit = move |plan: &mut Plan| {
+        still_free(plan, disk)?;
         let overlay = plan.add(new)?;
         put_on_top(plan, disk, overlay)
     };
-    Ok(daemon.graph.change(edit).await?)
+    Ok(Prepared { brings: arguments.snapshot_node_name, edit: Box::new(edit) })
 }
 
-/// blockdev-snapshot: with an overlay that blockdev-add has opened.
-pub async fn snapshot(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<()> {
+/// blockdev-snapshot up to the change of the graph.
+pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prepared> {
     let plan = daemon.graph.plan();
     let disk = lookup::either(&plan, node)?;
     lookup::not_busy(&plan, disk)?;
     let overlay = lookup::either(&plan, overlay)?;
-    let edit = |plan: &mut Plan| {
-        still_there(plan, disk)?;
+    let edit = move |plan: &mut Plan| {
+        still_free(plan, disk)?;
         still_there(plan, overlay)?;
         put_on_top(plan, disk, overlay)
     };
-    Ok(daemon.graph.change(edit).await?)
+    Ok(Prepared { brings: None, edit: Box::new(edit) })
+}
+
+/// Nothing else goes on with the node, even after what came before in the same change.
+fn still_free(plan: &Plan, id: NodeId) -> Result<(), GraphError> {
+    still_there(plan, id)?;
+    lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))
 }
 
 fn still_there(plan: &Plan, id: NodeId) -> Result<(), GraphError> {

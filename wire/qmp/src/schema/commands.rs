@@ -30,6 +30,7 @@ pub static COMMANDS: &[Command] = &[
         arguments: &BLOCKDEV_SNAPSHOT_SYNC_ARG,
         returns: Type::Object(&NOTHING),
     },
+    Command { name: "transaction", arguments: &TRANSACTION_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-snapshot", arguments: &BLOCKDEV_SNAPSHOT_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "change-backing-file",

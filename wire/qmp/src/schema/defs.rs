@@ -200,6 +200,45 @@ pub(super) static BLOCKDEV_DEL_ARG: Object =
 
 pub(super) static BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE: Enum = Enum { values: &["existing", "absolute-paths"] };
 
+pub(super) static TRANSACTION_ACTION_KIND: Enum =
+    Enum { values: &["abort", "blockdev-snapshot", "blockdev-snapshot-sync"] };
+
+pub(super) static TRANSACTION_ACTION: Object = Object {
+    members: &[req("type", Type::Enum(&TRANSACTION_ACTION_KIND))],
+    tag: Some("type"),
+    cases: &[
+        ("abort", &TRANSACTION_ABORT),
+        ("blockdev-snapshot", &TRANSACTION_SNAPSHOT),
+        ("blockdev-snapshot-sync", &TRANSACTION_SNAPSHOT_SYNC),
+    ],
+};
+
+pub(super) static TRANSACTION_ABORT: Object =
+    Object { members: &[req("data", Type::Object(&NOTHING))], tag: None, cases: &[] };
+
+pub(super) static TRANSACTION_SNAPSHOT: Object =
+    Object { members: &[req("data", Type::Object(&BLOCKDEV_SNAPSHOT_ARG))], tag: None, cases: &[] };
+
+pub(super) static TRANSACTION_SNAPSHOT_SYNC: Object =
+    Object { members: &[req("data", Type::Object(&BLOCKDEV_SNAPSHOT_SYNC_ARG))], tag: None, cases: &[] };
+
+pub(super) static TRANSACTION_COMPLETION_MODE: Enum = Enum { values: &["individual", "grouped"] };
+
+pub(super) static TRANSACTION_PROPERTIES: Object = Object {
+    members: &[opt("completion-mode", Type::Enum(&TRANSACTION_COMPLETION_MODE))],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static TRANSACTION_ARG: Object = Object {
+    members: &[
+        req("actions", Type::List(&Type::Object(&TRANSACTION_ACTION))),
+        opt("properties", Type::Object(&TRANSACTION_PROPERTIES)),
+    ],
+    tag: None,
+    cases: &[],
+};
+
 pub(super) static BLOCKDEV_SNAPSHOT_SYNC_ARG: Object = Object {
     members: &[
         opt("device", Type::Str),
