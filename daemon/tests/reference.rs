@@ -213,6 +213,11 @@ fn transaction() {
 }
 
 #[test]
+fn drive_mirror() {
+    compare("drive_mirror");
+}
+
+#[test]
 fn nbd_client() {
     compare("nbd_client");
 }

@@ -1,9 +1,12 @@
-//! blockdev-mirror and block-job-change.
+//! blockdev-mirror, drive-mirror and block-job-change.
 
-use underlay_jobs::{MirrorArgs, SyncMode};
+use underlay_drivers::names::resolve_backing;
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
+use underlay_graph::{NewNode, NodeId, Plan};
+use underlay_jobs::{MirrorArgs, SyncMode, Target};
 
 use super::arguments::Arguments;
-use super::{job, lookup};
+use super::{job, lookup, snapshot};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -12,12 +15,111 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
     let plan = daemon.graph.plan();
     let source = lookup::either(&plan, &arguments.text("device"))?;
     let target = lookup::either(&plan, &arguments.text("target"))?;
-    let sync = match arguments.text("sync").as_str() {
-        "full" => SyncMode::Full,
-        "top" => SyncMode::Top,
-        "none" => SyncMode::None,
-        other => return Err(CommandError::new(format!("Sync mode '{other}' not supported"))),
+    let is_zero = arguments.flag("target-is-zero", false);
+    let sync = sync_mode(&arguments.text("sync"))?;
+    let args = args(&plan, arguments, source, Target::Existing(target), sync)?;
+    drop(plan);
+    let args = MirrorArgs { target_is_zero: is_zero, ..args };
+    job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
+    Ok(())
+}
+
+/// drive-mirror: the target is a file, made for it unless the mode is `existing`.
+pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let source = lookup::either(&plan, &arguments.text("device"))?;
+    underlay_jobs::commit::check_root(&plan, source)?;
+    let node_name = arguments.optional_text("node-name");
+    if node_name.is_none() && arguments.has("replaces") {
+        let text = "a node-name must be provided when replacing a named node of the graph";
+        return Err(CommandError::new(text));
+    }
+    let (file, mode) = (arguments.text("target"), arguments.text("sync"));
+    let existing = arguments.optional_text("mode").as_deref() == Some("existing");
+    let wires = daemon.graph.wires();
+    let own = plan.skip_filters(source);
+    // What the copy leaves out is below it.
+    let below = match mode.as_str() {
+        "full" => None,
+        "none" => Some(source),
+        _ => plan.backing(own),
     };
+    let own_format = wires.view(own).node().driver();
+    let format = arguments.optional_text("format").or((!existing).then(|| own_format.to_owned()));
+    if !existing {
+        let view = below.map(|below| wires.view(plan.skip_filters(below)));
+        let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
+        snapshot::create_image(&file, format, size, view.as_deref()).await?;
+    }
+    let sync = sync_mode(&mode)?;
+    let node = open_target(daemon, source, &file, format.as_deref(), node_name).await?;
+    let below = match existing {
+        true => named_below(daemon, source, &file, &node)?,
+        false => below,
+    };
+    let fresh = !existing && sync == SyncMode::Full;
+    let target = Target::New { node: Box::new(node), backing: below };
+    let unmap = arguments.flag("unmap", true);
+    let args = MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, sync)? };
+    drop(plan);
+    job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
+    Ok(())
+}
+
+/// Opens the target without what is below it.
+async fn open_target(
+    daemon: &Daemon,
+    source: NodeId,
+    file: &str,
+    format: Option<&str>,
+    node_name: Option<String>,
+) -> CommandResult<NewNode> {
+    let plan = daemon.graph.plan();
+    let like = plan.get(source).map(|node| node.options).unwrap_or_default();
+    let mut spec = NodeSpec::image(file, format)?;
+    spec.node_name = node_name;
+    spec.cache_direct = Some(like.cache_direct);
+    spec.cache_no_flush = Some(like.cache_no_flush);
+    spec.discard = Some(true);
+    spec.read_only = Some(false);
+    let opener = Opener::new(&daemon.graph, BackingPolicy::Ignore, Some(daemon.on_corrupt()));
+    Ok(opener.open(spec).await?)
+}
+
+/// What an existing target names as its backing file: an image of the source's chain.
+fn named_below(
+    daemon: &Daemon,
+    source: NodeId,
+    file: &str,
+    target: &NewNode,
+) -> CommandResult<Option<NodeId>> {
+    let Some(backing) = target.node.backing_ref() else { return Ok(None) };
+    let name = resolve_backing(file, &backing.file);
+    let found = filename::find_in_chain(&daemon.graph.wires(), source, &name);
+    let elsewhere = || {
+        let text = format!("The backing file '{name}' of the target is not an image of the source's chain");
+        CommandError::new(format!("{text}, which is not supported yet"))
+    };
+    found.map(Some).ok_or_else(elsewhere)
+}
+
+fn sync_mode(name: &str) -> CommandResult<SyncMode> {
+    match name {
+        "full" => Ok(SyncMode::Full),
+        "top" => Ok(SyncMode::Top),
+        "none" => Ok(SyncMode::None),
+        other => Err(CommandError::new(format!("Sync mode '{other}' not supported"))),
+    }
+}
+
+/// What both commands say alike.
+fn args(
+    plan: &Plan,
+    arguments: &mut Arguments,
+    source: NodeId,
+    target: Target,
+    sync: SyncMode,
+) -> CommandResult<MirrorArgs> {
     let replaces = match arguments.optional_text("replaces") {
         Some(name) => Some(
             plan.find(&name)
@@ -25,7 +127,7 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
         ),
         None => None,
     };
-    let args = MirrorArgs {
+    Ok(MirrorArgs {
         settings: job::settings(arguments),
         source,
         target,
@@ -34,12 +136,10 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
         granularity: optional_number(arguments, "granularity").map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
         buf_size: optional_number(arguments, "buf-size"),
         write_blocking: arguments.optional_text("copy-mode").as_deref() == Some("write-blocking"),
-        target_is_zero: arguments.flag("target-is-zero", false),
+        target_is_zero: false,
+        unmap: true,
         filter_node_name: arguments.optional_text("filter-node-name"),
-    };
-    drop(plan);
-    job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
-    Ok(())
+    })
 }
 
 fn optional_number(arguments: &mut Arguments, name: &str) -> Option<i64> {

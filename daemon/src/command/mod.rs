@@ -87,6 +87,7 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "block-stream" => job::stream(daemon, &mut arguments).await?,
         "block-commit" => job::commit(daemon, &mut arguments).await?,
         "blockdev-mirror" => mirror::blockdev_mirror(daemon, &mut arguments).await?,
+        "drive-mirror" => mirror::drive_mirror(daemon, &mut arguments).await?,
         "block-job-change" => mirror::change(daemon, &mut arguments)?,
         "nbd-server-start" => export::server_start(daemon, &mut arguments)?,
         "nbd-server-stop" => export::server_stop(daemon).await?,

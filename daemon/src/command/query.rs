@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
-use underlay_graph::info::dirty_flag;
+use underlay_graph::info::{cluster_size, dirty_flag};
 use underlay_graph::plan::{DetectZeroes, Wires};
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, RootId, perm};
 use underlay_qmp::json::{Object, Value};
@@ -53,7 +53,7 @@ fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
     object.insert("detect_zeroes", text(detect));
     object.insert("active", Value::Bool(true));
     // In front of `write_threshold`, with which it shares a bucket when printed.
-    if let Some(backing) = view.child(Role::Backing) {
+    if let Some(backing) = view.child(Role::Backing).filter(|_| node.node.kind() != Kind::Filter) {
         object.insert("backing_file", text(filename::of(backing)));
     }
     for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
@@ -100,7 +100,7 @@ fn one_image(wires: &Wires, id: NodeId) -> Object {
     if let Some(dirty) = dirty_flag(&view) {
         object.insert("dirty-flag", Value::Bool(dirty));
     }
-    if let Some(size) = info.cluster_size {
+    if let Some(size) = cluster_size(&view) {
         object.insert("cluster-size", int(size));
     }
     if info.encrypted {
@@ -128,7 +128,7 @@ fn allocated_size(wires: &Wires, id: NodeId) -> Option<u64> {
         if node.node.kind() == Kind::Protocol {
             return node.node.allocated_size();
         }
-        id = node.children.first()?.1;
+        id = node.child(Role::File).or(node.child(Role::Backing))?;
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
-use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Role};
+use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Preallocation, Role, View};
 
 use underlay_qcow2::CreateOptions;
 
@@ -45,11 +45,14 @@ impl SnapshotSync {
     }
 }
 
+/// What is left to do for a prepared snapshot.
+type Edit = Box<dyn FnOnce(&mut Plan) -> Result<(), GraphError> + Send>;
+
 /// A snapshot that is prepared: what is left to do is one edit of the plan, which others may come before or after.
 pub struct Prepared {
     /// The name of the node that it brings along.
     pub brings: Option<String>,
-    edit: Box<dyn FnOnce(&mut Plan) -> Result<(), GraphError> + Send>,
+    edit: Edit,
 }
 
 impl Prepared {
@@ -160,25 +163,40 @@ fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), Grap
 async fn create_overlay(daemon: &Daemon, disk: NodeId, file: &str, format: &str) -> CommandResult<()> {
     let wires = daemon.graph.wires();
     let view = wires.view(wires.plan().skip_filters(disk));
-    let size = view.cx().length();
-    let backing = name_from(file, &filename::of(&view));
-    let driver = view.node().driver();
-    if format != "qcow2" {
-        let known = matches!(format, "raw" | "file" | "host_device" | "null-co" | "null-aio");
-        return Err(CommandError::new(match known {
-            true => format!("Backing file not supported for file format '{format}'"),
-            false => format!("Unknown file format '{format}'"),
-        }));
+    create_image(file, format, view.cx().length(), Some(&view)).await
+}
+
+/// Makes an image file of `size` bytes, based on the image `below`. QEMU announces this on standard output, as qemu-img does.
+pub async fn create_image(file: &str, format: &str, size: u64, below: Option<&View>) -> CommandResult<()> {
+    let known = matches!(format, "raw" | "file" | "host_device" | "null-co" | "null-aio");
+    match (format, below) {
+        ("qcow2", _) => {}
+        ("raw", None) => {
+            println!("Formatting '{file}', fmt=raw size={size}");
+            return Ok(underlay_drivers::create::raw(file, size, Preallocation::Off).await?);
+        }
+        (_, Some(_)) if known => {
+            let text = format!("Backing file not supported for file format '{format}'");
+            return Err(CommandError::new(text));
+        }
+        (_, None) if known => {
+            return Err(CommandError::new(format!(
+                "Format driver '{format}' does not support image creation"
+            )));
+        }
+        _ => return Err(CommandError::new(format!("Unknown file format '{format}'"))),
     }
     let mut options = CreateOptions::new(size.div_ceil(512).saturating_mul(512));
-    options.backing = Some(BackingRef { file: backing.clone(), format: Some(driver.to_owned()) });
-    // QEMU announces this on standard output, as qemu-img does.
-    let comma = |text: &str| text.replace(',', ",,");
+    let mut named = String::new();
+    if let Some(below) = below {
+        let (backing, driver) = (name_from(file, &filename::of(below)), below.node().driver());
+        named = format!(" backing_file={} backing_fmt={driver}", backing.replace(',', ",,"));
+        options.backing = Some(BackingRef { file: backing, format: Some(driver.to_owned()) });
+    }
     println!(
-        "Formatting '{file}', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size={} \
-         backing_file={} backing_fmt={driver} lazy_refcounts=off refcount_bits=16",
-        options.size,
-        comma(&backing)
+        "Formatting '{file}', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib \
+         size={}{named} lazy_refcounts=off refcount_bits=16",
+        options.size
     );
     Ok(underlay_drivers::create::qcow2(file, &options).await?)
 }

@@ -1,5 +1,8 @@
 //! What a node tells about itself for `query-named-block-nodes` and `img info`.
 
+use crate::node::Kind;
+use crate::view::{Role, View};
+
 /// The "format specific information" of an image: its kind and its fields, in any order (printing orders them).
 #[derive(Clone, Debug, PartialEq)]
 pub struct FormatInfo {
@@ -24,11 +27,22 @@ pub enum InfoValue {
     Object(Vec<(&'static str, InfoValue)>),
 }
 
+/// The node whose word a node passes on where it has none of its own: what a filter filters, the file of a format.
+fn passed_on(view: &View) -> Option<&View> {
+    let filtered = || view.child(Role::Backing).filter(|_| view.node().kind() == Kind::Filter);
+    view.child(Role::File).or_else(filtered).map(|below| &**below)
+}
+
 /// The `dirty-flag` of the image at `view`: what it says itself, or of a format without such a thing what its file says. `None`:
 /// nobody can tell.
-pub fn dirty_flag(view: &crate::View) -> Option<bool> {
-    let own = view.node().image_info().dirty;
-    own.or_else(|| view.child(crate::Role::File).and_then(|file| dirty_flag(file)))
+pub fn dirty_flag(view: &View) -> Option<bool> {
+    view.node().image_info().dirty.or_else(|| passed_on(view).and_then(dirty_flag))
+}
+
+/// Bytes per cluster of the image at `view`, through filters.
+pub fn cluster_size(view: &View) -> Option<u64> {
+    let filtered = || passed_on(view).filter(|_| view.node().kind() == Kind::Filter);
+    view.node().image_info().cluster_size.or_else(|| filtered().and_then(cluster_size))
 }
 
 /// What `query-named-block-nodes` shows below `image`, as far as the node alone knows it.

@@ -34,7 +34,7 @@ pub use error::JobError;
 pub use event::{Action, EventSink, JobEvent, Progress};
 pub use job::{IoStatus, Job, JobInfo, Kind, OnError, Settings};
 pub use jobs::{JobTask, Jobs, Started};
-pub use mirror::{MirrorArgs, SyncMode};
+pub use mirror::{MirrorArgs, SyncMode, Target};
 pub use status::{Status, Verb};
 pub use stream::{StreamArgs, StreamEnd};
 

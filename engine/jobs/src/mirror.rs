@@ -17,8 +17,8 @@ use underlay_graph::range_lock::Mode;
 use underlay_graph::status::status;
 use underlay_graph::view::Tracker;
 use underlay_graph::{
-    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NodeId, Perms, Plan, Role, Root, RootId, WriteFlags,
-    ZeroFlags,
+    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
+    WriteFlags, ZeroFlags,
 };
 
 use crate::chain::{self, Claim, wrong};
@@ -47,15 +47,29 @@ pub enum SyncMode {
     None,
 }
 
-/// What blockdev-mirror asks for, with its names resolved.
-#[derive(Clone, Debug)]
+/// Where to copy to.
+#[derive(Debug)]
+pub enum Target {
+    /// A node of the graph.
+    Existing(NodeId),
+    /// A node that comes with the job.
+    New {
+        /// The node, without what is below it.
+        node: Box<NewNode>,
+        /// What gets below it when the users are switched over to it.
+        backing: Option<NodeId>,
+    },
+}
+
+/// What blockdev-mirror and drive-mirror ask for, with their names resolved.
+#[derive(Debug)]
 pub struct MirrorArgs {
     /// What all jobs have.
     pub settings: Settings,
     /// `device`: the disk that is copied.
     pub source: NodeId,
     /// `target`
-    pub target: NodeId,
+    pub target: Target,
     /// `replaces`: the node in whose place the target comes; the source by default.
     pub replaces: Option<NodeId>,
     /// `sync`
@@ -68,6 +82,8 @@ pub struct MirrorArgs {
     pub write_blocking: bool,
     /// `target-is-zero`
     pub target_is_zero: bool,
+    /// `unmap`: zeroes may be holes at the target.
+    pub unmap: bool,
     /// `filter-node-name`
     pub filter_node_name: Option<String>,
 }
@@ -75,35 +91,45 @@ pub struct MirrorArgs {
 impl Jobs {
     /// Starts a mirror.
     pub async fn mirror(self: &Arc<Self>, graph: &Arc<Graph>, args: MirrorArgs) -> Result<Started, JobError> {
-        let granularity = check(&graph.plan(), &args)?;
-        let wires = graph.wires();
-        let default = || {
-            let cluster = wires.view(args.target).cx().skip_filters().node().image_info().cluster_size;
-            cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10))
-        };
-        let granularity = granularity.unwrap_or_else(default);
-        check_replaces(graph, &args)?;
         let plan = graph.plan();
+        let granularity = check(&plan, &args)?;
+        let wires = graph.wires();
+        let cluster = match &args.target {
+            Target::Existing(node) => wires.view(*node).cx().skip_filters().node().image_info().cluster_size,
+            Target::New { node, .. } => node.node.image_info().cluster_size,
+        };
+        let default = cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10));
+        check_replaces(graph, &args)?;
         check_root(&plan, args.source)?;
-        chain::check_free(&plan, &[args.source, args.target])?;
+        chain::check_free(&plan, &[args.source])?;
+        if let Target::Existing(node) = args.target {
+            chain::check_free(&plan, &[node])?;
+        }
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
-        let tracked = Tracked::new(length, granularity, args.write_blocking);
+        let tracked = Tracked::new(length, granularity.unwrap_or(default), args.write_blocking);
         job.set_copy_mode(tracked.blocking.clone());
-        let wiring = graph.change(|plan| wire(plan, &args, &job, &tracked)).await?;
-        let settings = args.settings.clone();
-        let mirror = Mirror { graph: graph.clone(), args, wiring, tracked, switch: false };
+        let MirrorArgs { settings, source, target, replaces, sync, target_is_zero, unmap, .. } = args;
+        let name = args.filter_node_name.as_deref();
+        let wiring = graph.change(|plan| wire(plan, source, target, name, &job, &tracked)).await?;
+        let graph = graph.clone();
+        let mirror = Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, switch: false };
         self.launch(job, &settings, Box::new(mirror)).await
     }
 }
 
 /// The granularity, if one was asked for.
 fn check(plan: &Plan, args: &MirrorArgs) -> Result<Option<u64>, JobError> {
-    if args.source == args.target {
+    let target = match args.target {
+        Target::Existing(node) => node,
+        // It has no node yet that could be wrong.
+        Target::New { .. } => NodeId::DETACHED,
+    };
+    if args.source == target {
         return Err(wrong("Can't mirror node into itself".into()));
     }
-    if plan.get(args.source).is_none() || plan.get(args.target).is_none() {
+    if plan.get(args.source).is_none() || target != NodeId::DETACHED && plan.get(target).is_none() {
         return Err(wrong("The node was removed in the meantime".into()));
     }
     if args.buf_size.is_some_and(|size| size < 0) {
@@ -148,6 +174,10 @@ fn check_replaces(graph: &Graph, args: &MirrorArgs) -> Result<(), JobError> {
 #[derive(Clone, Debug)]
 struct Wiring {
     claim: Claim,
+    source: NodeId,
+    target: NodeId,
+    /// What gets below the target when the users are switched over to it.
+    backing: Option<NodeId>,
     filter: NodeId,
     /// On the filter; its children are reached through it.
     main: RootId,
@@ -156,23 +186,28 @@ struct Wiring {
 
 fn wire(
     plan: &mut Plan,
-    args: &MirrorArgs,
+    source: NodeId,
+    target: Target,
+    filter_name: Option<&str>,
     job: &Arc<Job>,
     tracked: &Arc<Tracked>,
 ) -> Result<Wiring, GraphError> {
-    let claim = Claim::take(plan, Kind::Mirror, vec![args.source, args.target], Vec::new())?;
-    if plan.node(args.target).read_only {
+    let (target, backing) = match target {
+        Target::Existing(node) => (node, None),
+        Target::New { node, backing } => (plan.add(*node)?, backing),
+    };
+    let claim = Claim::take(plan, Kind::Mirror, vec![source, target], Vec::new())?;
+    if plan.node(target).read_only {
         return Err(GraphError::new("Block node is read-only"));
     }
     let tracker: Arc<dyn Tracker> = tracked.clone();
-    plan.node_mut(args.source).trackers.push(tracker.clone());
-    let children = [(Role::Backing, args.source), (Role::Target, args.target)];
+    plan.node_mut(source).trackers.push(tracker.clone());
+    let children = [(Role::Backing, source), (Role::Target, target)];
     // A target that is based on the source goes on showing the source itself.
-    let of_target = plan.reachable(args.target);
+    let of_target = plan.reachable(target);
     let node = Arc::new(MirrorTop(tracked.clone()));
-    let name = args.filter_node_name.as_deref();
-    let filter =
-        filter::insert(plan, node, &children, name, |error| error, |parent| of_target.contains(&parent))?;
+    let keep = |parent| of_target.contains(&parent);
+    let filter = filter::insert(plan, node, &children, filter_name, |error| error, keep)?;
     let user = chain::user(Kind::Mirror, job.id());
     let main = plan.add_root(NewRoot {
         user,
@@ -183,13 +218,16 @@ fn wire(
         pinned: true,
         drained: Some(Arc::new(HeldBack(job.clone()))),
     });
-    Ok(Wiring { claim, filter, main, tracker })
+    Ok(Wiring { claim, source, target, backing, filter, main, tracker })
 }
 
 /// The work of a mirror.
 struct Mirror {
     graph: Arc<Graph>,
-    args: MirrorArgs,
+    replaces: Option<NodeId>,
+    sync: SyncMode,
+    target_is_zero: bool,
+    unmap: bool,
     wiring: Wiring,
     tracked: Arc<Tracked>,
     /// At the end, switch the users over.
@@ -204,17 +242,18 @@ impl Mirror {
     async fn copying(&self) -> Result<Arc<Copying>, Stop> {
         let root = self.root()?;
         let length = root.length().await?;
-        Ok(Arc::new(Copying { root, length, tracked: self.tracked.clone(), buffers: Buffers::default() }))
+        let (tracked, buffers) = (self.tracked.clone(), Buffers::default());
+        Ok(Arc::new(Copying { root, length, tracked, buffers, unmap: self.unmap }))
     }
 
     /// Marks what has to be copied at first.
     async fn mark(&self, job: &Job, root: &Root, length: u64) -> Result<(), Stop> {
-        let has_backing = self.graph.plan().backing(self.args.source).is_some();
-        if self.args.sync == SyncMode::None {
+        let has_backing = self.graph.plan().backing(self.wiring.source).is_some();
+        if self.sync == SyncMode::None {
             job.set_remaining(self.tracked.dirty.count());
             return Ok(());
         }
-        let only_top = self.args.sync == SyncMode::Top && has_backing;
+        let only_top = self.sync == SyncMode::Top && has_backing;
         let mut rest = ByteRange::between(0, length);
         while !rest.is_empty() {
             job.checkpoint().await?;
@@ -234,8 +273,8 @@ impl Mirror {
             let (range, later) = rest.split(len);
             match wanted {
                 true => self.tracked.dirty.set(range),
-                // QEMU counts the zeroes that need no copy, but not what is below the top.
-                false if !only_top => job.advance(range.len()),
+                // QEMU counts the zeroes that need no copy, unless it knows that the target has nothing else.
+                false if !only_top && !self.target_is_zero => job.advance(range.len()),
                 false => {}
             }
             rest = later;
@@ -257,7 +296,7 @@ impl Mirror {
         if only_top {
             return Ok((found.allocated, found.len));
         }
-        if !found.zero || self.args.target_is_zero {
+        if !found.zero || self.target_is_zero {
             return Ok((!found.zero, found.len));
         }
         let already = status(&MirrorTop::target(cx), range.split(found.len).0, None).await?;
@@ -265,19 +304,22 @@ impl Mirror {
     }
 
     fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
-        let (wiring, args) = (&self.wiring, &self.args);
-        plan.remove_root(wiring.main);
-        plan.node_mut(args.source).trackers.retain(|tracker| !Arc::ptr_eq(tracker, &wiring.tracker));
-        wiring.claim.release(plan);
-        if plan.get(wiring.filter).is_none() {
+        let Wiring { claim, source, target, filter, main, tracker, .. } = &self.wiring;
+        plan.remove_root(*main);
+        plan.node_mut(*source).trackers.retain(|other| !Arc::ptr_eq(other, tracker));
+        claim.release(plan);
+        if plan.get(*filter).is_none() {
             return Ok(());
         }
-        let of_target = plan.reachable(args.target);
-        let replaced = args.replaces.filter(|replaces| switch && *replaces != args.source);
-        let to = if switch && replaced.is_none() { args.target } else { args.source };
-        plan.replace(wiring.filter, to, |_| false)?;
-        match replaced.filter(|replaced| plan.get(*replaced).is_some()) {
-            Some(replaced) => plan.replace(replaced, args.target, |parent| of_target.contains(&parent)),
+        let of_target = plan.reachable(*target);
+        let replaced = self.replaces.filter(|replaces| switch && replaces != source);
+        let to = if switch && replaced.is_none() { *target } else { *source };
+        plan.replace(*filter, to, |_| false)?;
+        if let Some(replaced) = replaced.filter(|replaced| plan.get(*replaced).is_some()) {
+            plan.replace(replaced, *target, |parent| of_target.contains(&parent))?;
+        }
+        match self.wiring.backing.filter(|backing| switch && plan.get(*backing).is_some()) {
+            Some(backing) => plan.set_child(*target, Role::Backing, Some(backing)),
             None => Ok(()),
         }
     }
@@ -304,7 +346,8 @@ impl Work for Mirror {
         follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
         let edit = |plan: &mut Plan| {
             self.unwire(plan, self.switch)?;
-            let rest = CopyRest { tracked: self.tracked.clone(), filter: self.wiring.filter };
+            let (tracked, filter) = (self.tracked.clone(), self.wiring.filter);
+            let rest = CopyRest { tracked, filter, unmap: self.unmap };
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
         };
         job.change(&self.graph, edit).await?;
@@ -357,6 +400,7 @@ struct Copying {
     length: u64,
     tracked: Arc<Tracked>,
     buffers: Buffers,
+    unmap: bool,
 }
 
 #[async_trait]
@@ -384,7 +428,7 @@ impl Copier for Copying {
         let _turn = self.tracked.turns.lock(range, Mode::Exclusive).await;
         // Clean before it is read: a write from now on makes it dirty again.
         self.tracked.dirty.clear(range);
-        let result = copy_now(&inside.cx(), range, &self.buffers).await;
+        let result = copy_now(&inside.cx(), range, &self.buffers, self.unmap).await;
         if result.is_err() {
             self.tracked.dirty.set(range);
         }
@@ -408,7 +452,7 @@ impl Copying {
 }
 
 /// Makes the target show in `range` what the source does. `cx` is at the filter.
-async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers) -> Result<(), Fault> {
+async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, unmap: bool) -> Result<(), Fault> {
     let (source, target) = (MirrorTop::source(cx), MirrorTop::target(cx));
     while !rest.is_empty() {
         let found = status(&source, rest, None).await.map_err(Fault::read)?;
@@ -416,7 +460,7 @@ async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers) -> Result
         let (run, later) = rest.split(len);
         rest = later;
         if found.zero {
-            zero(&target, run).await.map_err(Fault::write)?;
+            zero(&target, run, unmap).await.map_err(Fault::write)?;
             continue;
         }
         let whole = buffers.take(run.buffer_len());
@@ -432,13 +476,13 @@ async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers) -> Result
 }
 
 /// Zeroes what does not show zeroes yet.
-async fn zero(target: &Cx<'_>, mut rest: ByteRange) -> Result<(), underlay_graph::IoError> {
+async fn zero(target: &Cx<'_>, mut rest: ByteRange, unmap: bool) -> Result<(), underlay_graph::IoError> {
     while !rest.is_empty() {
         let already = status(target, rest, None).await?;
         let (run, later) = rest.split(already.len);
         rest = later;
         if !already.zero {
-            target.write_zeroes(run, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
+            target.write_zeroes(run, ZeroFlags { may_unmap: unmap, no_fallback: false }).await?;
         }
     }
     Ok(())
@@ -448,6 +492,7 @@ async fn zero(target: &Cx<'_>, mut rest: ByteRange) -> Result<(), underlay_graph
 struct CopyRest {
     tracked: Arc<Tracked>,
     filter: NodeId,
+    unmap: bool,
 }
 
 #[async_trait]
@@ -456,7 +501,7 @@ impl LastStep for CopyRest {
         let filter = old.view(self.filter);
         let buffers = Buffers::default();
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
-            copy_now(&filter.cx(), range, &buffers).await.map_err(|fault| fault.error)?;
+            copy_now(&filter.cx(), range, &buffers, self.unmap).await.map_err(|fault| fault.error)?;
         }
         MirrorTop::target(&filter.cx()).flush().await?;
         Ok(())

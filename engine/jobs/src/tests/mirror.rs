@@ -13,7 +13,7 @@ use underlay_sys::rt;
 use super::disk::{CLUSTER, Cluster, Faults, Image};
 use super::lab::{Lab, Model, guest, learn};
 use super::world::{Lot, run};
-use crate::{Job, MirrorArgs, OnError, Settings, Status, SyncMode};
+use crate::{Job, MirrorArgs, OnError, Settings, Status, SyncMode, Target};
 
 const SIZE: u64 = 3 << 20;
 
@@ -207,13 +207,14 @@ async fn play(seed: u64) {
     let args = MirrorArgs {
         settings: case.settings.clone(),
         source: lab.nodes[3],
-        target: node,
+        target: Target::Existing(node),
         replaces: None,
         sync: case.sync,
         granularity: case.granularity,
         buf_size: None,
         write_blocking: case.write_blocking,
         target_is_zero: case.target_is_zero,
+        unmap: lot.one_in(2),
         filter_node_name: lot.one_in(2).then(|| "filter".to_owned()),
     };
     let started = lab.jobs.mirror(&lab.graph, args).await.unwrap();

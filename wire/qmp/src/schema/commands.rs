@@ -52,6 +52,7 @@ pub static COMMANDS: &[Command] = &[
     Command { name: "x-debug-query-block-graph", arguments: &NOTHING, returns: Type::Object(&BLOCK_GRAPH) },
     Command { name: "block-stream", arguments: &BLOCK_STREAM_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "block-commit", arguments: &BLOCK_COMMIT_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "drive-mirror", arguments: &DRIVE_MIRROR_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-mirror", arguments: &BLOCKDEV_MIRROR_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "block-job-change", arguments: &BLOCK_JOB_CHANGE_ARG, returns: Type::Object(&NOTHING) },
     Command {

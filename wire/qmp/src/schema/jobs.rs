@@ -1,6 +1,6 @@
 //! The parts of the commands and events about jobs.
 
-use super::defs::BLOCK_INFO_IO_STATUS;
+use super::defs::{BLOCK_INFO_IO_STATUS, BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE};
 use super::ty::{Enum, Object, Type, opt, req};
 
 pub(super) static BLOCKDEV_ON_ERROR: Enum = Enum { values: &["report", "ignore", "enospc", "stop", "auto"] };
@@ -156,6 +156,30 @@ pub(super) static BLOCKDEV_MIRROR_ARG: Object = Object {
         opt("auto-dismiss", Type::Bool),
         // Not of 10.0.2 but of later versions.
         opt("target-is-zero", Type::Bool),
+    ],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static DRIVE_MIRROR_ARG: Object = Object {
+    members: &[
+        opt("job-id", Type::Str),
+        req("device", Type::Str),
+        req("target", Type::Str),
+        opt("format", Type::Str),
+        opt("node-name", Type::Str),
+        opt("replaces", Type::Str),
+        req("sync", Type::Enum(&MIRROR_SYNC_MODE)),
+        opt("mode", Type::Enum(&BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE)),
+        opt("speed", Type::Int),
+        opt("granularity", Type::U32),
+        opt("buf-size", Type::Int),
+        opt("on-source-error", Type::Enum(&BLOCKDEV_ON_ERROR)),
+        opt("on-target-error", Type::Enum(&BLOCKDEV_ON_ERROR)),
+        opt("unmap", Type::Bool),
+        opt("copy-mode", Type::Enum(&MIRROR_COPY_MODE)),
+        opt("auto-finalize", Type::Bool),
+        opt("auto-dismiss", Type::Bool),
     ],
     tag: None,
     cases: &[],
