@@ -345,7 +345,7 @@ impl NodeSpec {
             (None, true) if depth > 0 => "file".to_owned(),
             (None, _) if fields.object.get("file").is_some() => String::new(),
             (None, _) => {
-                let text = "A block device must be specified for \"file\"";
+                let text = "Must specify either driver or file";
                 return Err(OpenError::text(text.to_owned()));
             }
         };

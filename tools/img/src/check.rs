@@ -1,12 +1,13 @@
 //! `check`: whether an image's own tables agree.
 
+use underlay_drivers::filename;
 use underlay_graph::{Role, View};
 use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, check};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, check_cache, image};
+use crate::open::{How, check_cache, check_format, image};
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
@@ -27,10 +28,11 @@ const KNOWN: Known = Known {
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("check", KNOWN, words)?;
     let (mut format, mut json, mut quiet, mut force_share, mut fix) = (None, false, false, false, Fix::None);
-    let mut cache = None;
+    let (mut cache, mut image_opts) = (None, false);
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
+            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "check")?,
             "q" => quiet = true,
             "U" => force_share = true,
@@ -58,7 +60,8 @@ pub async fn run(words: &[String]) -> Outcome {
         return Err(Failure::usage("Expecting one image file name", "check"));
     };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
-    let how = How { format: format.as_deref(), force_share, ..How::default() };
+    check_format(image_opts, format.as_ref())?;
+    let how = How { format: format.as_deref(), force_share, image_opts, ..How::default() };
     let opened = image(name, how).await?;
     let driver = opened.wires().view(opened.node()).node().driver();
     if driver != "qcow2" {
@@ -73,16 +76,17 @@ pub async fn run(words: &[String]) -> Outcome {
         opened.close().await?;
         status
     } else {
+        let file = filename::of_file(&opened.wires().view(opened.node())).unwrap_or_default();
         opened.close().await?;
-        repair(name, fix, json, quiet).await?
+        repair(name, &file, fix, json, quiet).await?
     };
     if status == 0 { Ok(()) } else { Err(Failure::status(status)) }
 }
 
 /// Repairs by way of the file: what is marked as corrupt is not opened for writing otherwise.
-async fn repair(name: &str, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
+async fn repair(name: &str, file: &str, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
     let how = How { format: Some("file"), write: true, resize: true, ..How::default() };
-    let opened = image(name, how).await?;
+    let opened = image(file, how).await?;
     let wires = opened.wires();
     let file = wires.view(opened.node()).clone();
     let status = checked(name, &file, fix, json, quiet).await?;

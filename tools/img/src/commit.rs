@@ -12,7 +12,7 @@ use underlay_qcow2::Qcow2;
 use underlay_sys::rt;
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, image};
+use crate::open::{How, Image, check_cache, check_format, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -42,6 +42,7 @@ struct Request {
     drop: bool,
     progress: bool,
     quiet: bool,
+    image_opts: bool,
     /// Bytes per second, 0 for no limit.
     rate: i64,
 }
@@ -52,6 +53,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
+            "image-opts" => request.image_opts = true,
             "b" => (request.base, request.drop) = (Some(value), true),
             "d" => request.drop = true,
             "p" => request.progress = true,
@@ -73,14 +75,15 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "commit"));
     };
-    let format = request.format.as_deref();
-    let opened = image(name, How { format, write: true, ..How::default() }).await?;
+    check_format(request.image_opts, request.format.as_ref())?;
+    let (format, image_opts) = (request.format.as_deref(), request.image_opts);
+    let opened = image(name, How { format, image_opts, write: true, ..How::default() }).await?;
     let base = find_base(&opened, name, request.base.as_deref())?;
     let committed = commit(&opened, base, &request).await;
     opened.close().await?;
     committed?;
     if !request.drop {
-        empty(name, format).await?;
+        empty(name, format, image_opts).await?;
     }
     if !request.quiet {
         println!("Image committed.");
@@ -178,9 +181,10 @@ async fn show(job: Arc<Job>, heard: Arc<Heard>) {
 }
 
 /// Removes all data of the image; what is below shows then.
-async fn empty(name: &str, format: Option<&str>) -> Outcome {
+async fn empty(name: &str, format: Option<&str>, image_opts: bool) -> Outcome {
     let failed = |error: IoError| Failure::new(format!("Could not empty {name}: {error}"));
-    let opened = image(name, How { format, write: true, no_backing: true, ..How::default() }).await?;
+    let how = How { format, image_opts, write: true, no_backing: true, ..How::default() };
+    let opened = image(name, how).await?;
     {
         let inside = opened.root.enter().await.map_err(failed)?;
         let cx = inside.cx();

@@ -7,7 +7,7 @@ use underlay_graph::{ByteRange, Root};
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, image};
+use crate::open::{How, Image, check_cache, check_format, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
@@ -35,10 +35,11 @@ const WORKERS: usize = 4;
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("compare", KNOWN, words)?;
     let (mut formats, mut quiet, mut strict, mut force_share) = ([None, None], false, false, false);
-    let (mut progress, mut cache) = (false, None);
+    let (mut progress, mut cache, mut image_opts) = (false, None, false);
     for (name, value) in options {
         match name.as_str() {
             "f" => formats[0] = Some(value),
+            "image-opts" => image_opts = true,
             "F" => formats[1] = Some(value),
             "q" => quiet = true,
             "s" => strict = true,
@@ -63,7 +64,8 @@ pub async fn run(words: &[String]) -> Outcome {
     let names = [first.as_str(), second.as_str()];
     let trouble = |failure: Failure| Failure { status: failure.status.max(2), ..failure };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache")).map_err(trouble)?;
-    let how = |at: usize| How { format: formats[at].as_deref(), force_share, ..How::default() };
+    formats.iter().try_for_each(|format| check_format(image_opts, format.as_ref())).map_err(trouble)?;
+    let how = |at: usize| How { format: formats[at].as_deref(), force_share, image_opts, ..How::default() };
     let first = image(first, how(0)).await.map_err(trouble)?;
     let second = image(second, how(1)).await.map_err(trouble)?;
     let progress = Progress::start(progress && !quiet);

@@ -12,7 +12,7 @@ use underlay_qcow2::Qcow2;
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, image};
+use crate::open::{How, Image, check_cache, check_format, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome, create, sizes};
 
@@ -57,7 +57,10 @@ const MOST_WORKERS: usize = 16;
 #[derive(Debug, Default)]
 struct Request {
     format: Option<String>,
-    target_format: String,
+    /// `raw` unless it is said, by the options of the target or else.
+    target_format: Option<String>,
+    image_opts: bool,
+    target_image_opts: bool,
     options: Option<Vec<(String, String)>>,
     backing: Option<String>,
     backing_format: Option<String>,
@@ -82,7 +85,7 @@ const SPARSE: &str = "buffer size for sparse output";
 
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("convert", KNOWN, words)?;
-    let mut request = Request { target_format: "raw".to_owned(), workers: 8, ..Request::default() };
+    let mut request = Request { workers: 8, ..Request::default() };
     for (name, value) in options {
         if name == "h" {
             println!("Usage: qemu-img convert [options] FILENAME [FILENAME2 [...]] OUTPUT_FILENAME");
@@ -106,7 +109,7 @@ pub async fn run(words: &[String]) -> Outcome {
 }
 
 fn check_backing(request: &Request) -> Outcome {
-    if request.target_format == "raw" {
+    if request.format_of_target() == "raw" {
         return Err(Failure::new("Backing file not supported for file format 'raw'"));
     }
     if request.no_create || request.backing_format.is_some() {
@@ -119,7 +122,9 @@ impl Request {
     fn set(&mut self, name: &str, value: String) -> Outcome {
         match name {
             "f" => self.format = Some(value),
-            "O" => self.target_format = value,
+            "source-image-opts" => self.image_opts = true,
+            "target-image-opts" => self.target_image_opts = true,
+            "O" => self.target_format = Some(value),
             "B" => self.backing = Some(value),
             "F" => self.backing_format = Some(value),
             "o" => self.options.get_or_insert_default().extend(create::option_list(&value)?),
@@ -143,8 +148,19 @@ impl Request {
         Ok(())
     }
 
+    fn format_of_target(&self) -> &str {
+        self.target_format.as_deref().unwrap_or("raw")
+    }
+
     /// What must not be asked for together.
     fn check(&mut self) -> Outcome {
+        if self.target_image_opts && !self.no_create {
+            return Err(Failure::new("--target-image-opts requires use of -n flag"));
+        }
+        check_format(self.image_opts, self.format.as_ref())?;
+        if self.target_image_opts && self.target_format.is_some() {
+            return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+        }
         if self.no_create && self.options.is_some() {
             return Err(Failure::new("-o has no effect when skipping image creation"));
         }
@@ -157,10 +173,11 @@ impl Request {
         if self.offload && self.compressed {
             return Err(Failure::new("Cannot enable copy offloading when -c is used"));
         }
+        let qcow2 = self.format_of_target() == "qcow2";
         for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {
             match name.as_str() {
-                "backing_file" if self.target_format == "qcow2" => self.backing = Some(value),
-                "backing_fmt" if self.target_format == "qcow2" => self.backing_format = Some(value),
+                "backing_file" if qcow2 => self.backing = Some(value),
+                "backing_fmt" if qcow2 => self.backing_format = Some(value),
                 _ => self.options.get_or_insert_default().push((name, value)),
             }
         }
@@ -195,7 +212,7 @@ fn workers(value: &str) -> Result<usize, Failure> {
 /// Makes the target.
 async fn make(target: &str, size: u64, request: &Request) -> Outcome {
     let options = request.options.clone().unwrap_or_default();
-    let format = &request.target_format;
+    let format = request.format_of_target();
     let backing = request.backing.as_deref().map(|file| (file, request.backing_format.as_deref()));
     if backing.is_none() && request.backing_format.is_some() {
         let text = "Backing format cannot be used without backing file";
@@ -215,21 +232,24 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     let mut total = 0_u64;
     for name in sources {
         let (format, force_share) = (request.format.as_deref(), request.force_share);
-        let how = How { format, force_share, no_share: !force_share, ..How::default() };
+        let image_opts = request.image_opts;
+        let how = How { format, force_share, image_opts, no_share: !force_share, ..How::default() };
         let input = image(name, how).await?;
         let length = input.length().await?;
         inputs.push((total, length, Arc::new(input)));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
     if !request.no_create {
-        if request.compressed && request.target_format == "raw" {
+        if request.compressed && request.format_of_target() == "raw" {
             return Err(Failure::new("Compression not supported for this file format"));
         }
         make(target, total, request).await?;
     }
     // Parts of clusters get the rest of them from the backing file.
     let no_backing = request.backing.is_none();
-    let how = How { format: Some(&request.target_format), write: true, no_backing, ..How::default() };
+    let (format, image_opts) = (request.format_of_target(), request.target_image_opts);
+    let format = Some(format).filter(|_| !image_opts);
+    let how = How { format, image_opts, write: true, no_backing, ..How::default() };
     let output = Arc::new(image(target, how).await?);
     if request.compressed && output.is_raw() {
         return Err(Failure::new("Compression not supported for this file format"));
@@ -366,7 +386,7 @@ impl Copy<'_> {
             // All at the same time, but clusters get their places one after the other, so that they lie in order. A raw
             // target has a place for every byte anyway.
             let (next, next_turn) = oneshot::channel::<()>();
-            if request.target_format == "raw" {
+            if output.is_raw() {
                 turn = oneshot::channel().1;
             }
             let turn = Turn { come: std::mem::replace(&mut turn, next_turn), next };

@@ -7,7 +7,7 @@ use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Role};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
-use crate::open::{How, image};
+use crate::open::{How, check_format, image};
 use crate::sizes::human;
 use crate::{Failure, Outcome};
 
@@ -27,9 +27,11 @@ const KNOWN: Known = Known {
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("info", KNOWN, words)?;
     let (mut format, mut json, mut chain, mut force_share) = (None, false, false, false);
+    let mut image_opts = false;
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
+            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "info")?,
             "b" => chain = true,
             "U" => force_share = true,
@@ -45,6 +47,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "info"));
     };
+    check_format(image_opts, format.as_ref())?;
     let mut infos = Vec::new();
     let mut next = Some((name.clone(), format));
     let mut seen = std::collections::HashSet::new();
@@ -52,8 +55,14 @@ pub async fn run(words: &[String]) -> Outcome {
         if !seen.insert(std::fs::canonicalize(&name).unwrap_or_else(|_| name.clone().into())) {
             return Err(Failure::new(format!("Backing file '{name}' creates an infinite loop.")));
         }
-        let how = How { format: format.as_deref(), force_share, no_backing: true, ..How::default() };
+        let how =
+            How { format: format.as_deref(), force_share, no_backing: true, image_opts, ..How::default() };
         let opened = image(&name, how).await?;
+        // What is below it has a name.
+        let name = match std::mem::take(&mut image_opts) {
+            true => filename::of_file(&opened.wires().view(opened.node())).unwrap_or_default(),
+            false => name,
+        };
         let info = Info::of(&opened.wires(), opened.node(), &name);
         if chain && let Some(backing) = &info.backing {
             next = Some((backing.full.clone(), backing.format.clone()));

@@ -8,7 +8,7 @@ use underlay_graph::{ByteRange, NodeId};
 
 use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, Image, image};
+use crate::open::{How, Image, check_format, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -31,10 +31,11 @@ const STRIDE: u64 = 1 << 30;
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("map", KNOWN, words)?;
     let (mut format, mut json, mut force_share) = (None, false, false);
-    let (mut start, mut most) = (0, u64::MAX);
+    let (mut start, mut most, mut image_opts) = (0, u64::MAX, false);
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
+            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "map")?,
             "U" => force_share = true,
             "s" => start = sizes::argument(&value, "start offset")?,
@@ -51,7 +52,8 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "map"));
     };
-    let how = How { format: format.as_deref(), force_share, ..How::default() };
+    check_format(image_opts, format.as_ref())?;
+    let how = How { format: format.as_deref(), force_share, image_opts, ..How::default() };
     let opened = image(name, how).await?;
     let printed = print(&opened, start, most, json).await;
     opened.close().await?;

@@ -3,16 +3,20 @@
 use std::sync::Arc;
 
 use underlay_drivers::open::OnCorrupt;
-use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
+use underlay_drivers::options::nest;
+use underlay_drivers::{BackingPolicy, NodeSpec, OpenError, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::status::{Status, status};
 use underlay_graph::{ByteRange, Graph, IoError, NodeId, Perms, Root, RootId};
+use underlay_qmp::keyval;
 
 use crate::Failure;
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct How<'a> {
+    /// `--image-opts`: the name is not a name but options.
+    pub image_opts: bool,
     /// Its format; probed when absent.
     pub format: Option<&'a str>,
     /// For writing too.
@@ -47,7 +51,8 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
             None => text,
         })
     };
-    let mut spec = NodeSpec::image(name, how.format).map_err(|error| failed(&error, None))?;
+    let spec = if how.image_opts { by_options(name) } else { NodeSpec::image(name, how.format) };
+    let mut spec = spec.map_err(|error| failed(&error, None))?;
     spec.read_only = Some(!how.write);
     spec.force_share = Some(how.force_share);
     spec.discard = Some(true);
@@ -83,6 +88,20 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     })?;
     let root = graph.root(root_id).ok_or_else(|| Failure::new("the image was closed"))?;
     Ok(Image { graph, node, root_id, root })
+}
+
+/// What `--image-opts` says: options like those of the daemon's `--blockdev`; a lone word is the node that the image is in.
+fn by_options(options: &str) -> Result<NodeSpec, OpenError> {
+    let parsed = keyval::parse(options, Some("file")).map_err(|error| OpenError::text(error.to_string()))?;
+    NodeSpec::parse(nest(parsed))
+}
+
+/// Options and a format say the same thing twice.
+pub fn check_format(image_opts: bool, format: Option<&String>) -> Result<(), Failure> {
+    match image_opts && format.is_some() {
+        true => Err(Failure::new("--image-opts and --format are mutually exclusive")),
+        false => Ok(()),
+    }
 }
 
 /// Refuses a cache mode that does not exist. (Which of them is used makes no difference to what a tool does: it flushes

@@ -10,7 +10,7 @@ use underlay_graph::{BackingRef, ByteRange, IoError, Role, WriteFlags, ZeroFlags
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, image};
+use crate::open::{How, Image, check_cache, check_format, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
@@ -49,6 +49,7 @@ struct Request {
     compressed: bool,
     progress: bool,
     force_share: bool,
+    image_opts: bool,
 }
 
 pub async fn run(words: &[String]) -> Outcome {
@@ -58,6 +59,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
+            "image-opts" => request.image_opts = true,
             "F" => request.backing_format = Some(value),
             "b" => request.backing = Some(value),
             "u" => request.blindly = true,
@@ -82,6 +84,7 @@ pub async fn run(words: &[String]) -> Outcome {
     if !request.blindly && request.backing.is_none() {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)", "rebase"));
     }
+    check_format(request.image_opts, request.format.as_ref())?;
     caches.0.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
     caches.1.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
     request.progress &= !quiet;
@@ -94,6 +97,7 @@ async fn rebase(name: &str, request: &Request) -> Outcome {
         write: true,
         force_share: request.force_share,
         no_backing: request.blindly,
+        image_opts: request.image_opts,
         ..How::default()
     };
     let opened = Arc::new(image(name, how).await?);

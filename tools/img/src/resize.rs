@@ -3,7 +3,7 @@
 use underlay_graph::Preallocation;
 
 use crate::getopt::Known;
-use crate::open::{How, image};
+use crate::open::{How, check_format, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -30,9 +30,11 @@ pub async fn run(words: &[String]) -> Outcome {
     };
     let (options, others) = crate::options("resize", KNOWN, words)?;
     let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
+    let mut image_opts = false;
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
+            "image-opts" => image_opts = true,
             "q" => quiet = true,
             "shrink" => shrink = true,
             "preallocation" => {
@@ -65,7 +67,8 @@ pub async fn run(words: &[String]) -> Outcome {
         _ => (None, size.as_str()),
     };
     let number = sizes::option(digits, "size")?;
-    let how = How { format: format.as_deref(), write: true, resize: true, ..How::default() };
+    check_format(image_opts, format.as_ref())?;
+    let how = How { format: format.as_deref(), write: true, resize: true, image_opts, ..How::default() };
     let opened = image(name, how).await?;
     opened.warn_if_guessed(name, format.as_deref());
     let error = |error: underlay_graph::IoError| Failure::new(error.to_string());

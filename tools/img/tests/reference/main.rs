@@ -30,6 +30,11 @@ fn convert_compare() {
 }
 
 #[test]
+fn image_opts() {
+    compare(include_str!("../scripts/image_opts.txt"));
+}
+
+#[test]
 fn nbd() {
     if script::has(&["qemu-nbd"]) {
         compare(include_str!("../scripts/nbd.txt"));
