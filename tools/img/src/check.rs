@@ -1,13 +1,12 @@
 //! `check`: whether an image's own tables agree.
 
-use underlay_drivers::filename;
 use underlay_graph::{Role, View};
 use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, check};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, check_cache, check_format, image};
+use crate::open::{How, check_cache, image};
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
@@ -32,7 +31,6 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "check")?,
             "q" => quiet = true,
             "U" => force_share = true,
@@ -47,6 +45,7 @@ pub async fn run(words: &[String]) -> Outcome {
                     }
                 }
             }
+            "image-opts" => image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME"
@@ -60,8 +59,7 @@ pub async fn run(words: &[String]) -> Outcome {
         return Err(Failure::usage("Expecting one image file name", "check"));
     };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
-    check_format(image_opts, format.as_ref())?;
-    let how = How { format: format.as_deref(), force_share, image_opts, ..How::default() };
+    let how = How { format: format.as_deref(), image_opts, force_share, ..How::default() };
     let opened = image(name, how).await?;
     let driver = opened.wires().view(opened.node()).node().driver();
     if driver != "qcow2" {
@@ -76,17 +74,16 @@ pub async fn run(words: &[String]) -> Outcome {
         opened.close().await?;
         status
     } else {
-        let file = filename::of_file(&opened.wires().view(opened.node())).unwrap_or_default();
         opened.close().await?;
-        repair(name, &file, fix, json, quiet).await?
+        repair(name, how, fix, json, quiet).await?
     };
     if status == 0 { Ok(()) } else { Err(Failure::status(status)) }
 }
 
 /// Repairs by way of the file: what is marked as corrupt is not opened for writing otherwise.
-async fn repair(name: &str, file: &str, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
-    let how = How { format: Some("file"), write: true, resize: true, ..How::default() };
-    let opened = image(file, how).await?;
+async fn repair(name: &str, how: How<'_>, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
+    let how = How { protocol: true, write: true, resize: true, ..how };
+    let opened = image(name, how).await?;
     let wires = opened.wires();
     let file = wires.view(opened.node()).clone();
     let status = checked(name, &file, fix, json, quiet).await?;

@@ -12,7 +12,7 @@ use underlay_qcow2::Qcow2;
 use underlay_sys::rt;
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, check_format, image};
+use crate::open::{How, Image, check_cache, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -36,13 +36,13 @@ const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Default)]
 struct Request {
+    image_opts: bool,
     format: Option<String>,
     base: Option<String>,
     /// The image keeps its data.
     drop: bool,
     progress: bool,
     quiet: bool,
-    image_opts: bool,
     /// Bytes per second, 0 for no limit.
     rate: i64,
 }
@@ -53,7 +53,6 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
-            "image-opts" => request.image_opts = true,
             "b" => (request.base, request.drop) = (Some(value), true),
             "d" => request.drop = true,
             "p" => request.progress = true,
@@ -63,6 +62,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 let rate = sizes::argument(&value, "rate limit")?;
                 request.rate = i64::try_from(rate).unwrap_or(i64::MAX);
             }
+            "image-opts" => request.image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img commit [-f FMT] [-t CACHE] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME"
@@ -75,15 +75,16 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "commit"));
     };
-    check_format(request.image_opts, request.format.as_ref())?;
     let (format, image_opts) = (request.format.as_deref(), request.image_opts);
-    let opened = image(name, How { format, image_opts, write: true, ..How::default() }).await?;
+    let how = How { format, image_opts, write: true, ..How::default() };
+    let opened = image(name, how).await?;
+    opened.warn_if_guessed();
     let base = find_base(&opened, name, request.base.as_deref())?;
     let committed = commit(&opened, base, &request).await;
     opened.close().await?;
     committed?;
     if !request.drop {
-        empty(name, format, image_opts).await?;
+        empty(name, how).await?;
     }
     if !request.quiet {
         println!("Image committed.");
@@ -181,10 +182,9 @@ async fn show(job: Arc<Job>, heard: Arc<Heard>) {
 }
 
 /// Removes all data of the image; what is below shows then.
-async fn empty(name: &str, format: Option<&str>, image_opts: bool) -> Outcome {
+async fn empty(name: &str, how: How<'_>) -> Outcome {
     let failed = |error: IoError| Failure::new(format!("Could not empty {name}: {error}"));
-    let how = How { format, image_opts, write: true, no_backing: true, ..How::default() };
-    let opened = image(name, how).await?;
+    let opened = image(name, How { no_backing: true, ..how }).await?;
     {
         let inside = opened.root.enter().await.map_err(failed)?;
         let cx = inside.cx();

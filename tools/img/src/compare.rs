@@ -7,7 +7,7 @@ use underlay_graph::{ByteRange, Root};
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, check_format, image};
+use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
@@ -39,13 +39,13 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => formats[0] = Some(value),
-            "image-opts" => image_opts = true,
             "F" => formats[1] = Some(value),
             "q" => quiet = true,
             "s" => strict = true,
             "U" => force_share = true,
             "p" => progress = true,
             "T" => cache = Some(value),
+            "image-opts" => image_opts = true,
             "h" => {
                 println!("Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2");
                 return Ok(());
@@ -64,8 +64,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let names = [first.as_str(), second.as_str()];
     let trouble = |failure: Failure| Failure { status: failure.status.max(2), ..failure };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache")).map_err(trouble)?;
-    formats.iter().try_for_each(|format| check_format(image_opts, format.as_ref())).map_err(trouble)?;
-    let how = |at: usize| How { format: formats[at].as_deref(), force_share, image_opts, ..How::default() };
+    let how = |at: usize| How { format: formats[at].as_deref(), image_opts, force_share, ..How::default() };
     let first = image(first, how(0)).await.map_err(trouble)?;
     let second = image(second, how(1)).await.map_err(trouble)?;
     let progress = Progress::start(progress && !quiet);

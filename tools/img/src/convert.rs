@@ -12,7 +12,7 @@ use underlay_qcow2::Qcow2;
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, check_format, image};
+use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome, create, sizes};
 
@@ -57,7 +57,6 @@ const MOST_WORKERS: usize = 16;
 #[derive(Debug, Default)]
 struct Request {
     format: Option<String>,
-    /// `raw` unless it is said, by the options of the target or else.
     target_format: Option<String>,
     image_opts: bool,
     target_image_opts: bool,
@@ -109,7 +108,7 @@ pub async fn run(words: &[String]) -> Outcome {
 }
 
 fn check_backing(request: &Request) -> Outcome {
-    if request.format_of_target() == "raw" {
+    if request.target_format() == "raw" && !request.target_image_opts {
         return Err(Failure::new("Backing file not supported for file format 'raw'"));
     }
     if request.no_create || request.backing_format.is_some() {
@@ -119,12 +118,17 @@ fn check_backing(request: &Request) -> Outcome {
 }
 
 impl Request {
+    /// What is made if nothing else is asked for is raw.
+    fn target_format(&self) -> &str {
+        self.target_format.as_deref().unwrap_or("raw")
+    }
+
     fn set(&mut self, name: &str, value: String) -> Outcome {
         match name {
             "f" => self.format = Some(value),
+            "O" => self.target_format = Some(value),
             "source-image-opts" => self.image_opts = true,
             "target-image-opts" => self.target_image_opts = true,
-            "O" => self.target_format = Some(value),
             "B" => self.backing = Some(value),
             "F" => self.backing_format = Some(value),
             "o" => self.options.get_or_insert_default().extend(create::option_list(&value)?),
@@ -148,24 +152,10 @@ impl Request {
         Ok(())
     }
 
-    fn format_of_target(&self) -> &str {
-        self.target_format.as_deref().unwrap_or("raw")
-    }
-
     /// What must not be asked for together.
     fn check(&mut self) -> Outcome {
-        if self.target_image_opts && !self.no_create {
-            return Err(Failure::new("--target-image-opts requires use of -n flag"));
-        }
-        check_format(self.image_opts, self.format.as_ref())?;
-        if self.target_image_opts && self.target_format.is_some() {
-            return Err(Failure::new("--image-opts and --format are mutually exclusive"));
-        }
         if self.no_create && self.options.is_some() {
             return Err(Failure::new("-o has no effect when skipping image creation"));
-        }
-        if self.target_is_zero && !self.no_create {
-            return Err(Failure::new("--target-is-zero requires use of -n flag"));
         }
         if self.offload && self.sparse.is_some() {
             return Err(Failure::new("Cannot enable copy offloading when -S is used"));
@@ -173,11 +163,17 @@ impl Request {
         if self.offload && self.compressed {
             return Err(Failure::new("Cannot enable copy offloading when -c is used"));
         }
-        let qcow2 = self.format_of_target() == "qcow2";
+        if self.target_image_opts && !self.no_create {
+            return Err(Failure::new("--target-image-opts requires use of -n flag"));
+        }
+        if self.target_is_zero && !self.no_create {
+            return Err(Failure::new("--target-is-zero requires use of -n flag"));
+        }
+        let format = self.target_format().to_owned();
         for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {
             match name.as_str() {
-                "backing_file" if qcow2 => self.backing = Some(value),
-                "backing_fmt" if qcow2 => self.backing_format = Some(value),
+                "backing_file" if format == "qcow2" => self.backing = Some(value),
+                "backing_fmt" if format == "qcow2" => self.backing_format = Some(value),
                 _ => self.options.get_or_insert_default().push((name, value)),
             }
         }
@@ -212,7 +208,7 @@ fn workers(value: &str) -> Result<usize, Failure> {
 /// Makes the target.
 async fn make(target: &str, size: u64, request: &Request) -> Outcome {
     let options = request.options.clone().unwrap_or_default();
-    let format = request.format_of_target();
+    let format = request.target_format();
     let backing = request.backing.as_deref().map(|file| (file, request.backing_format.as_deref()));
     if backing.is_none() && request.backing_format.is_some() {
         let text = "Backing format cannot be used without backing file";
@@ -233,23 +229,30 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     for name in sources {
         let (format, force_share) = (request.format.as_deref(), request.force_share);
         let image_opts = request.image_opts;
-        let how = How { format, force_share, image_opts, no_share: !force_share, ..How::default() };
+        let how = How { format, image_opts, force_share, no_share: !force_share, ..How::default() };
         let input = image(name, how).await?;
         let length = input.length().await?;
         inputs.push((total, length, Arc::new(input)));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
     if !request.no_create {
-        if request.compressed && request.format_of_target() == "raw" {
+        if request.compressed && request.target_format() == "raw" {
             return Err(Failure::new("Compression not supported for this file format"));
         }
         make(target, total, request).await?;
     }
     // Parts of clusters get the rest of them from the backing file.
     let no_backing = request.backing.is_none();
-    let (format, image_opts) = (request.format_of_target(), request.target_image_opts);
-    let format = Some(format).filter(|_| !image_opts);
-    let how = How { format, image_opts, write: true, no_backing, ..How::default() };
+    let how = How {
+        format: match request.target_image_opts {
+            true => request.target_format.as_deref(),
+            false => Some(request.target_format()),
+        },
+        image_opts: request.target_image_opts,
+        write: true,
+        no_backing,
+        ..How::default()
+    };
     let output = Arc::new(image(target, how).await?);
     if request.compressed && output.is_raw() {
         return Err(Failure::new("Compression not supported for this file format"));

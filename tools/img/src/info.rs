@@ -7,7 +7,7 @@ use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Role};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
-use crate::open::{How, check_format, image};
+use crate::open::{How, image};
 use crate::sizes::human;
 use crate::{Failure, Outcome};
 
@@ -31,10 +31,10 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "info")?,
             "b" => chain = true,
             "U" => force_share = true,
+            "image-opts" => image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME"
@@ -47,25 +47,19 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "info"));
     };
-    check_format(image_opts, format.as_ref())?;
     let mut infos = Vec::new();
-    let mut next = Some((name.clone(), format));
+    let mut next = Some((name.clone(), format, image_opts));
     let mut seen = std::collections::HashSet::new();
-    while let Some((name, format)) = next.take() {
-        if !seen.insert(std::fs::canonicalize(&name).unwrap_or_else(|_| name.clone().into())) {
-            return Err(Failure::new(format!("Backing file '{name}' creates an infinite loop.")));
+    while let Some((given, format, image_opts)) = next.take() {
+        if !seen.insert(std::fs::canonicalize(&given).unwrap_or_else(|_| given.clone().into())) {
+            return Err(Failure::new(format!("Backing file '{given}' creates an infinite loop.")));
         }
         let how =
-            How { format: format.as_deref(), force_share, no_backing: true, image_opts, ..How::default() };
-        let opened = image(&name, how).await?;
-        // What is below it has a name.
-        let name = match std::mem::take(&mut image_opts) {
-            true => filename::of_file(&opened.wires().view(opened.node())).unwrap_or_default(),
-            false => name,
-        };
-        let info = Info::of(&opened.wires(), opened.node(), &name);
+            How { format: format.as_deref(), image_opts, force_share, no_backing: true, ..How::default() };
+        let opened = image(&given, how).await?;
+        let info = Info::of(&opened.wires(), opened.node(), opened.name());
         if chain && let Some(backing) = &info.backing {
-            next = Some((backing.full.clone(), backing.format.clone()));
+            next = Some((backing.full.clone(), backing.format.clone(), false));
         }
         infos.push(info);
         opened.close().await?;

@@ -80,6 +80,8 @@ Makes, checks, converts and resizes disk images.
   rebase [-f FMT] [-b BACKING [-F FMT]] [-u] [-c] [-p] [-q] [-U] FILENAME
   resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
 
+All but create take --image-opts: FILENAME is then a list of options (driver=qcow2,file.filename=disk.img), and there is
+no -f. So is OUTPUT with --target-image-opts, which needs -n.
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 

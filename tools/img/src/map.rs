@@ -8,7 +8,7 @@ use underlay_graph::{ByteRange, NodeId};
 
 use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, Image, check_format, image};
+use crate::open::{How, Image, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -30,16 +30,16 @@ const STRIDE: u64 = 1 << 30;
 
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("map", KNOWN, words)?;
-    let (mut format, mut json, mut force_share) = (None, false, false);
-    let (mut start, mut most, mut image_opts) = (0, u64::MAX, false);
+    let (mut format, mut json, mut force_share, mut image_opts) = (None, false, false, false);
+    let (mut start, mut most) = (0, u64::MAX);
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "image-opts" => image_opts = true,
             "output" => json = is_json(&value, "map")?,
             "U" => force_share = true,
             "s" => start = sizes::argument(&value, "start offset")?,
             "l" => most = sizes::argument(&value, "max length")?,
+            "image-opts" => image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME"
@@ -52,8 +52,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "map"));
     };
-    check_format(image_opts, format.as_ref())?;
-    let how = How { format: format.as_deref(), force_share, image_opts, ..How::default() };
+    let how = How { format: format.as_deref(), image_opts, force_share, ..How::default() };
     let opened = image(name, how).await?;
     let printed = print(&opened, start, most, json).await;
     opened.close().await?;

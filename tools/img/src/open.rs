@@ -2,23 +2,27 @@
 
 use std::sync::Arc;
 
+use underlay_drivers::filename;
 use underlay_drivers::open::OnCorrupt;
-use underlay_drivers::options::nest;
-use underlay_drivers::{BackingPolicy, NodeSpec, OpenError, Opener};
+use underlay_drivers::options::{Child, DriverSpec, nest};
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::status::{Status, status};
-use underlay_graph::{ByteRange, Graph, IoError, NodeId, Perms, Root, RootId};
-use underlay_qmp::keyval;
+use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Root, RootId, View};
+
+use underlay_qmp::json::Value;
 
 use crate::Failure;
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct How<'a> {
-    /// `--image-opts`: the name is not a name but options.
-    pub image_opts: bool,
     /// Its format; probed when absent.
     pub format: Option<&'a str>,
+    /// `--image-opts`: what is given as its name is a list of options.
+    pub image_opts: bool,
+    /// Not the image, but what it is stored in.
+    pub protocol: bool,
     /// For writing too.
     pub write: bool,
     /// Resizing it, too.
@@ -34,6 +38,9 @@ pub struct How<'a> {
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
+    name: String,
+    /// Nobody said of what format it is.
+    probed: bool,
     graph: Arc<Graph>,
     node: NodeId,
     root_id: RootId,
@@ -51,11 +58,17 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
             None => text,
         })
     };
-    let spec = if how.image_opts { by_options(name) } else { NodeSpec::image(name, how.format) };
-    let mut spec = spec.map_err(|error| failed(&error, None))?;
-    spec.read_only = Some(!how.write);
-    spec.force_share = Some(how.force_share);
-    spec.discard = Some(true);
+    let mut spec = match how.image_opts {
+        true => listed(name, how, &|error| failed(error, None))?,
+        false => NodeSpec::image(name, how.format).map_err(|error| failed(&error, None))?,
+    };
+    if how.protocol {
+        spec = stored_in(spec);
+    }
+    let probed = matches!(spec.driver, DriverSpec::Probe { .. });
+    spec.read_only.get_or_insert(!how.write);
+    spec.force_share.get_or_insert(how.force_share);
+    spec.discard.get_or_insert(true);
     let graph = Graph::new();
     let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
     let on_corrupt: OnCorrupt = Arc::new(|_, found| eprintln!("{found}"));
@@ -87,20 +100,47 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
         failed(&error, hint.as_deref())
     })?;
     let root = graph.root(root_id).ok_or_else(|| Failure::new("the image was closed"))?;
-    Ok(Image { graph, node, root_id, root })
+    let name = if how.image_opts { own_name(&graph.wires().view(node)) } else { name.to_owned() };
+    Ok(Image { name, probed, graph, node, root_id, root })
 }
 
-/// What `--image-opts` says: options like those of the daemon's `--blockdev`; a lone word is the node that the image is in.
-fn by_options(options: &str) -> Result<NodeSpec, OpenError> {
-    let parsed = keyval::parse(options, Some("file")).map_err(|error| OpenError::text(error.to_string()))?;
-    NodeSpec::parse(nest(parsed))
+/// What an image that is given by options is called. That it was opened without its backing file does not count.
+fn own_name(view: &View) -> String {
+    let of_file = view.node().backing_ref().and_then(|_| filename::of_file(view));
+    of_file.unwrap_or_else(|| filename::of(view))
 }
 
-/// Options and a format say the same thing twice.
-pub fn check_format(image_opts: bool, format: Option<&String>) -> Result<(), Failure> {
-    match image_opts && format.is_some() {
-        true => Err(Failure::new("--image-opts and --format are mutually exclusive")),
-        false => Ok(()),
+/// The description of an image that a list of options gives.
+fn listed(
+    list: &str,
+    how: How<'_>,
+    failed: &dyn Fn(&dyn std::fmt::Display) -> Failure,
+) -> Result<NodeSpec, Failure> {
+    if how.format.is_some() {
+        return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+    }
+    let list = underlay_disk::parse_options(list, Some("file"));
+    for warning in list.warnings {
+        eprintln!("qemu-img: {warning}");
+    }
+    let options = nest(list.options);
+    if let Some(Value::Str(node)) = options.get("file") {
+        // There is no other node.
+        return Err(failed(&GraphError::NeitherDeviceNorNode(node.clone())));
+    }
+    let spec = NodeSpec::parse(options).map_err(|error| failed(&error))?;
+    if how.force_share && spec.force_share == Some(false) {
+        return Err(Failure::new("--force-share/-U conflicts with image options"));
+    }
+    Ok(spec)
+}
+
+/// What an image is stored in, opened as the image was to be.
+fn stored_in(spec: NodeSpec) -> NodeSpec {
+    match spec.driver {
+        DriverSpec::Qcow2 { file: Child::Inline(file), .. }
+        | DriverSpec::Probe { file: Child::Inline(file) } => *file,
+        _ => spec,
     }
 }
 
@@ -114,6 +154,11 @@ pub fn check_cache(mode: &str, what: &str) -> Result<(), Failure> {
 }
 
 impl Image {
+    /// Its name: as it was given, but for a list of options.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The graph that it is the only image of.
     pub fn graph(&self) -> &Arc<Graph> {
         &self.graph
@@ -146,8 +191,9 @@ impl Image {
     }
 
     /// Warns of an image that is written to and only guessed to be raw: a guest could make it look like another format.
-    pub fn warn_if_guessed(&self, name: &str, format: Option<&str>) {
-        if format.is_none() && self.is_raw() {
+    pub fn warn_if_guessed(&self) {
+        let name = own_name(&self.wires().view(self.node));
+        if self.probed && self.is_raw() {
             eprintln!(
                 "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
                  Automatically detecting the format is dangerous for raw images, write operations on block 0 will \

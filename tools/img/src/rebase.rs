@@ -10,7 +10,7 @@ use underlay_graph::{BackingRef, ByteRange, IoError, Role, WriteFlags, ZeroFlags
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
-use crate::open::{How, Image, check_cache, check_format, image};
+use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
 
@@ -41,6 +41,7 @@ const FORMATS: [&str; 2] = ["qcow2", "raw"];
 
 #[derive(Debug, Default)]
 struct Request {
+    image_opts: bool,
     format: Option<String>,
     /// The new backing file; empty for none.
     backing: Option<String>,
@@ -49,7 +50,6 @@ struct Request {
     compressed: bool,
     progress: bool,
     force_share: bool,
-    image_opts: bool,
 }
 
 pub async fn run(words: &[String]) -> Outcome {
@@ -59,7 +59,6 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
-            "image-opts" => request.image_opts = true,
             "F" => request.backing_format = Some(value),
             "b" => request.backing = Some(value),
             "u" => request.blindly = true,
@@ -69,6 +68,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "U" => request.force_share = true,
             "t" => caches.0 = Some(value),
             "T" => caches.1 = Some(value),
+            "image-opts" => request.image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img rebase [-f FMT] [-t CACHE] [-q] [-U] [-p] [-b BACKING [-F FMT] [-T CACHE]] [-u] [-c] FILENAME"
@@ -84,7 +84,6 @@ pub async fn run(words: &[String]) -> Outcome {
     if !request.blindly && request.backing.is_none() {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)", "rebase"));
     }
-    check_format(request.image_opts, request.format.as_ref())?;
     caches.0.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
     caches.1.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
     request.progress &= !quiet;
@@ -94,14 +93,14 @@ pub async fn run(words: &[String]) -> Outcome {
 async fn rebase(name: &str, request: &Request) -> Outcome {
     let how = How {
         format: request.format.as_deref(),
+        image_opts: request.image_opts,
         write: true,
         force_share: request.force_share,
         no_backing: request.blindly,
-        image_opts: request.image_opts,
         ..How::default()
     };
     let opened = Arc::new(image(name, how).await?);
-    opened.warn_if_guessed(name, request.format.as_deref());
+    opened.warn_if_guessed();
     if let Some(format) = request.backing_format.as_deref().filter(|format| !FORMATS.contains(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
@@ -109,7 +108,7 @@ async fn rebase(name: &str, request: &Request) -> Outcome {
     check_header(&opened, request, wanted)?;
     if !request.blindly {
         let new = match wanted {
-            Some(wanted) => Some(Arc::new(new_backing(name, wanted, request).await?)),
+            Some(wanted) => Some(Arc::new(new_backing(opened.name(), wanted, request).await?)),
             None => None,
         };
         let copied = Copy { image: opened.clone(), new: new.clone(), compressed: request.compressed };

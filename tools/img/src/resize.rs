@@ -3,7 +3,7 @@
 use underlay_graph::Preallocation;
 
 use crate::getopt::Known;
-use crate::open::{How, check_format, image};
+use crate::open::{How, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -29,12 +29,11 @@ pub async fn run(words: &[String]) -> Outcome {
         None => (None, words),
     };
     let (options, others) = crate::options("resize", KNOWN, words)?;
-    let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
     let mut image_opts = false;
+    let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
     for (name, value) in options {
         match name.as_str() {
             "f" => format = Some(value),
-            "image-opts" => image_opts = true,
             "q" => quiet = true,
             "shrink" => shrink = true,
             "preallocation" => {
@@ -46,6 +45,7 @@ pub async fn run(words: &[String]) -> Outcome {
                     other => return Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
                 }
             }
+            "image-opts" => image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE"
@@ -67,10 +67,9 @@ pub async fn run(words: &[String]) -> Outcome {
         _ => (None, size.as_str()),
     };
     let number = sizes::option(digits, "size")?;
-    check_format(image_opts, format.as_ref())?;
-    let how = How { format: format.as_deref(), write: true, resize: true, image_opts, ..How::default() };
+    let how = How { format: format.as_deref(), image_opts, write: true, resize: true, ..How::default() };
     let opened = image(name, how).await?;
-    opened.warn_if_guessed(name, format.as_deref());
+    opened.warn_if_guessed();
     let error = |error: underlay_graph::IoError| Failure::new(error.to_string());
     let now = opened.root.length().await.map_err(error)?;
     let signed = |number: u64| i64::try_from(number).is_ok();
