@@ -50,6 +50,7 @@ struct Request {
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("commit", KNOWN, words)?;
     let mut request = Request::default();
+    let mut cache = None;
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
@@ -57,7 +58,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "d" => request.drop = true,
             "p" => request.progress = true,
             "q" => request.quiet = true,
-            "t" => check_cache(&value, "cache")?,
+            "t" => cache = Some(value),
             "r" => {
                 let rate = sizes::argument(&value, "rate limit")?;
                 request.rate = i64::try_from(rate).unwrap_or(i64::MAX);
@@ -75,6 +76,8 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "commit"));
     };
+    cache.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
+    request.progress &= !request.quiet;
     let (format, image_opts) = (request.format.as_deref(), request.image_opts);
     let how = How { format, image_opts, write: true, ..How::default() };
     let opened = image(name, how).await?;

@@ -51,10 +51,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 return Ok(());
             }
             other => {
-                return Err(Failure {
-                    status: 2,
-                    ..Failure::new(format!("option '{other}' is not supported yet"))
-                });
+                return Err(Failure { status: 2, ..crate::unsupported(other) });
             }
         }
     }

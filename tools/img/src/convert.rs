@@ -14,7 +14,7 @@ use underlay_sys::{Iov, rt};
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
-use crate::{Failure, Outcome, create, sizes};
+use crate::{Failure, Outcome, create, option_help, sizes};
 
 const KNOWN: Known = Known {
     short: "hf:O:B:F:CcpS:o:m:WnqUt:T:l:r:",
@@ -65,6 +65,10 @@ struct Request {
     backing_format: Option<String>,
     caches: (Option<String>, Option<String>),
     compressed: bool,
+    bitmaps: bool,
+    skip_broken_bitmaps: bool,
+    /// `-o help`
+    help: bool,
     progress: bool,
     no_create: bool,
     quiet: bool,
@@ -93,6 +97,9 @@ pub async fn run(words: &[String]) -> Outcome {
         request.set(&name, value)?;
     }
     request.check()?;
+    if request.help {
+        return option_help::print(request.target_format(), others.last().map(String::as_str));
+    }
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));
     };
@@ -131,7 +138,10 @@ impl Request {
             "target-image-opts" => self.target_image_opts = true,
             "B" => self.backing = Some(value),
             "F" => self.backing_format = Some(value),
+            "o" if option_help::is_asked(&value) => self.help = true,
             "o" => self.options.get_or_insert_default().extend(create::option_list(&value)?),
+            "bitmaps" => self.bitmaps = true,
+            "skip-broken-bitmaps" => self.skip_broken_bitmaps = true,
             "c" => self.compressed = true,
             "p" => self.progress = true,
             "n" => self.no_create = true,
@@ -154,7 +164,7 @@ impl Request {
 
     /// What must not be asked for together.
     fn check(&mut self) -> Outcome {
-        if self.no_create && self.options.is_some() {
+        if self.no_create && (self.help || self.options.is_some()) {
             return Err(Failure::new("-o has no effect when skipping image creation"));
         }
         if self.offload && self.sparse.is_some() {
@@ -168,6 +178,12 @@ impl Request {
         }
         if self.target_is_zero && !self.no_create {
             return Err(Failure::new("--target-is-zero requires use of -n flag"));
+        }
+        if self.skip_broken_bitmaps && !self.bitmaps {
+            return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
+        }
+        if self.bitmaps {
+            return Err(crate::unsupported("bitmaps"));
         }
         let format = self.target_format().to_owned();
         for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {

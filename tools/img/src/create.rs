@@ -7,7 +7,7 @@ use underlay_qcow2::{Compression, CreateOptions, Version};
 
 use crate::getopt::Known;
 use crate::open::{How, image};
-use crate::{Failure, Outcome, sizes};
+use crate::{Failure, Outcome, option_help, sizes};
 
 const KNOWN: Known = Known {
     short: "F:b:f:ho:qu",
@@ -30,6 +30,8 @@ struct Request {
     backing: Option<String>,
     backing_format: Option<String>,
     options: Vec<(String, String)>,
+    /// `-o help`
+    help: bool,
     quiet: bool,
     unsafe_backing: bool,
 }
@@ -42,6 +44,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "f" => request.format = value,
             "b" => request.backing = Some(value),
             "F" => request.backing_format = Some(value),
+            "o" if option_help::is_asked(&value) => request.help = true,
             "o" => request.options.extend(option_list(&value)?),
             "q" => request.quiet = true,
             "u" => request.unsafe_backing = true,
@@ -53,6 +56,9 @@ pub async fn run(words: &[String]) -> Outcome {
             }
             other => return Err(crate::unsupported(other)),
         }
+    }
+    if request.help {
+        return option_help::print(&request.format, others.first().map(String::as_str));
     }
     let (name, size) = match others.as_slice() {
         [name] => (name, None),
@@ -114,6 +120,7 @@ pub async fn target(
         backing: backing.map(|(file, _)| file.to_owned()),
         backing_format: backing.and_then(|(_, format)| format.map(str::to_owned)),
         options,
+        help: false,
         quiet: true,
         // It is opened with the target.
         unsafe_backing: true,

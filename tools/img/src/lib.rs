@@ -10,6 +10,7 @@ pub mod getopt;
 mod info;
 mod map;
 pub mod open;
+mod option_help;
 mod progress;
 mod rebase;
 mod resize;

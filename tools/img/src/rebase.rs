@@ -49,6 +49,7 @@ struct Request {
     blindly: bool,
     compressed: bool,
     progress: bool,
+    /// Of the new backing file: what is written to is never shared so.
     force_share: bool,
 }
 
@@ -95,7 +96,6 @@ async fn rebase(name: &str, request: &Request) -> Outcome {
         format: request.format.as_deref(),
         image_opts: request.image_opts,
         write: true,
-        force_share: request.force_share,
         no_backing: request.blindly,
         ..How::default()
     };

@@ -35,6 +35,11 @@ fn image_opts() {
 }
 
 #[test]
+fn options() {
+    compare(include_str!("../scripts/options.txt"));
+}
+
+#[test]
 fn nbd() {
     if script::has(&["qemu-nbd"]) {
         compare(include_str!("../scripts/nbd.txt"));
@@ -44,6 +49,33 @@ fn nbd() {
 #[test]
 fn resize_rebase_commit() {
     compare(include_str!("../scripts/resize_rebase_commit.txt"));
+}
+
+/// What we do not have is refused by its name, and nothing is made.
+#[test]
+fn refused_options() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (line, status, option) in [
+        ("create -f qcow2 --object secret,id=a,data=b x 1M", 1, "--object"),
+        ("info --object secret,id=a,data=b x", 1, "--object"),
+        ("check --object secret,id=a,data=b x", 1, "--object"),
+        ("map --object secret,id=a,data=b x", 1, "--object"),
+        ("compare --object secret,id=a,data=b x y", 2, "--object"),
+        ("convert --object secret,id=a,data=b y x", 1, "--object"),
+        ("resize --object secret,id=a,data=b x 1M", 1, "--object"),
+        ("rebase --object secret,id=a,data=b x", 1, "--object"),
+        ("commit --object secret,id=a,data=b x", 1, "--object"),
+        ("convert -l snapshot.id=1 y x", 1, "-l"),
+        ("convert --bitmaps -O qcow2 y x", 1, "--bitmaps"),
+        ("convert --bitmaps --skip-broken-bitmaps -O qcow2 y x", 1, "--bitmaps"),
+    ] {
+        let mut program = std::process::Command::new(script::example("qemu-img"));
+        let output = program.args(line.split(' ')).current_dir(&folder).output().expect("our program");
+        let text = format!("qemu-img: option '{option}' is not supported by this version of Underlay\n");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), text, "{line}");
+        assert_eq!(output.status.code(), Some(status), "{line}");
+        assert!(!folder.path().join("x").exists(), "{line}");
+    }
 }
 
 /// Images that random writes have left are copied, committed and put on another base.

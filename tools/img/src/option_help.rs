@@ -1,0 +1,89 @@
+//! `-o help`: the options that an image can be made with. Texts are the reference's; options that we refuse are not told.
+
+use underlay_drivers::names;
+
+use crate::{Failure, Outcome};
+
+/// Name, type and text of an option.
+type Row = (&'static str, &'static str, &'static str);
+
+const FLAG: &str = "bool (on/off)";
+const SIZE: Row = ("size", "size", "Virtual disk size");
+
+/// Sorted by name, as they are printed.
+const QCOW2: [Row; 10] = [
+    ("backing_file", "str", "File name of a base image"),
+    ("backing_fmt", "str", "Image format of the base image"),
+    ("cluster_size", "size", "qcow2 cluster size"),
+    ("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    ("compression_type", "str", "Compression method used for image cluster compression"),
+    ("extended_l2", FLAG, "Extended L2 tables"),
+    ("lazy_refcounts", FLAG, "Postpone refcount updates"),
+    ("preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    ("refcount_bits", "num", "Width of a reference count entry in bits"),
+    SIZE,
+];
+
+/// What a local file adds to the options of a format that does not have it.
+const FILE: Row = ("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)");
+
+/// Whether a list of options asks for help.
+pub fn is_asked(list: &str) -> bool {
+    list.replace(",,", "\0").split(',').any(|word| matches!(word, "help" | "?"))
+}
+
+/// Prints the options of a format; with the name of the image also those of where it is stored.
+pub fn print(format: &str, name: Option<&str>) -> Outcome {
+    let mut rows = match format {
+        "qcow2" => QCOW2.to_vec(),
+        "raw" => vec![SIZE],
+        other => return Err(Failure::new(format!("Unknown file format '{other}'"))),
+    };
+    match name {
+        None => println!("Supported {format} options:"),
+        Some(name) => {
+            if stored_in_file(name)? && rows.iter().all(|(known, _, _)| *known != FILE.0) {
+                rows.insert(0, FILE);
+            }
+            println!("Supported options:");
+        }
+    }
+    for (name, kind, text) in rows {
+        println!("  {:<22} - {text}", format!("{name}=<{kind}>"));
+    }
+    if name.is_none() {
+        println!(
+            "\nThe protocol level may support further options.\n\
+             Specify the target filename to include those options."
+        );
+    }
+    Ok(())
+}
+
+/// Whether a name is that of a local file; else it is that of an NBD export.
+fn stored_in_file(name: &str) -> Result<bool, Failure> {
+    match name.split(':').next().filter(|_| names::has_protocol(name)) {
+        None | Some("file") => Ok(true),
+        Some("nbd" | "nbd+tcp" | "nbd+unix") => Ok(false),
+        Some(other) => Err(Failure::new(format!("Unknown protocol '{other}'"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_asked;
+
+    #[test]
+    fn help_is_a_word_of_its_own() {
+        for (list, asked) in [
+            ("help", true),
+            ("?", true),
+            ("a=b,help", true),
+            ("a=,,help", false),
+            ("helpx", false),
+            ("x=help", false),
+        ] {
+            assert_eq!(is_asked(list), asked, "{list}");
+        }
+    }
+}
