@@ -19,6 +19,7 @@ Commands:
 
 Environment:
   UNDERLAY_SEEDS=N          seeds per property (default: what CI runs)
+  UNDERLAY_SEED=S           only this seed: a property that fails prints it
   UNDERLAY_FUZZ=N           N times as many inputs for each fuzz target
 ";
 

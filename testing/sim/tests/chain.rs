@@ -17,7 +17,7 @@ use underlay_graph::{
     WriteFlags, ZeroFlags,
 };
 use underlay_jobs::{
-    CommitArgs, EventSink, Job, JobEvent, Jobs, Settings, Started, Status, StreamArgs, StreamEnd,
+    CommitArgs, EventSink, Job, JobEvent, Jobs, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
 };
 use underlay_qcow2::{CreateOptions, Fix, OpenOptions, Qcow2, check, create};
 use underlay_sim::model::stamp;
@@ -259,22 +259,35 @@ impl Guests {
     }
 }
 
-async fn stream_or_commit(setup: &Setup, jobs: &Arc<Jobs>, rng: &mut Rng) -> Option<Started> {
+fn job_settings(rng: &mut Rng, id: &str) -> Settings {
+    let policies = [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop];
+    Settings {
+        id: Some(id.into()),
+        speed: rng.pick(&[0, 0, 1 << 20, 64 << 20]),
+        auto_finalize: !rng.one_in(4),
+        on_error: rng.pick(&policies),
+        ..Settings::default()
+    }
+}
+
+async fn stream_or_commit(setup: &Setup, jobs: &Arc<Jobs>, rng: &mut Rng, id: &str) -> Option<Started> {
     let names: underlay_jobs::BackingNames = Arc::new(|_: &View, base: &View| base.name().to_string());
-    let settings = Settings { id: Some("j".into()), ..Settings::default() };
+    let settings = job_settings(rng, id);
     let node = |at: usize| setup.nodes[at];
+    // What a client calls the base: the same file, in other words than the graph's own.
+    let called = |rng: &mut Rng, at: usize| rng.one_in(3).then(|| format!("./{}", NAMES[at]));
     if rng.one_in(2) {
         let top = 1 + rng.index(3);
-        let end = match rng.index(top + 1) {
-            0 => StreamEnd::Whole,
-            at if rng.one_in(2) => StreamEnd::Bottom(node(at)),
-            at => StreamEnd::Above(node(at - 1)),
+        let (end, backing_file) = match rng.index(top + 1) {
+            0 => (StreamEnd::Whole, None),
+            at if rng.one_in(2) => (StreamEnd::Bottom(node(at)), called(rng, at - 1)),
+            at => (StreamEnd::Above(node(at - 1)), called(rng, at - 1)),
         };
         let args = StreamArgs {
             settings,
             top: node(top),
             end,
-            backing_file: None,
+            backing_file,
             backing_mask_protocol: false,
             filter_node_name: None,
             names,
@@ -282,12 +295,14 @@ async fn stream_or_commit(setup: &Setup, jobs: &Arc<Jobs>, rng: &mut Rng) -> Opt
         return jobs.stream(&setup.graph, args).await.ok();
     }
     let top = 1 + rng.index(3);
+    let base = rng.index(top);
     let args = CommitArgs {
         settings,
         device: node(3),
         top: Some(node(top)),
-        base: Some(node(rng.index(top))),
-        backing_file: None,
+        base: Some(node(base)),
+        // An active commit rewrites no header and refuses it.
+        backing_file: if top < 3 { called(rng, base) } else { None },
         backing_mask_protocol: false,
         filter_node_name: None,
         names,
@@ -295,13 +310,26 @@ async fn stream_or_commit(setup: &Setup, jobs: &Arc<Jobs>, rng: &mut Rng) -> Opt
     jobs.commit(&setup.graph, args).await.ok()
 }
 
-async fn attend(job: &Arc<Job>, rng: &mut Rng) {
+/// A client of a job: it waits, pauses and resumes, changes the speed, completes, finalizes, and may lose patience.
+async fn attend(job: &Arc<Job>, power: &Power, rng: &mut Rng) {
     let mut patience = if rng.one_in(4) { rng.below(20) } else { u64::MAX };
     while !matches!(job.status(), Status::Concluded | Status::Null) {
         rt::sleep(Duration::from_micros(1 + rng.below(2000))).await;
         patience = patience.saturating_sub(1);
         if patience == 0 {
             let _ = if rng.one_in(2) { job.block_cancel(false) } else { job.cancel() };
+        }
+        // A job that ignores errors would try for ever on disks without power.
+        if power.is_cut() {
+            let _ = job.cancel();
+        }
+        // Most of these are refused, for the job is not in the state for it.
+        match rng.below(8) {
+            0 => drop(job.pause()),
+            1 | 2 => drop(job.resume()),
+            3 => drop(job.set_speed(rng.pick(&[0, 1 << 20, 64 << 20]))),
+            4 => drop(job.finalize().await),
+            _ => {}
         }
         let _ = job.complete();
     }
@@ -323,7 +351,9 @@ async fn reopen(setup: &Setup, seed: u64, top: usize) -> Vec<u8> {
         let outcome = check(&file.cx(), Fix::None, &mut |finding| findings.push(finding)).await.unwrap();
         let errors = outcome.corruptions + outcome.check_errors;
         assert_eq!(errors, 0, "image {}: {findings:?}", NAMES[index]);
-        at = image.backing_ref().map(|below| NAMES.iter().position(|name| *name == below.file).unwrap());
+        at = image
+            .backing_ref()
+            .map(|below| NAMES.iter().position(|name| *name == below.file.trim_start_matches("./")).unwrap());
         assert!(layers.len() < 4, "a loop");
         layers.push((image, file));
     }
@@ -385,15 +415,74 @@ async fn faults(seed: u64) {
     for guest in guests.start(&mut rng, 3, 20) {
         guest.await;
     }
-    top.fail_writes(None);
-    top.fail_reads(None);
-    top.limit(1 << 27);
+    mend(&setup.disks);
     guests.verify().await;
     let healthy = Guests { errors: false, ..guests.clone() };
     for guest in healthy.start(&mut rng, 2, 10) {
         guest.await;
     }
     healthy.verify().await;
+    cut_and_compare(&setup, &guests, seed).await;
+}
+
+/// Starts a job, or tries two on one chain (the second is refused where they would meet), each with a client.
+async fn start_jobs(setup: &Setup, rng: &mut Rng) -> Vec<rt::JoinHandle<()>> {
+    let jobs = Jobs::new(Arc::new(Quiet));
+    let ids = if rng.one_in(3) { &["j", "k"][..] } else { &["j"] };
+    let mut clients = Vec::new();
+    for id in ids {
+        let Some(started) = stream_or_commit(setup, &jobs, rng, id).await else { continue };
+        drop(rt::spawn(started.task));
+        let (job, power, mut rng) = (started.job, setup.power.clone(), Rng::new(rng.number()));
+        clients.push(rt::spawn(async move { attend(&job, &power, &mut rng).await }));
+    }
+    clients
+}
+
+/// Makes one disk of the chain fail or fill up.
+fn break_a_disk(setup: &Setup, rng: &mut Rng) {
+    let disk = &setup.disks[rng.index(setup.disks.len())];
+    let kind = rng.below(4);
+    let mut fault = |error| Some(Fault { after: rng.below(40), error, sticky: rng.one_in(2) });
+    match kind {
+        0 => disk.fail_writes(fault(IoError::ENOSPC)),
+        1 => disk.fail_writes(fault(IoError::EIO)),
+        2 => disk.fail_reads(fault(IoError::EIO)),
+        _ => disk.limit(disk.content().len() as u64 + rng.below(20) * setup.cluster),
+    }
+}
+
+/// All disks are well again, and large.
+fn mend(disks: &[Arc<Disk>]) {
+    for disk in disks {
+        disk.fail_writes(None);
+        disk.fail_reads(None);
+        disk.limit(1 << 27);
+    }
+}
+
+/// Jobs on failing disks: they fail, stop and are resumed, or go on, as their policy says; the guest loses nothing.
+async fn troubled(seed: u64) {
+    let mut rng = Rng::new(seed);
+    let setup = build(&mut rng, 4).await;
+    let guests = Guests::new(&setup, true);
+    let running = guests.start(&mut rng, 2, 200);
+    rt::sleep(Duration::from_micros(rng.below(5000))).await;
+    break_a_disk(&setup, &mut rng);
+    let (disks, trouble) = (setup.disks.clone(), Duration::from_micros(rng.below(60_000)));
+    let mending = rt::spawn(async move {
+        rt::sleep(trouble).await;
+        mend(&disks);
+    });
+    for client in start_jobs(&setup, &mut rng).await {
+        client.await;
+    }
+    mending.await;
+    guests.stop.store(true, Ordering::SeqCst);
+    for guest in running {
+        guest.await;
+    }
+    guests.verify().await;
     cut_and_compare(&setup, &guests, seed).await;
 }
 
@@ -404,10 +493,8 @@ async fn jobs(seed: u64) {
     let guests = Guests::new(&setup, cut);
     let running = guests.start(&mut rng, 2, 200);
     rt::sleep(Duration::from_micros(rng.below(5000))).await;
-    let jobs = Jobs::new(Arc::new(Quiet));
-    if let Some(started) = stream_or_commit(&setup, &jobs, &mut rng).await {
-        let job = started.job.clone();
-        drop(rt::spawn(started.task));
+    let clients = start_jobs(&setup, &mut rng).await;
+    if !clients.is_empty() {
         if cut {
             let (power, delay, over) = (setup.power.clone(), rng.below(60_000), guests.stop.clone());
             drop(rt::spawn(async move {
@@ -417,7 +504,9 @@ async fn jobs(seed: u64) {
                 }
             }));
         }
-        attend(&job, &mut rng).await;
+        for client in clients {
+            client.await;
+        }
     }
     guests.stop.store(true, Ordering::SeqCst);
     for guest in running {
@@ -442,4 +531,9 @@ fn failing_disks_lose_nothing() {
 #[test]
 fn streams_and_commits_lose_nothing() {
     run_seeds(3000, jobs);
+}
+
+#[test]
+fn jobs_on_failing_disks_lose_nothing() {
+    run_seeds(2000, troubled);
 }
