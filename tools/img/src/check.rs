@@ -6,7 +6,7 @@ use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
 use crate::info::is_json;
-use crate::open::{How, check_cache, image};
+use crate::open::{How, Image, check_cache, image};
 use crate::{Failure, Outcome};
 
 const KNOWN: Known = Known {
@@ -63,16 +63,17 @@ pub async fn run(words: &[String]) -> Outcome {
     let opened = image(name, how).await?;
     let driver = opened.wires().view(opened.node()).node().driver();
     if driver != "qcow2" {
+        opened.close().await?;
         return Err(Failure { status: 63, ..Failure::new("This image format does not support checks") });
     }
     let status = if fix == Fix::None {
-        let wires = opened.wires();
-        let file = wires.view(opened.node()).child(Role::File).cloned();
-        let file = file.ok_or_else(|| Failure::new("the image has no file"))?;
-        let status = checked(name, &file, fix, json, quiet).await?;
-        drop((file, wires));
-        opened.close().await?;
-        status
+        let file = opened.wires().view(opened.node()).child(Role::File).cloned();
+        let status = match &file {
+            Some(file) => checked(name, file, fix, json, quiet).await,
+            None => Err(Failure::new("the image has no file")),
+        };
+        drop(file);
+        close_after(status, opened).await?
     } else {
         opened.close().await?;
         repair(name, how, fix, json, quiet).await?
@@ -84,12 +85,17 @@ pub async fn run(words: &[String]) -> Outcome {
 async fn repair(name: &str, how: How<'_>, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
     let how = How { protocol: true, write: true, resize: true, ..how };
     let opened = image(name, how).await?;
-    let wires = opened.wires();
-    let file = wires.view(opened.node()).clone();
-    let status = checked(name, &file, fix, json, quiet).await?;
-    drop((file, wires));
-    opened.close().await?;
-    Ok(status)
+    let file = opened.wires().view(opened.node()).clone();
+    let status = checked(name, &file, fix, json, quiet).await;
+    drop(file);
+    close_after(status, opened).await
+}
+
+/// Closes an image also after a check that failed: what was repaired until then is flushed. That error is the one to tell.
+async fn close_after(status: Result<i32, Failure>, opened: Image) -> Result<i32, Failure> {
+    let closed = opened.close().await;
+    let status = status?;
+    closed.map(|()| status)
 }
 
 async fn once(file: &View, fix: Fix) -> Result<Found, Failure> {

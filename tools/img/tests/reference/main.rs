@@ -35,6 +35,11 @@ fn image_opts() {
 }
 
 #[test]
+fn everyday() {
+    compare(include_str!("../scripts/everyday.txt"));
+}
+
+#[test]
 fn options() {
     compare(include_str!("../scripts/options.txt"));
 }

@@ -36,8 +36,8 @@ struct Side {
 }
 
 /// What scripts may use beside programs: a server in the background, waiting until its process is over (and its image
-/// free), waiting until one answers; and an image that somebody else has open meanwhile. Nothing is waited for for
-/// ever, and no server is left.
+/// free), waiting until one answers; an image that somebody else has open meanwhile; and a filter for how much room files
+/// take up. Nothing is waited for for ever, and no server is left.
 const HELPERS: &str = r#"
 serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); }
 over() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done" || kill $server; }
@@ -45,6 +45,7 @@ ready() { timeout 10 sh -c "until qemu-nbd -L -k '$PWD/s' > /dev/null 2>&1; do s
 held() { mkfifo input; qemu-io "$1" < input > held & exec 3> input; echo length >&3
          timeout 10 sh -c "until grep -q MiB held; do sleep 0.01; done"; }
 free() { exec 3>&-; wait; rm input held; }
+blind() { sed 's/\(disk size: \|file length: \|"actual-size": \).*/\1/'; }
 "#;
 
 fn shell(folder: &Path, path: &str, line: &str) -> Output {
