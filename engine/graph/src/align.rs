@@ -4,7 +4,7 @@
 //! undone. So every write to a node that has an alignment takes its blocks: whole-block writes share them, and
 //! a read-modify-write has them alone.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use underlay_sys::Iov;
 
@@ -21,6 +21,8 @@ pub struct Blocks {
     lock: RangeLock,
     highest: AtomicU64,
     pub(crate) reliers: Reliers,
+    /// Nobody needs what was written.
+    pub(crate) given_up: AtomicBool,
 }
 
 impl Blocks {

@@ -175,7 +175,10 @@ impl Step<'_> {
     /// Flushes the nodes that were written to and will not be any more.
     async fn flush_leaving(&self) -> Result<(), GraphError> {
         for (id, node) in self.old.plan().nodes() {
-            let stops = !node.read_only && self.new.plan().get(id).is_none_or(|node| node.read_only);
+            let now = self.new.plan().get(id);
+            let stops = !node.read_only
+                && now.is_none_or(|node| node.read_only)
+                && !(now.is_none() && node.is_given_up());
             if stops {
                 self.old.view(id).cx().flush().await?;
             }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
@@ -109,6 +110,10 @@ impl PlanNode {
     /// The end of the highest write to the node so far, in bytes: `wr_highest_offset`.
     pub fn highest_write(&self) -> u64 {
         self.blocks.highest()
+    }
+
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.blocks.given_up.load(Ordering::Relaxed)
     }
 
     /// Whether requests to the node are the same under both wirings.
@@ -368,6 +373,16 @@ impl Plan {
         let file = node.child(Role::File);
         if let Some(file) = file.filter(|file| !self.node(*file).monitor_owned) {
             self.set_read_only(file, read_only);
+        }
+    }
+
+    /// Nobody needs what was written to a node that goes with its last user, nor its file: that they cannot be flushed does not
+    /// keep them in the graph. For the target of a copy that came to nothing.
+    pub fn give_up_content(&self, id: NodeId) {
+        let mut at = Some(id);
+        while let Some(node) = at.map(|id| self.node(id)).filter(|node| !node.monitor_owned) {
+            node.blocks.given_up.store(true, Ordering::Relaxed);
+            at = node.child(Role::File);
         }
     }
 

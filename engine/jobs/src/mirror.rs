@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::range_lock::Mode;
-use underlay_graph::status::status;
+use underlay_graph::status::{Status, status};
 use underlay_graph::view::Tracker;
 use underlay_graph::{
     ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
@@ -94,11 +94,21 @@ impl Jobs {
         let plan = graph.plan();
         let granularity = check(&plan, &args)?;
         let wires = graph.wires();
-        let cluster = match &args.target {
-            Target::Existing(node) => wires.view(*node).cx().skip_filters().node().image_info().cluster_size,
-            Target::New { node, .. } => node.node.image_info().cluster_size,
+        let (cluster, unbacked) = match &args.target {
+            Target::Existing(id) => {
+                let view = wires.view(*id);
+                let cx = view.cx().skip_filters();
+                let unbacked = cx.node().backing_ref().is_some() && cx.backing().is_none();
+                (cx.node().image_info().cluster_size, unbacked)
+            }
+            Target::New { node, .. } => {
+                (node.node.image_info().cluster_size, node.node.backing_ref().is_some())
+            }
         };
         let default = cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10));
+        // A cluster that is only partly there would hide what will be below it.
+        let least = cluster.filter(|_| unbacked).unwrap_or(0);
+        let granularity = granularity.unwrap_or(default).max(least);
         check_replaces(graph, &args)?;
         check_root(&plan, args.source)?;
         chain::check_free(&plan, &[args.source])?;
@@ -108,7 +118,7 @@ impl Jobs {
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
-        let tracked = Tracked::new(length, granularity.unwrap_or(default), args.write_blocking);
+        let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
         job.set_copy_mode(tracked.blocking.clone());
         let MirrorArgs { settings, source, target, replaces, sync, target_is_zero, unmap, .. } = args;
         let name = args.filter_node_name.as_deref();
@@ -300,7 +310,7 @@ impl Mirror {
             return Ok((!found.zero, found.len));
         }
         let already = status(&MirrorTop::target(cx), range.split(found.len).0, None).await?;
-        Ok((!already.zero, already.len))
+        Ok((!shows_zero(&already, self.tracked.unbacked), already.len))
     }
 
     fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
@@ -357,7 +367,11 @@ impl Work for Mirror {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        if let Err(error) = job.change(&self.graph, |plan| Ok((self.unwire(plan, false)?, None))).await {
+        let edit = |plan: &mut Plan| {
+            plan.give_up_content(self.wiring.target);
+            Ok((self.unwire(plan, false)?, None))
+        };
+        if let Err(error) = job.change(&self.graph, edit).await {
             tracing::error!(?job, %error, "the graph cannot be given back as it was");
         }
     }
@@ -428,7 +442,7 @@ impl Copier for Copying {
         let _turn = self.tracked.turns.lock(range, Mode::Exclusive).await;
         // Clean before it is read: a write from now on makes it dirty again.
         self.tracked.dirty.clear(range);
-        let result = copy_now(&inside.cx(), range, &self.buffers, self.unmap).await;
+        let result = copy_now(&inside.cx(), range, &self.buffers, self.how()).await;
         if result.is_err() {
             self.tracked.dirty.set(range);
         }
@@ -445,6 +459,10 @@ impl Copier for Copying {
 }
 
 impl Copying {
+    fn how(&self) -> HowToZero {
+        HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked }
+    }
+
     async fn flush(&self) -> Result<(), underlay_graph::IoError> {
         let inside = self.root.enter().await?;
         MirrorTop::target(&inside.cx()).flush().await
@@ -452,7 +470,7 @@ impl Copying {
 }
 
 /// Makes the target show in `range` what the source does. `cx` is at the filter.
-async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, unmap: bool) -> Result<(), Fault> {
+async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, how: HowToZero) -> Result<(), Fault> {
     let (source, target) = (MirrorTop::source(cx), MirrorTop::target(cx));
     while !rest.is_empty() {
         let found = status(&source, rest, None).await.map_err(Fault::read)?;
@@ -460,7 +478,7 @@ async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, unmap: bo
         let (run, later) = rest.split(len);
         rest = later;
         if found.zero {
-            zero(&target, run, unmap).await.map_err(Fault::write)?;
+            zero(&target, run, how).await.map_err(Fault::write)?;
             continue;
         }
         let whole = buffers.take(run.buffer_len());
@@ -475,14 +493,28 @@ async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, unmap: bo
     Ok(())
 }
 
+/// How zeroes get to the target.
+#[derive(Clone, Copy)]
+struct HowToZero {
+    /// As holes, perhaps.
+    unmap: bool,
+    /// See [`Tracked`].
+    unbacked: bool,
+}
+
+/// Whether the target shows zeroes, and will when it has its backing node.
+fn shows_zero(already: &Status, unbacked: bool) -> bool {
+    already.zero && (already.allocated || !unbacked)
+}
+
 /// Zeroes what does not show zeroes yet.
-async fn zero(target: &Cx<'_>, mut rest: ByteRange, unmap: bool) -> Result<(), underlay_graph::IoError> {
+async fn zero(target: &Cx<'_>, mut rest: ByteRange, how: HowToZero) -> Result<(), underlay_graph::IoError> {
     while !rest.is_empty() {
         let already = status(target, rest, None).await?;
         let (run, later) = rest.split(already.len);
         rest = later;
-        if !already.zero {
-            target.write_zeroes(run, ZeroFlags { may_unmap: unmap, no_fallback: false }).await?;
+        if !shows_zero(&already, how.unbacked) {
+            target.write_zeroes(run, ZeroFlags { may_unmap: how.unmap, no_fallback: false }).await?;
         }
     }
     Ok(())
@@ -500,8 +532,9 @@ impl LastStep for CopyRest {
     async fn run(self: Box<Self>, old: &Wires, _new: &Wires) -> Result<(), GraphError> {
         let filter = old.view(self.filter);
         let buffers = Buffers::default();
+        let how = HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked };
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
-            copy_now(&filter.cx(), range, &buffers, self.unmap).await.map_err(|fault| fault.error)?;
+            copy_now(&filter.cx(), range, &buffers, how).await.map_err(|fault| fault.error)?;
         }
         MirrorTop::target(&filter.cx()).flush().await?;
         Ok(())

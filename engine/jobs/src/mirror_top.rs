@@ -31,6 +31,9 @@ pub(crate) struct Tracked {
     pub(crate) dirty: DirtyBitmap,
     /// One copy or guest's write at a time for a granule.
     pub(crate) turns: RangeLock,
+    /// The target does not show yet what will be below it: it must get whole clusters, and every zero. A granule is a cluster at
+    /// least then, and only whole granules are written.
+    pub(crate) unbacked: bool,
     /// The copy mode: `write-blocking`, or else `background`.
     pub(crate) blocking: Arc<AtomicBool>,
     /// Bytes of guests' writes that went to the target, for the job to count.
@@ -40,10 +43,11 @@ pub(crate) struct Tracked {
 }
 
 impl Tracked {
-    pub(crate) fn new(size: u64, granularity: u64, blocking: bool) -> Arc<Self> {
+    pub(crate) fn new(size: u64, granularity: u64, unbacked: bool, blocking: bool) -> Arc<Self> {
         Arc::new(Self {
             dirty: DirtyBitmap::new(size, granularity),
             turns: RangeLock::default(),
+            unbacked,
             blocking: Arc::new(AtomicBool::new(blocking)),
             copied: AtomicU64::new(0),
             expected: Mutex::default(),
@@ -125,6 +129,7 @@ impl Node for MirrorTop {
         let written = Self::source(cx).write(range, from.clone(), flags).await;
         self.0.take_expected(range);
         let copied = match &written {
+            Ok(()) if self.0.unbacked => copy_whole(cx, granules.before(self.length(cx))).await,
             Ok(()) => Self::target(cx).write(range, from, WriteFlags::default()).await,
             Err(_) => Ok(()),
         };
@@ -148,4 +153,11 @@ impl Node for MirrorTop {
     async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
         Ok(())
     }
+}
+
+/// Writes to the target what the source shows in these granules, which are the caller's alone.
+async fn copy_whole(cx: &Cx<'_>, granules: ByteRange) -> Result<()> {
+    let bytes = Iov::scratch(granules.buffer_len());
+    MirrorTop::source(cx).read(granules, bytes.clone()).await?;
+    MirrorTop::target(cx).write(granules, bytes, WriteFlags::default()).await
 }

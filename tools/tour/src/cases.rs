@@ -1,4 +1,5 @@
-//! The three stream cases and the five commit cases of "Live Block Device Operations".
+//! The three stream cases and the five commit cases of "Live Block Device Operations", and two ways of its live disk
+//! synchronization.
 
 /// One case: what to do with the chain A <- B <- C <- D, and what must come of it.
 #[derive(Debug)]
@@ -7,16 +8,16 @@ pub struct Case {
     pub title: &'static str,
     /// The command.
     pub command: &'static str,
-    /// Its arguments besides the job's id: nodes are named by their letters.
+    /// Its arguments besides the job's id: nodes and files are named by their letters.
     pub arguments: &'static [(&'static str, &'static str)],
-    /// The guest's own image is committed: the job gets ready and is then completed.
+    /// The guest's own image is committed or mirrored: the job gets ready and is then completed.
     pub active: bool,
     /// The chain afterwards, base first.
     pub result: &'static str,
 }
 
 /// All cases, in the order of the document.
-pub const CASES: [Case; 8] = [
+pub const CASES: [Case; 10] = [
     Case {
         title: "stream 1: merge everything into the active layer",
         command: "block-stream",
@@ -72,5 +73,25 @@ pub const CASES: [Case; 8] = [
         arguments: &[("device", "D"), ("base-node", "B"), ("top-node", "D")],
         active: true,
         result: "AB",
+    },
+    Case {
+        title: "mirror 1: the whole disk into E, and the guest over to it",
+        command: "drive-mirror",
+        arguments: &[("device", "D"), ("target", "E"), ("node-name", "E"), ("sync", "full")],
+        active: true,
+        result: "E",
+    },
+    Case {
+        title: "mirror 2: the active layer into E, blocking writes, and the guest over to it",
+        command: "drive-mirror",
+        arguments: &[
+            ("device", "D"),
+            ("target", "E"),
+            ("node-name", "E"),
+            ("sync", "top"),
+            ("copy-mode", "write-blocking"),
+        ],
+        active: true,
+        result: "ABCE",
     },
 ];

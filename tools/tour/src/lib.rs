@@ -1,5 +1,5 @@
 //! The tour: a daemon, a guest that never stops writing and verifying, and a chain of images that is made,
-//! streamed and committed under it, case by case as in "Live Block Device Operations".
+//! streamed, committed and mirrored under it, case by case as in "Live Block Device Operations".
 #![forbid(unsafe_code)]
 
 mod cases;
@@ -21,8 +21,8 @@ use guest::{Account, Guest};
 const HELP: &str = "\
 Usage: underlay tour
 
-Makes a chain of disk images live in a temporary folder, streams and commits it in eight ways while a guest keeps
-writing and verifying over NBD, and verifies every byte. Exit status 1 if anything differs.
+Makes a chain of disk images live in a temporary folder, streams and commits it in eight ways and mirrors it in two while a
+guest keeps writing and verifying over NBD, and verifies every byte. Exit status 1 if anything differs.
 ";
 
 /// Size of the guest's disk, in bytes.
@@ -174,8 +174,13 @@ impl Stop {
     /// Runs the case's job to its end; the bytes it went through.
     fn run_job(&self, monitor: &mut Monitor, case: &Case) -> Result<u64, String> {
         let mut arguments = Object::new().with("job-id", "job0");
-        for (name, letter) in case.arguments {
-            arguments.insert(name, self.node(letter));
+        for (name, value) in case.arguments {
+            let value = match *name {
+                "target" => self.file(value),
+                "sync" | "copy-mode" => (*value).to_owned(),
+                _ => self.node(value),
+            };
+            arguments.insert(name, value);
         }
         monitor.execute(case.command, arguments)?;
         let bar = ProgressBar::new(DISK);

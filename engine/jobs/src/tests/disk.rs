@@ -130,6 +130,9 @@ impl Node for Image {
     fn length(&self, _: &Cx<'_>) -> u64 {
         self.state().size
     }
+    fn image_info(&self) -> underlay_graph::info::ImageInfo {
+        underlay_graph::info::ImageInfo { cluster_size: Some(CLUSTER), ..Default::default() }
+    }
     fn limits(&self, _: &Cx<'_>) -> Limits {
         Limits { preferred_zero: u32::try_from(CLUSTER).unwrap(), ..Limits::default() }
     }

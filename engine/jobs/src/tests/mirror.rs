@@ -36,6 +36,8 @@ struct Case {
     faults: bool,
     meddle: bool,
     target_is_zero: bool,
+    /// The target gets what is below it only when the guest is switched over.
+    attach: bool,
     granularity: Option<u32>,
     settings: Settings,
 }
@@ -61,6 +63,7 @@ fn case(lot: &mut Lot) -> Case {
         faults: lot.one_in(4),
         meddle: lot.one_in(2),
         target_is_zero: lot.one_in(4),
+        attach: sync != SyncMode::Full && lot.one_in(2),
         granularity: [None, Some(512), Some(4096), Some(1 << 20)][lot.below(4) as usize],
         settings,
     }
@@ -68,9 +71,13 @@ fn case(lot: &mut Lot) -> Case {
 
 /// The target: for a whole copy full of something else (or empty), for that of the top an overlay of what it leaves out,
 /// and for one of later writes only what was there before.
-async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, NodeId) {
-    let below = (case.sync == SyncMode::Top).then_some(2_usize);
-    let file = below.map(|_| "C.img".to_owned());
+async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, Target) {
+    let below = match case.sync {
+        SyncMode::Top => Some(2_usize),
+        SyncMode::None if case.attach => Some(3),
+        _ => None,
+    };
+    let file = below.map(|at| format!("{}.img", ["A", "B", "C", "D"][at]));
     let image = Arc::new(Image::new(SIZE, file.as_deref(), lot.below(u64::MAX)));
     if case.sync == SyncMode::Full && !case.target_is_zero {
         for cluster in &mut image.state().clusters {
@@ -81,22 +88,26 @@ async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, NodeId) {
             };
         }
     }
-    if case.sync == SyncMode::None {
+    if case.sync == SyncMode::None && !case.attach {
         let disk = learn(&lab.guest, ByteRange::between(0, SIZE)).await.bytes;
         let clusters = disk.chunks(CLUSTER as usize).map(|bytes| Cluster::Data(bytes.to_vec()));
         image.state().clusters = clusters.collect();
     }
-    let backing = below.map(|at| (Role::Backing, Wiring::Existing(lab.nodes[at])));
+    let backing = below.map(|at| lab.nodes[at]);
+    let wired = backing.filter(|_| !case.attach).map(|id| (Role::Backing, Wiring::Existing(id)));
     let options = NodeOptions { discard: true, ..NodeOptions::default() };
     let name = NodeName::new("T");
-    let children = backing.into_iter().collect();
+    let children = wired.into_iter().collect();
     let new = NewNode { name, node: image.clone(), read_only: false, options, children };
+    if case.attach {
+        return (image, Target::New { node: Box::new(new), backing });
+    }
     let add = lab.graph.change(|plan| {
         let id = plan.add(new)?;
         plan.node_mut(id).monitor_owned = true;
         Ok(id)
     });
-    (image, add.await.unwrap())
+    (image, Target::Existing(add.await.unwrap()))
 }
 
 /// What somebody reads who uses the target alone.
@@ -194,7 +205,7 @@ async fn play(seed: u64) {
     let case = case(&mut lot);
     println!("seed {seed}: {case:?}");
     let lab = Lab::new(seed, &[SIZE; 4]).await;
-    let (image, node) = target(&lab, &case, &mut lot).await;
+    let (image, target) = target(&lab, &case, &mut lot).await;
     if case.faults {
         let mut count = || if lot.one_in(2) { lot.below(4) as u32 } else { 0 };
         image.state().faults = Faults { writes: count(), flushes: count() / 3, ..Faults::default() };
@@ -207,7 +218,7 @@ async fn play(seed: u64) {
     let args = MirrorArgs {
         settings: case.settings.clone(),
         source: lab.nodes[3],
-        target: Target::Existing(node),
+        target,
         replaces: None,
         sync: case.sync,
         granularity: case.granularity,
@@ -226,10 +237,10 @@ async fn play(seed: u64) {
     };
     client(&lab, &case, &job, &mut lot, &mut guests).await;
     guests.rest().await;
-    check(&lab, &case, node, &guests.models).await;
+    check(&lab, &case, &guests.models).await;
 }
 
-async fn check(lab: &Lab, case: &Case, node: NodeId, models: &[Model]) {
+async fn check(lab: &Lab, case: &Case, models: &[Model]) {
     lab.assert_tidy();
     let events = lab.record.take();
     assert!(events.ends_with("concluded null"), "{events}");
@@ -240,11 +251,19 @@ async fn check(lab: &Lab, case: &Case, node: NodeId, models: &[Model]) {
     let disk: Vec<u8> = models.iter().flat_map(|model| model.bytes.clone()).collect();
     match (events.contains("COMPLETED "), case.end) {
         (true, End::Complete) => {
-            assert_eq!(lab.graph.plan().root(lab.guest.id()).unwrap().node, node, "{events}");
+            let below = match (case.sync, case.attach) {
+                (SyncMode::Top, _) => "CBA",
+                (SyncMode::None, true) => "DCBA",
+                _ => "",
+            };
+            assert_eq!(lab.chain(), format!("T{below}"), "{events}");
         }
         (true, End::Cancel) => {
             assert_eq!(lab.chain(), "DCBA", "{events}");
-            assert!(content(lab, node).await == disk, "not the disk of the cancel: {events}");
+            if !case.attach {
+                let node = lab.graph.plan().find("T").unwrap();
+                assert!(content(lab, node).await == disk, "not the disk of the cancel: {events}");
+            }
         }
         _ => {
             assert_eq!(lab.chain(), "DCBA", "{events}");
