@@ -31,6 +31,9 @@ const INPUT: usize = 16 << 10;
 /// Most bytes of a chunk that is no data: more than 4,000 extents.
 const MOST_OTHER: u64 = 64 << 10;
 
+/// Most parts of a read that do not touch each other.
+const MOST_PARTS: usize = 4096;
+
 /// Why there is no connection.
 #[derive(Debug)]
 pub(crate) enum Refusal {
@@ -66,8 +69,8 @@ pub(crate) struct Ask {
 struct Waiting {
     request: Request,
     into: Option<Iov>,
-    /// Bytes of a read that came so far.
-    covered: u64,
+    /// What of a read came so far, in order and apart from each other.
+    covered: Vec<Range<u64>>,
     status: Vec<Descriptor>,
     error: Option<Errno>,
     done: Option<Result<(), Failure>>,
@@ -167,7 +170,7 @@ impl Connection {
         let waiting = Waiting {
             request,
             into: ask.into,
-            covered: 0,
+            covered: Vec::new(),
             status: Vec::new(),
             error: None,
             done: None,
@@ -268,7 +271,7 @@ impl Connection {
             self.change(cookie, |waiting| waiting.error = Some(error));
         } else if let Some(into) = into {
             input.take(&self.stream, &into).await?;
-            self.change(cookie, |waiting| waiting.covered = request.length);
+            self.cover(cookie, request.offset, request.length)?;
         }
         self.finish(cookie)
     }
@@ -278,9 +281,11 @@ impl Connection {
         let mut at = [0; 8];
         input.take_bytes(&self.stream, &mut at).await?;
         let len = head.length.checked_sub(8).ok_or_else(|| nonsense("a chunk without its offset"))?;
-        let part = part(&request, into.as_ref(), u64::from_be_bytes(at), len)?;
+        let at = u64::from_be_bytes(at);
+        let part = part(&request, into.as_ref(), at, len)?;
+        self.cover(head.cookie, at, len)?;
         input.take(&self.stream, &part).await?;
-        self.change(head.cookie, |waiting| waiting.covered += len);
+
         if head.done { self.finish(head.cookie) } else { Ok(()) }
     }
 
@@ -295,7 +300,7 @@ impl Connection {
             Payload::None | Payload::Data(..) => {}
             Payload::Hole(at, len) => {
                 part(&request, into.as_ref(), at, len.into())?.fill(0);
-                self.change(head.cookie, |waiting| waiting.covered += u64::from(len));
+                self.cover(head.cookie, at, len.into())?;
             }
             Payload::Status(id, list) => {
                 let first = self.granted.contexts.first().is_some_and(|context| context.id == id);
@@ -316,11 +321,20 @@ impl Connection {
         }
     }
 
+    /// Notes that `len` bytes at `at` of a read come. A byte that comes twice would hide one that never comes.
+    fn cover(&self, cookie: u64, at: u64, len: u64) -> std::io::Result<()> {
+        let mut all = self.waiting();
+        match all.get_mut(&cookie) {
+            Some(waiting) => cover(&mut waiting.covered, at, len),
+            None => Ok(()),
+        }
+    }
+
     /// The reply is complete.
     fn finish(&self, cookie: u64) -> std::io::Result<()> {
         let mut all = self.waiting();
         let Some(waiting) = all.get_mut(&cookie) else { return Ok(()) };
-        let is_whole = waiting.request.command != command::READ || waiting.covered == waiting.request.length;
+        let is_whole = waiting.request.command != command::READ || whole(waiting);
         waiting.done = Some(match waiting.error {
             Some(error) => Err(Failure::Server(error)),
             None if is_whole => Ok(()),
@@ -329,6 +343,33 @@ impl Connection {
         waiting.wake.notify_waiters();
         Ok(())
     }
+}
+
+/// Whether every byte of a read came.
+fn whole(waiting: &Waiting) -> bool {
+    waiting.covered.iter().map(|range| range.end - range.start).sum::<u64>() == waiting.request.length
+}
+
+/// Adds a range to `covered`, joined with its neighbours; an error if a part of it is there or there are too many.
+fn cover(covered: &mut Vec<Range<u64>>, at: u64, len: u64) -> std::io::Result<()> {
+    let end = at.checked_add(len).ok_or_else(|| nonsense("a chunk outside its request"))?;
+    if len == 0 {
+        return Ok(());
+    }
+    let index = covered.partition_point(|range| range.end <= at);
+    if covered.get(index).is_some_and(|next| next.start < end) {
+        return Err(nonsense("a part of a read came twice"));
+    }
+    let before = index.checked_sub(1).filter(|before| covered[*before].end == at);
+    let after = covered.get(index).is_some_and(|next| next.start == end);
+    match (before, after) {
+        (Some(before), true) => covered[before].end = covered.remove(index).end,
+        (Some(before), false) => covered[before].end = end,
+        (None, true) => covered[index].start = at,
+        (None, false) if covered.len() < MOST_PARTS => covered.insert(index, at..end),
+        (None, false) => return Err(nonsense("a read in too many parts")),
+    }
+    Ok(())
 }
 
 /// Where `len` bytes at the offset `at` of a read belong.

@@ -137,7 +137,11 @@ impl Link {
     async fn try_again(&self) -> Option<Arc<Connection>> {
         let same = |connection: &Connection| {
             let (now, then) = (connection.granted(), &self.granted);
-            (now.size, now.minimum_block) == (then.size, then.minimum_block) && now.flags == then.flags
+            // Requests are cut and asked for by what was granted at first.
+            (now.size, now.minimum_block, now.maximum_block, now.flags)
+                == (then.size, then.minimum_block, then.maximum_block, then.flags)
+                && now.framing == then.framing
+                && now.contexts.is_empty() == then.contexts.is_empty()
         };
         let made = connect(&self.spec).await.ok().filter(same).map(Arc::new);
         let mut state = self.state();

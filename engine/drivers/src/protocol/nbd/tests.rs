@@ -161,7 +161,7 @@ fn read_from(script: Script) -> Result<(), IoError> {
 #[test]
 fn servers_that_lie() {
     type Lie = fn(&Request, Chunks, &mut Vec<u8>);
-    let lies: [(&str, Lie); 10] = [
+    let lies: [(&str, Lie); 12] = [
         ("a reply to nobody", |_, chunks, out| Chunks { cookie: 999, ..chunks }.none(out)),
         ("a success without data", |_, chunks, out| chunks.none(out)),
         ("half of the data", |_, chunks, out| {
@@ -173,6 +173,17 @@ fn servers_that_lie() {
                 chunks.data(done, 0, 8192, out);
                 out.extend([0; 8192]);
             }
+        }),
+        ("one half twice and the other never", |_, chunks, out| {
+            for done in [false, true] {
+                chunks.data(done, 0, 4096, out);
+                out.extend([0; 4096]);
+            }
+        }),
+        ("a hole over data", |_, chunks, out| {
+            chunks.data(false, 0, 4096, out);
+            out.extend([0; 4096]);
+            chunks.hole(true, 2048, 4096, out);
         }),
         ("data behind the range", |_, chunks, out| {
             chunks.data(true, 8000, 8192, out);
@@ -261,4 +272,20 @@ fn with_a_delay_requests_wait_for_the_server() {
         cx.node().close(&cx).await.unwrap();
     });
     server.join().unwrap();
+}
+
+/// Parts in any order make a whole read.
+#[test]
+fn parts_in_any_order() {
+    let parts: Script = Box::new(|_, chunks, out| {
+        for (done, at) in [(false, 4096), (false, 0), (true, 6144)] {
+            chunks.data(done, at, 2048, out);
+            out.extend([0; 2048]);
+            if at == 0 {
+                chunks.hole(false, 2048, 2048, out);
+            }
+        }
+        true
+    });
+    assert_eq!(read_from(parts), Ok(()));
 }
