@@ -127,6 +127,18 @@ pub async fn sleep_until(at: Duration) {
     .await;
 }
 
+/// The output of `future`, or nothing if [`now`] reaches `deadline` before it, if there is one. Only for futures that may be dropped midway:
+/// most of this program's may not.
+pub async fn by<F: Future>(deadline: Option<Duration>, future: F) -> Option<F::Output> {
+    let Some(at) = deadline else { return Some(future.await) };
+    let (mut future, mut alarm) = (std::pin::pin!(future), std::pin::pin!(sleep_until(at)));
+    std::future::poll_fn(move |cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => alarm.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}
+
 /// Lets the other tasks of this thread run first.
 pub async fn yield_now() {
     let mut yielded = false;

@@ -15,6 +15,7 @@ use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use underlay_nbd::flags::CMD_PAYLOAD_LEN;
@@ -23,8 +24,8 @@ use underlay_nbd::transmission::{Payload, chunk, command};
 use underlay_nbd::{
     Chunk, ClientHandshake, Descriptor, Errno, Framing, Negotiated, ProtocolError, Reply, Request, Wish,
 };
-use underlay_sys::Iov;
 use underlay_sys::net::{Address, Part, Stream};
+use underlay_sys::{Iov, rt};
 
 /// Bytes received ahead: headers, and what comes along with them.
 const INPUT: usize = 16 << 10;
@@ -104,37 +105,55 @@ fn nonsense(text: &str) -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::InvalidData, text)
 }
 
+fn late<T>() -> std::io::Result<T> {
+    Err(std::io::ErrorKind::TimedOut.into())
+}
+
+/// The handshake.
+async fn agree(stream: &Stream, wish: Wish, buffer: &mut [u8]) -> Result<Negotiated, Refusal> {
+    let mut machine = ClientHandshake::new(wish);
+    let granted = loop {
+        let progress = machine.step();
+        stream.send_all(&machine.take_output()).await.map_err(Refusal::Io)?;
+        match progress {
+            Progress::NeedBytes => {}
+            Progress::Done(granted) => break granted,
+            Progress::Refused(text) => return Err(Refusal::Server(text)),
+            Progress::Fail(error) => return Err(Refusal::Io(broken(error))),
+            Progress::Listed(_) => return Err(Refusal::Io(nonsense("a list that nobody asked for"))),
+        }
+        let got = stream.recv(buffer).await.map_err(Refusal::Io)?;
+        if got == 0 {
+            return Err(Refusal::Io(std::io::ErrorKind::UnexpectedEof.into()));
+        }
+        machine.feed(&buffer[..got]);
+    };
+    // Replies cannot have come before requests.
+    match machine.into_rest().is_empty() {
+        true => Ok(granted),
+        false => Err(Refusal::Io(nonsense("the server says more than it was asked"))),
+    }
+}
+
 impl Connection {
-    /// Connects and agrees on an export, with the best headers that both sides know.
+    /// Connects and agrees on an export, with the best headers that both sides know. A server that has not got so far when
+    /// [`rt::now`] reaches `deadline` is hung up on.
     pub(crate) async fn open(
         address: &Address,
         export: &str,
         contexts: Vec<String>,
+        deadline: Option<Duration>,
     ) -> Result<Self, Refusal> {
-        let stream = Stream::connect(address).await.map_err(Refusal::Io)?;
+        // Nothing is lost by giving up either of these midway.
+        let connected = rt::by(deadline, Stream::connect(address)).await.unwrap_or_else(late);
+        let stream = connected.map_err(Refusal::Io)?;
         let wish = Wish { export: export.to_owned(), framing: Framing::Extended, contexts, list: false };
-        let mut machine = ClientHandshake::new(wish);
         let mut buffer = vec![0; INPUT].into_boxed_slice();
-        let granted = loop {
-            let progress = machine.step();
-            stream.send_all(&machine.take_output()).await.map_err(Refusal::Io)?;
-            match progress {
-                Progress::NeedBytes => {}
-                Progress::Done(granted) => break granted,
-                Progress::Refused(text) => return Err(Refusal::Server(text)),
-                Progress::Fail(error) => return Err(Refusal::Io(broken(error))),
-                Progress::Listed(_) => return Err(Refusal::Io(nonsense("a list that nobody asked for"))),
-            }
-            let got = stream.recv(&mut buffer).await.map_err(Refusal::Io)?;
-            if got == 0 {
-                return Err(Refusal::Io(std::io::ErrorKind::UnexpectedEof.into()));
-            }
-            machine.feed(&buffer[..got]);
-        };
-        // Replies cannot have come before requests.
-        if !machine.into_rest().is_empty() {
-            return Err(Refusal::Io(nonsense("the server says more than it was asked")));
+        let agreed = rt::by(deadline, agree(&stream, wish, &mut buffer)).await;
+        if agreed.is_none() {
+            stream.shutdown();
         }
+        let granted = agreed.unwrap_or_else(|| late().map_err(Refusal::Io))?;
         Ok(Self {
             stream,
             granted,
@@ -178,7 +197,7 @@ impl Connection {
         };
         self.waiting().insert(cookie, waiting);
         if self.is_dead() || self.send(&request, ask.payload.as_ref()).await.is_err() {
-            self.die();
+            self.hang_up();
         }
         self.wait_for(cookie, &wake).await
     }
@@ -198,7 +217,8 @@ impl Connection {
         if !self.is_dead() {
             let goodbye = Request { command: command::DISCONNECT, ..Request::default() };
             let _ = self.send(&goodbye, None).await;
-            self.die();
+            self.hang_up();
+            self.lose_all(&*self.receiving.lock().await);
         }
     }
 
@@ -221,17 +241,23 @@ impl Connection {
                 if let Some(result) = self.take_done(cookie) {
                     return result;
                 }
-                if self.receive(&mut input).await.is_err() {
-                    self.die();
+                if self.is_dead() || self.receive(&mut input).await.is_err() {
+                    self.hang_up();
+                    self.lose_all(&input);
                 }
             }
         }
     }
 
-    /// The connection is of no use any more: everybody hears it.
-    fn die(&self) {
+    /// The connection is of no use any more. Whoever receives notices, and tells everybody; so does the next who would.
+    fn hang_up(&self) {
         self.dead.store(true, Ordering::Release);
         self.stream.shutdown();
+    }
+
+    /// Fails every request on its way. Only for who has the right to receive (`_input` shows it): a request that is told
+    /// that it failed lets go of its buffer, into which nobody may be receiving then.
+    fn lose_all(&self, _input: &Input) {
         for waiting in self.waiting().values_mut() {
             waiting.done.get_or_insert(Err(Failure::Lost));
             waiting.wake.notify_waiters();

@@ -16,6 +16,8 @@ use super::spec::NbdSpec;
 
 /// How often it is tried to connect while somebody waits.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a server may take to agree on anything when nobody waits for longer.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Without anybody's waiting: requests that come sooner than this after a failed attempt fail at once.
 const REST: Duration = Duration::from_secs(1);
 
@@ -38,12 +40,17 @@ pub(crate) struct Link {
     attempt: tokio::sync::Mutex<()>,
 }
 
-async fn connect(spec: &NbdSpec) -> std::result::Result<Connection, Refusal> {
-    Connection::open(&spec.server, &spec.export, vec!["base:allocation".to_owned()]).await
+async fn connect(spec: &NbdSpec, deadline: Option<Duration>) -> std::result::Result<Connection, Refusal> {
+    Connection::open(&spec.server, &spec.export, vec!["base:allocation".to_owned()], deadline).await
 }
 
 fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
     match refusal {
+        Refusal::Io(error)
+            if error.kind() == std::io::ErrorKind::TimedOut && !spec.open_timeout.is_zero() =>
+        {
+            IoError::EIO.with("Connection attempt cancelled by timeout")
+        }
         Refusal::Io(error) => {
             IoError::from(error).context(format!("Failed to connect to '{}'", spec.address()))
         }
@@ -54,11 +61,12 @@ fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
 }
 
 impl Link {
-    /// Connects for the first time, for up to `open-timeout`.
+    /// Connects for the first time, for up to `open-timeout`; 0: one attempt, for as long as it takes.
     pub(crate) async fn open(spec: NbdSpec) -> Result<Self> {
         let until = rt::now() + spec.open_timeout;
+        let deadline = (!spec.open_timeout.is_zero()).then_some(until);
         let connection = loop {
-            match connect(&spec).await {
+            match connect(&spec, deadline).await {
                 Ok(connection) => break connection,
                 Err(Refusal::Io(_)) if rt::now() < until => rt::sleep(PAUSE).await,
                 Err(refusal) => return Err(refused(&spec, refusal)),
@@ -120,11 +128,14 @@ impl Link {
                 let state = self.state();
                 (state.lost.unwrap_or_default(), state.tried)
             };
-            let waits = rt::now() < lost + self.spec.reconnect_delay;
+            let until = lost + self.spec.reconnect_delay;
+            let waits = rt::now() < until;
             if !waits && tried.is_some_and(|tried| rt::now() < tried + REST) {
                 return Err(IoError::EIO);
             }
-            if let Some(connection) = self.try_again().await {
+            if let Some(connection) =
+                self.try_again(Some(if waits { until } else { rt::now() + PATIENCE })).await
+            {
                 return Ok(connection);
             }
             if !waits {
@@ -134,7 +145,7 @@ impl Link {
         }
     }
 
-    async fn try_again(&self) -> Option<Arc<Connection>> {
+    async fn try_again(&self, deadline: Option<Duration>) -> Option<Arc<Connection>> {
         let same = |connection: &Connection| {
             let (now, then) = (connection.granted(), &self.granted);
             // Requests are cut and asked for by what was granted at first.
@@ -143,7 +154,7 @@ impl Link {
                 && now.framing == then.framing
                 && now.contexts.is_empty() == then.contexts.is_empty()
         };
-        let made = connect(&self.spec).await.ok().filter(same).map(Arc::new);
+        let made = connect(&self.spec, deadline).await.ok().filter(same).map(Arc::new);
         let mut state = self.state();
         match &made {
             Some(connection) => {

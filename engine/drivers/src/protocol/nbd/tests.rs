@@ -24,6 +24,11 @@ const SIZE: u64 = 1 << 20;
 type Script = Box<dyn FnMut(&Request, Chunks, &mut Vec<u8>) -> bool + Send>;
 
 fn handshake(stream: &mut UnixStream) -> Option<Framing> {
+    handshake_of(stream, SIZE)
+}
+
+/// Grants an export of `size` bytes.
+fn handshake_of(stream: &mut UnixStream, size: u64) -> Option<Framing> {
     let mut machine = ServerHandshake::new();
     let mut buffer = [0; 4096];
     loop {
@@ -36,7 +41,7 @@ fn handshake(stream: &mut UnixStream) -> Option<Framing> {
                 machine.answer_export(Some(&ExportInfo {
                     name,
                     description: String::new(),
-                    size: SIZE,
+                    size,
                     flags,
                     minimum_block,
                     preferred_block,
@@ -105,13 +110,12 @@ fn honest() -> Script {
     })
 }
 
+fn spec(path: &Path, reconnect_delay: Duration, open_timeout: Duration) -> NbdSpec {
+    NbdSpec { server: Address::Unix(path.to_owned()), export: String::new(), reconnect_delay, open_timeout }
+}
+
 async fn open(path: &Path, reconnect_delay: u64) -> Arc<View> {
-    let spec = NbdSpec {
-        server: Address::Unix(path.to_owned()),
-        export: String::new(),
-        reconnect_delay: Duration::from_secs(reconnect_delay),
-        open_timeout: Duration::ZERO,
-    };
+    let spec = spec(path, Duration::from_secs(reconnect_delay), Duration::ZERO);
     View::detached(Arc::new(NbdNode::open(&spec, false, false).await.unwrap()), [])
 }
 
@@ -270,6 +274,74 @@ fn with_a_delay_requests_wait_for_the_server() {
         }
         let cx = view.cx();
         cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
+/// A server that accepts and then says nothing is waited for no longer than the user said.
+#[test]
+fn a_server_that_says_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let _silent = UnixListener::bind(&path).unwrap();
+    block_on(async {
+        let spec = spec(&path, Duration::ZERO, Duration::from_millis(50));
+        let error = NbdNode::open(&spec, false, false).await.map(drop).unwrap_err();
+        assert_eq!(error.to_string(), "Connection attempt cancelled by timeout");
+    });
+}
+
+/// Requests wait for a server that came back without a word no longer than `reconnect-delay`, however many they are.
+#[test]
+fn a_server_that_comes_back_and_says_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (done, all_done) = std::sync::mpsc::channel::<()>();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        handshake(&mut stream).unwrap();
+        drop(stream);
+        let silent = listener.accept();
+        all_done.recv().unwrap();
+        drop(silent);
+    });
+    block_on(async {
+        let spec = spec(&path, Duration::from_millis(300), Duration::ZERO);
+        let view = View::detached(Arc::new(NbdNode::open(&spec, false, false).await.unwrap()), []);
+        let reads = (0..8_u64).map(|number| {
+            let view = view.clone();
+            underlay_sys::rt::spawn(async move {
+                view.cx().read(range(number * 4096, 4096), Iov::zeroed(4096)).await
+            })
+        });
+        for read in reads.collect::<Vec<_>>() {
+            assert_eq!(read.await, Err(IoError::EIO));
+        }
+    });
+    done.send(()).unwrap();
+    server.join().unwrap();
+}
+
+/// A server that comes back and grants less than before is not taken.
+#[test]
+fn a_server_that_comes_back_with_less() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        handshake(&mut stream).unwrap();
+        drop(stream);
+        let (mut stream, _) = listener.accept().unwrap();
+        handshake_of(&mut stream, SIZE / 2);
+    });
+    block_on(async {
+        let view = open(&path, 0).await;
+        let cx = view.cx();
+        for _ in 0..2 {
+            assert_eq!(cx.read(range(0, 4096), Iov::zeroed(4096)).await, Err(IoError::EIO));
+        }
     });
     server.join().unwrap();
 }
