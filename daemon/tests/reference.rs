@@ -1,7 +1,7 @@
 //! The same QMP scripts on our daemon and on the reference's: the same replies and the same events.
 //!
-//! A script (`tests/qmp/*.qmp`) has a line for each step: `! …` is a shell command, `? NAME` waits for an event, and
-//! anything else is a command to execute. Replies are compared in their order and events in theirs; how the two
+//! A script (`tests/qmp/*.qmp`) has a line for each step: `! …` is a shell command, `? NAME [TEXT]` waits for an event
+//! (that has the text in it), and anything else is a command to execute. Replies are compared in their order and events in theirs; how the two
 //! interleave is a matter of timing. What may differ (generated names, times, sizes on disk) is blanked out.
 
 use std::io::{BufRead, BufReader, Write};
@@ -32,8 +32,8 @@ struct Heard {
 struct Client {
     reader: BufReader<UnixStream>,
     heard: Heard,
-    /// Names of the events since the last command was sent, reply or not: what a script may wait for.
-    fresh: Vec<String>,
+    /// Names and texts of the events since the last command was sent, reply or not: what a script may wait for.
+    fresh: Vec<(String, String)>,
 }
 
 impl Client {
@@ -84,12 +84,14 @@ impl Client {
     fn event(&mut self, message: &Object, line: &str) {
         let timestamp = line.find("}, ").unwrap_or_else(|| panic!("no event: {line}"));
         self.heard.events.push(blanked(&line[timestamp..]));
-        self.fresh.extend(message.get("event").and_then(Value::as_str).map(str::to_owned));
+        let name = message.get("event").and_then(Value::as_str);
+        self.fresh.extend(name.map(|name| (name.to_owned(), line.to_owned())));
     }
 
-    fn wait_for(&mut self, name: &str) {
-        while !self.fresh.iter().any(|event| event == name) {
-            let (message, line) = self.line().unwrap_or_else(|| panic!("no {name}"));
+    fn wait_for(&mut self, event: &str) {
+        let (name, text) = event.split_once(' ').unwrap_or((event, ""));
+        while !self.fresh.iter().any(|(fresh, line)| fresh == name && line.contains(text)) {
+            let (message, line) = self.line().unwrap_or_else(|| panic!("no {event}"));
             self.event(&message, &line);
         }
     }
@@ -190,6 +192,11 @@ fn exports() {
 #[test]
 fn snapshots() {
     compare("snapshots");
+}
+
+#[test]
+fn create() {
+    compare("create");
 }
 
 #[test]

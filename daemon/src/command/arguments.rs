@@ -67,6 +67,11 @@ impl Arguments {
         self.object.get(name).is_some()
     }
 
+    /// A value of any type that may be there.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.object.remove(name)
+    }
+
     /// Everything that is left.
     pub fn rest(self) -> Object {
         self.object

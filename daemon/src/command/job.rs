@@ -212,5 +212,6 @@ pub fn query_block_jobs(daemon: &Daemon) -> Value {
         }
         Value::Object(object)
     };
-    Value::List(daemon.jobs.query().into_iter().map(describe).collect())
+    let block_jobs = daemon.jobs.query().into_iter().filter(|job| job.kind.is_block_job());
+    Value::List(block_jobs.map(describe).collect())
 }

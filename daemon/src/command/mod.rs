@@ -2,6 +2,7 @@
 
 pub mod arguments;
 pub mod blockdev;
+pub mod create;
 pub mod export;
 pub mod job;
 pub mod lookup;
@@ -67,6 +68,7 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
             blockdev::add(daemon, arguments.rest()).await?;
         }
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
+        "blockdev-create" => create::blockdev_create(daemon, &mut arguments).await?,
         "blockdev-snapshot-sync" => {
             snapshot::snapshot_sync(daemon, SnapshotSync::new(&mut arguments)).await?
         }

@@ -1,15 +1,16 @@
 //! Making image files.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use underlay_graph::{IoError, NodeOptions, View};
+use underlay_graph::{ByteRange, Cx, IoError, NodeOptions, Preallocation, View};
 use underlay_qcow2::CreateOptions;
+use underlay_sys::Iov;
 use underlay_sys::file::{File, OpenOptions};
 
 use crate::error::OpenError;
-use crate::names::plain_path;
-use crate::options::{DriverSpec, NodeSpec};
-use crate::protocol::file::FileNode;
+use crate::options::{DriverSpec, FileSpec, NodeSpec};
+use crate::protocol::file::{Aio, FileNode, Locking};
 use crate::protocol::nbd::{self, NbdNode};
 
 /// Makes (or empties) the file `name` and writes a qcow2 image into it. The file is locked meanwhile, so that an
@@ -24,52 +25,107 @@ pub async fn qcow2(name: &str, options: &CreateOptions) -> Result<(), OpenError>
     Ok(closed?)
 }
 
+/// Writes a qcow2 image into a node of the graph, which keeps its length and its space.
+pub async fn qcow2_into(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), OpenError> {
+    let options = CreateOptions { keep_space: true, ..options.clone() };
+    underlay_qcow2::create(cx, &options).await.map_err(|error| OpenError::text(error.to_string()))
+}
+
 /// Opens the file `name`, made if need be, for nobody else. An export is there or not, and is not locked.
-async fn exclusive_file(name: &str) -> Result<std::sync::Arc<View>, OpenError> {
+async fn exclusive_file(name: &str) -> Result<Arc<View>, OpenError> {
     if nbd::spec::is_name(name) {
         let node = NbdNode::open(&nbd::spec::NbdSpec::parse(name)?, false, false).await?;
-        return Ok(View::detached(std::sync::Arc::new(node), []));
+        return Ok(View::detached(Arc::new(node), []));
     }
+    let DriverSpec::File(spec) = NodeSpec::file(name).driver else {
+        return Err(OpenError::text(format!("'{name}' is not a file")));
+    };
+    exclusive(&spec).await
+}
+
+/// Opens a file, made if need be, for nobody else.
+async fn exclusive(spec: &FileSpec) -> Result<Arc<View>, OpenError> {
+    let name = &spec.filename;
     let could_not = |error: std::io::Error| {
         OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")))
     };
     let open = OpenOptions { write: true, create: true, ..OpenOptions::default() };
-    drop(File::open(Path::new(plain_path(name)), open).map_err(could_not)?);
-    let spec = NodeSpec::file(name);
-    let DriverSpec::File(spec) = spec.driver else {
-        return Err(OpenError::text(format!("'{name}' is not a file")));
-    };
+    drop(File::open(Path::new(name), open).map_err(could_not)?);
     let options_of_node = NodeOptions { discard: true, ..NodeOptions::default() };
-    let node = std::sync::Arc::new(FileNode::open(&spec, &options_of_node, false, false).await?);
+    let node = Arc::new(FileNode::open(spec, &options_of_node, false, false).await?);
     let view = View::detached(node, []);
     let cx = view.cx();
     cx.node().set_access(&cx, crate::protocol::file::EXCLUSIVE).await?;
     Ok(view)
 }
 
-async fn write_image(cx: &underlay_graph::Cx<'_>, options: &CreateOptions) -> Result<(), OpenError> {
-    cx.node().resize(cx, 0, underlay_graph::Preallocation::Off).await?;
+async fn write_image(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), OpenError> {
+    cx.node().resize(cx, 0, Preallocation::Off).await?;
     underlay_qcow2::create(cx, options).await.map_err(|error| OpenError::text(error.to_string()))?;
     Ok(cx.flush().await?)
 }
 
 /// Makes (or empties) the file `name` as a raw image of `size` bytes.
-pub async fn raw(
-    name: &str,
-    size: u64,
-    preallocation: underlay_graph::Preallocation,
-) -> Result<(), OpenError> {
+pub async fn raw(name: &str, size: u64, preallocation: Preallocation) -> Result<(), OpenError> {
     let view = exclusive_file(name).await?;
+    filled(&view, size, preallocation).await
+}
+
+/// A file to make. The fields are blockdev-create's.
+#[derive(Clone, Debug)]
+pub struct NewFile {
+    /// Path, taken as it is.
+    pub filename: String,
+    /// Bytes; a negative number is refused when the file is there.
+    pub size: i64,
+    /// What to reserve.
+    pub preallocation: Preallocation,
+    /// Ask that it be overwritten in place.
+    pub nocow: bool,
+    /// Ask that it grow in extents of so many bytes.
+    pub extent_size: Option<i64>,
+}
+
+/// Makes (or empties) a file.
+pub async fn file(new: &NewFile) -> Result<(), OpenError> {
+    let extent_size = new.extent_size.map(u32::try_from).transpose();
+    let extent_size = extent_size.map_err(|_| OpenError::text("Extent size hint is too large".to_owned()))?;
+    let spec = FileSpec {
+        driver: "file",
+        filename: new.filename.clone(),
+        locking: Locking::default(),
+        aio: Aio::default(),
+    };
+    let view = exclusive(&spec).await?;
     let cx = view.cx();
-    let emptied = cx.node().resize(&cx, 0, underlay_graph::Preallocation::Off).await;
+    cx.node().resize(&cx, 0, Preallocation::Off).await?;
+    // Wishes: most file systems do not know them.
+    let open = OpenOptions { write: true, ..OpenOptions::default() };
+    let empty = File::open(Path::new(&new.filename), open).map_err(IoError::from)?;
+    let asked = [
+        new.nocow.then(|| empty.no_copy_on_write()),
+        extent_size.filter(|bytes| *bytes > 0).map(|bytes| empty.extent_size(bytes)),
+    ];
+    for error in asked.into_iter().flatten().filter_map(Result::err) {
+        tracing::debug!(file = new.filename, %error, "a wish about the new file was not granted");
+    }
+    let size = u64::try_from(new.size);
+    let size = size.map_err(|_| IoError::EINVAL.context("Could not resize file"))?;
+    filled(&view, size, new.preallocation).await
+}
+
+/// Empties a file and gives it its size, and closes it.
+async fn filled(view: &View, size: u64, preallocation: Preallocation) -> Result<(), OpenError> {
+    let cx = view.cx();
+    let emptied = cx.node().resize(&cx, 0, Preallocation::Off).await;
     let mut sized = match emptied {
         Ok(()) => cx.node().resize(&cx, size, preallocation).await,
         error => error,
     };
     if sized.is_ok() && size > 0 {
         // As the reference does: programs that probe a file's alignment want something to read.
-        let head = underlay_graph::ByteRange::between(0, size.min(4096));
-        sized = cx.write(head, underlay_sys::Iov::zeroed(head.buffer_len()), Default::default()).await;
+        let head = ByteRange::between(0, size.min(4096));
+        sized = cx.write(head, Iov::zeroed(head.buffer_len()), Default::default()).await;
     }
     let closed = cx.node().close(&cx).await;
     sized?;

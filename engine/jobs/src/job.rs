@@ -28,6 +28,8 @@ pub enum Kind {
     Commit,
     /// blockdev-mirror, drive-mirror
     Mirror,
+    /// blockdev-create
+    Create,
 }
 
 impl Kind {
@@ -37,7 +39,13 @@ impl Kind {
             Self::Stream => "stream",
             Self::Commit => "commit",
             Self::Mirror => "mirror",
+            Self::Create => "create",
         }
+    }
+
+    /// Whether the block-job commands, queries and events are for it too: not for one that works on no node of the graph.
+    pub fn is_block_job(self) -> bool {
+        self != Self::Create
     }
 }
 
@@ -461,6 +469,10 @@ impl Job {
 
     /// Moves between running and paused, ready and standby, as the reasons to pause come and go.
     fn show_pause(&self, state: &mut State) {
+        if !self.kind.is_block_job() {
+            // It has no point at which to pause.
+            return;
+        }
         let held = state.user_paused || state.drained > 0;
         let next = match (state.status, held) {
             (Status::Running, true) => Status::Paused,
@@ -702,11 +714,13 @@ impl Job {
     pub(crate) fn conclude(&self, result: Result<(), Stop>) {
         let mut state = self.state();
         let (id, progress) = (self.id.clone(), self.progress(&state));
-        self.sink.emit(match result {
-            Ok(()) => JobEvent::Completed { id, progress, error: None },
-            Err(Stop::Cancelled) => JobEvent::Cancelled { id, progress },
-            Err(Stop::Failed(error)) => JobEvent::Completed { id, progress, error: Some(error) },
-        });
+        if self.kind.is_block_job() {
+            self.sink.emit(match result {
+                Ok(()) => JobEvent::Completed { id, progress, error: None },
+                Err(Stop::Cancelled) => JobEvent::Cancelled { id, progress },
+                Err(Stop::Failed(error)) => JobEvent::Completed { id, progress, error: Some(error) },
+            });
+        }
         self.enter(&mut state, Status::Concluded);
     }
 

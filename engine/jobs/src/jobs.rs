@@ -69,14 +69,15 @@ impl Jobs {
 
     /// The job for a block-job-… command.
     pub fn block_job(&self, id: &str) -> Result<Arc<Job>, JobError> {
-        self.get(id).ok_or_else(|| JobError::BlockJobNotFound(id.to_owned()))
+        let job = self.get(id).filter(|job| job.kind().is_block_job());
+        job.ok_or_else(|| JobError::BlockJobNotFound(id.to_owned()))
     }
 
     fn get(&self, id: &str) -> Option<Arc<Job>> {
         self.list().iter().find(|job| job.id() == id).cloned()
     }
 
-    /// All jobs, newest first, as query-jobs and query-block-jobs list them.
+    /// All jobs, newest first, as query-jobs lists them; query-block-jobs leaves out those that are no block jobs.
     pub fn query(&self) -> Vec<JobInfo> {
         self.list().iter().rev().map(|job| job.info()).collect()
     }

@@ -15,6 +15,7 @@ pub mod active;
 pub mod chain;
 pub mod commit;
 pub mod copy;
+pub mod create;
 pub mod error;
 pub mod event;
 pub mod filter;
@@ -30,6 +31,7 @@ pub mod stream;
 mod tests;
 
 pub use commit::CommitArgs;
+pub use create::Creation;
 pub use error::JobError;
 pub use event::{Action, EventSink, JobEvent, Progress};
 pub use job::{IoStatus, Job, JobInfo, Kind, OnError, Settings};

@@ -47,6 +47,8 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// Any of the options for encryption: not supported.
     pub encrypted: bool,
+    /// The file stays as long as it is and keeps its space, which somebody may have reserved for the image.
+    pub keep_space: bool,
 }
 
 impl CreateOptions {
@@ -65,6 +67,7 @@ impl CreateOptions {
             data_file: None,
             data_file_raw: false,
             encrypted: false,
+            keep_space: false,
         }
     }
 }
@@ -261,7 +264,10 @@ pub async fn create(file: &Cx<'_>, options: &CreateOptions) -> Result<(), Create
     }
 
     let out = Writer { file, cluster };
-    out.empty_file().await?;
+    match options.keep_space && file.length() > 0 {
+        true => out.forget_image().await?,
+        false => out.empty_file().await?,
+    }
     out.reserve(options, &tables, &layout, l1 * cluster + l1_bytes).await?;
     // Tables given up on the way come first, as their clusters may have been used again.
     out.refcounts(&layout, header.refcount_order).await?;
@@ -327,6 +333,13 @@ impl Writer<'_> {
         self.file.flush().await
     }
 
+    /// Whatever image was there is none any more, durably.
+    async fn forget_image(&self) -> Result<(), IoError> {
+        let head = ByteRange::between(0, self.file.length().min(SECTOR as u64));
+        self.file.write_zeroes(head, ZeroFlags::default()).await?;
+        self.file.flush().await
+    }
+
     /// Gives the file its length, and the data its space.
     async fn reserve(
         &self,
@@ -356,19 +369,17 @@ impl Writer<'_> {
             Preallocation::Metadata => Preallocation::Off,
             other => other,
         };
-        let was_empty = self.file.length() == 0;
-        let resized = self.file.node().resize(self.file, end, how).await;
-        match resized {
-            // A block device: it has its size already.
-            Err(error) if error == IoError::ENOTSUP && self.file.length() >= end => {}
-            other => other?,
+        let length = self.file.length();
+        if end > length {
+            self.file.node().resize(self.file, end, how).await?;
         }
-        if was_empty {
+        if length == 0 {
             return Ok(());
         }
-        // A device or an export could not be emptied. What is not written below must be zeroes.
-        let flags = ZeroFlags { may_unmap: true, no_fallback: false };
-        self.file.write_zeroes(ByteRange::between(0, end), flags).await
+        // It was kept, or it is a device or an export that cannot be emptied. What is not written below must be zeroes.
+        let reserved = matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
+        let flags = ZeroFlags { may_unmap: !(options.keep_space && reserved), no_fallback: false };
+        self.file.write_zeroes(ByteRange::between(0, end.min(length)), flags).await
     }
 
     async fn l2_tables(&self, options: &CreateOptions, tables: &[Preallocated]) -> Result<(), IoError> {

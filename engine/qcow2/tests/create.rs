@@ -158,3 +158,30 @@ fn refusals_are_worded_as_qemu_does() {
     compare(&CreateOptions { cluster_size: 512, ..CreateOptions::new(1 << 40) });
     compare(&CreateOptions::new(1 << 62));
 }
+
+/// What was in a file that is kept does not show in the new image: but for the rest of the file it is the same as in an
+/// empty one.
+#[test]
+fn a_file_that_keeps_its_space_gives_the_same_image() {
+    for (preallocation, before) in [
+        (Preallocation::Off, 1 << 20),
+        (Preallocation::Off, 1000),
+        (Preallocation::Metadata, 100 << 10),
+        (Preallocation::Falloc, 3 << 20),
+        (Preallocation::Full, 1 << 20),
+    ] {
+        let options = CreateOptions {
+            preallocation,
+            cluster_size: 4096,
+            keep_space: true,
+            ..CreateOptions::new(2 << 20)
+        };
+        let (empty, view) = Memory::default().view();
+        run(create(&view.cx(), &options)).unwrap();
+        let (kept, view) = Memory::from_bytes(&vec![0xaa; before]).view();
+        run(create(&view.cx(), &options)).unwrap();
+        let (empty, kept) = (empty.to_vec(), kept.to_vec());
+        assert_eq!(kept.len(), before.max(empty.len()));
+        assert!(kept[..empty.len()] == empty, "{preallocation:?} over {before} bytes");
+    }
+}

@@ -15,7 +15,7 @@ use io_uring::{opcode, types};
 use smallvec::SmallVec;
 
 use crate::buf::Iov;
-use crate::{background, driver, pool, ring, rt};
+use crate::{background, driver, hints, pool, ring, rt};
 
 /// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
 const SMALL_WRITE: usize = 128 << 10;
@@ -392,6 +392,16 @@ impl File {
     pub fn set_len(&self, len: u64) -> io::Result<()> {
         position(len)?;
         Ok(rustix::fs::ftruncate(&*self.fd, len)?)
+    }
+
+    /// Asks that the file be overwritten in place where the file system would copy on write. Only for empty files.
+    pub fn no_copy_on_write(&self) -> io::Result<()> {
+        hints::no_copy_on_write(&*self.fd)
+    }
+
+    /// Asks that the file grow in extents of `bytes`. Only for empty files.
+    pub fn extent_size(&self, bytes: u32) -> io::Result<()> {
+        hints::extent_size(&*self.fd, bytes)
     }
 
     /// The first byte from `offset` on that is not in a hole; `None`: nothing but hole up to the end.

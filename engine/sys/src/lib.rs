@@ -8,6 +8,7 @@ pub mod buf;
 mod driver;
 mod exec;
 pub mod file;
+mod hints;
 pub mod net;
 mod pool;
 pub mod process;

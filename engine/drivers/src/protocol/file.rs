@@ -441,7 +441,7 @@ impl Node for FileNode {
         } else if preallocation != Preallocation::Off {
             return Err(IoError::ENOTSUP.with("Cannot use preallocation for shrinking files"));
         }
-        file.set_len(size).map_err(|error| cannot(error, "Failed to resize file"))?;
+        file.set_len(size).map_err(|error| cannot(error, "Could not resize file"))?;
         self.length.store(size, Ordering::Release);
         Ok(())
     }

@@ -123,7 +123,10 @@ fn checked(value: Value, ty: &Type, input: Input, name: &str) -> Result<Value, A
         (Type::Int | Type::U16 | Type::U32 | Type::U64, value @ (Value::Int(_) | Value::UInt(_))) => {
             in_range(value, ty, name)
         }
-        (Type::Int | Type::U16 | Type::U32 | Type::U64, _) => Err(wrong("integer")),
+        (Type::Int, _) => Err(wrong("integer")),
+        (Type::U16 | Type::U32 | Type::U64, _) => {
+            Err(ArgumentError::Word { name: name.to_owned(), expected: "uint64" })
+        }
         (Type::Bool, Value::Bool(flag)) => Ok(Value::Bool(flag)),
         (Type::Bool, _) => Err(wrong("boolean")),
         (Type::Number, value @ (Value::Int(_) | Value::UInt(_) | Value::Float(_))) => Ok(value),
@@ -258,6 +261,11 @@ mod tests {
                 "nbd-server-start",
                 "{'addr':{'type':'inet','data':{'host':'x'}}}",
                 "Parameter 'addr.data.port' is missing",
+            ),
+            (
+                "blockdev-add",
+                "{'driver':'null-co','latency-ns':1.5}",
+                "Parameter 'latency-ns' expects uint64",
             ),
             ("query-version", "{'a':1}", "Parameter 'a' is unexpected"),
             ("blockdev-add", "{'driver':'qcow2','node-name':'x','file':'f','backing':null}", ""),

@@ -4,6 +4,7 @@
 //! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them, so what
 //! is accepted and what is announced cannot differ.
 
+use super::create::*;
 use super::defs::*;
 use super::jobs::*;
 use super::ty::{Command, Event, Type};
@@ -24,6 +25,7 @@ pub static COMMANDS: &[Command] = &[
     },
     Command { name: "quit", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-add", arguments: &BLOCKDEV_OPTIONS, returns: Type::Object(&NOTHING) },
+    Command { name: "blockdev-create", arguments: &BLOCKDEV_CREATE_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-del", arguments: &BLOCKDEV_DEL_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "blockdev-snapshot-sync",

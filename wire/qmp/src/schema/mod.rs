@@ -3,6 +3,7 @@
 
 pub mod check;
 mod commands;
+mod create;
 mod defs;
 pub mod introspect;
 mod jobs;
