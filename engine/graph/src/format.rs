@@ -34,12 +34,14 @@ pub struct Extent {
     pub len: u64,
     /// The `file` child may know more about holes in there (raw; qcow2 with preallocated metadata).
     pub recurse: bool,
+    /// Where in the `file` child room is kept for what is [`Place::Below`] or [`Place::Zero`].
+    pub kept: Option<u64>,
 }
 
 impl Extent {
     /// An extent whose place is all that is known.
     pub fn new(place: Place, len: u64) -> Self {
-        Self { place, len, recurse: false }
+        Self { place, len, recurse: false, kept: None }
     }
 }
 

@@ -25,10 +25,12 @@ pub struct Status {
     pub data: bool,
     /// They are compressed.
     pub encoded: bool,
-    /// Where they are in `file`.
+    /// Where they are in `file`, or would be: there may be room for what has no data.
     pub offset: Option<u64>,
-    /// The protocol node that holds them.
+    /// The node that holds them: the file of a format with an allocation of its own, else the protocol node.
     pub file: Option<NodeId>,
+    /// No layer has them, but `layer` ends before them: the one above it shows zeroes.
+    pub past_end: bool,
 }
 
 /// What the first bytes of `range` are. Layers from `until` on downwards are not looked at: what only they could
@@ -37,15 +39,22 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
     let mut at = cx.skip_filters();
     let mut range = range;
     let mut depth = 0;
+    let mut kept = (None, None);
     loop {
         let length = at.length();
         if range.start() >= length {
             // Shorter than its overlay: the overlay reads zeroes here, and this layer counts as having them.
-            return Ok(Status { zero: true, allocated: true, ..nothing(&at, depth, range.len()) });
+            let (offset, file) = kept;
+            let status = nothing(&at, depth, range.len());
+            return Ok(Status { zero: true, allocated: true, past_end: true, offset, file, ..status });
         }
         range = range.before(length);
         let extent = at.map(range).await?;
         range = range.split(extent.len).0;
+        let file = at.child(Role::File).map(|file| file.view().id());
+        kept = (extent.kept, file.filter(|_| extent.kept.is_some()));
+        let nothing =
+            |at: &Cx<'_>, depth, len| Status { offset: kept.0, file: kept.1, ..nothing(at, depth, len) };
         match extent.place {
             Place::Below => match at.backing().map(Cx::skip_filters) {
                 Some(below) if Some(below.view().id()) != until && !is_above(&at, until) => {
@@ -82,54 +91,62 @@ fn nothing(at: &Cx<'_>, depth: u32, len: u64) -> Status {
         encoded: false,
         offset: None,
         file: None,
+        past_end: false,
     }
 }
 
-/// Follows plain data down to the protocol node that holds it, to say where it is and whether it is a hole there.
+/// Follows plain data down to the protocol node that holds it, to say where it is and whether it is a hole there. Of a
+/// format with an allocation of its own it is told where it is in that format's file, whatever that is.
 async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse: bool) -> Result<Status> {
-    let mut status =
-        Status { allocated: true, data: true, offset: Some(offset), ..nothing(layer, depth, range.len()) };
+    let file = |at: &Cx<'_>| at.child(Role::File).map(|file| file.view().id());
+    let mut status = Status { allocated: true, data: true, ..nothing(layer, depth, range.len()) };
+    (status.offset, status.file) = (Some(offset), file(layer));
     let mut at = *layer;
     let mut here = ByteRange::between(offset, offset.saturating_add(range.len()));
     let mut recurse = recurse;
     // A format with an allocation of its own still says data for what is a hole in its file, as QEMU's does.
-    let allocates = layer.node().supports_backing();
-    while at.node().kind() != Kind::Protocol {
+    let mut allocates = layer.node().supports_backing();
+    while recurse && at.node().kind() != Kind::Protocol {
         let Some(below) = at.child(Role::File) else { break };
         at = below;
         if at.node().kind() == Kind::Filter {
             continue;
         }
-        if at.node().kind() == Kind::Protocol && !recurse {
-            break;
-        }
+        let own = if at.node().kind() == Kind::Protocol { Some(at.view().id()) } else { file(&at) };
         let length = at.length();
         if here.start() >= length {
-            return Ok(Status { zero: true, data: allocates, file: Some(at.view().id()), ..status });
+            (status.zero, status.data) = (true, allocates);
+            status.file = if allocates { status.file } else { own };
+            return Ok(status);
         }
         here = here.before(length);
         let extent = at.map(here).await?;
         here = here.split(extent.len).0;
         status.len = here.len();
-        match extent.place {
+        let place = match extent.place {
             Place::Data(offset) => {
                 recurse = extent.recurse;
-                status.offset = Some(offset);
                 here = ByteRange::between(offset, offset.saturating_add(here.len()));
+                Some(offset)
             }
-            Place::Zero => {
-                status.zero = true;
-                status.data = allocates;
-                break;
-            }
-            Place::Below | Place::Encoded => {
-                status.offset = None;
-                break;
-            }
+            Place::Zero if at.node().kind() == Kind::Protocol => Some(here.start()),
+            Place::Zero => extent.kept,
+            Place::Below => extent.kept.filter(|_| at.backing().is_none()),
+            Place::Encoded => None,
+        };
+        if !allocates {
+            (status.offset, status.file) = (place, own.filter(|_| place.is_some()));
+            status.encoded = extent.place == Place::Encoded;
         }
-    }
-    if at.node().kind() == Kind::Protocol {
-        status.file = Some(at.view().id());
+        let nowhere = extent.place == Place::Below && at.backing().is_none();
+        if extent.place == Place::Zero || nowhere {
+            (status.zero, status.data) = (true, allocates);
+            status.allocated = allocates || !nowhere;
+        }
+        if !matches!(extent.place, Place::Data(_)) {
+            break;
+        }
+        allocates |= at.node().supports_backing();
     }
     Ok(status)
 }

@@ -72,11 +72,12 @@ impl L1 {
 }
 
 /// The extent of the first bytes of `range`, which does not leave this slice. `None` for an entry that cannot be true.
-fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange) -> Option<Extent> {
+/// With `kept` it also tells where room is kept for what has no data, and ends where that does not go on.
+fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange, kept: bool) -> Option<Extent> {
     let sub_bits = layout.sub_bits();
     let cluster_mask = layout.cluster() - 1;
     let mut at = range.start();
-    let mut found: Option<(Sub, u64)> = None;
+    let mut found: Option<(Sub, Option<u64>)> = None;
     while at < range.end() {
         let entry = layout.get(slice, layout.entry_in_slice(at));
         layout.check(entry).ok()?;
@@ -85,11 +86,12 @@ fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange) -> Option<Extent>
         while at < range.end() && at < cluster_end {
             let sub = u32::try_from((at & cluster_mask) >> sub_bits).unwrap_or(0);
             let state = layout.sub_state(entry, if layout.extended { sub } else { 0 });
-            let here = host.wrapping_add(at & cluster_mask);
+            let told = state == Sub::Data || (kept && host != 0);
+            let here = told.then(|| host.wrapping_add(at & cluster_mask));
             match found {
                 None => found = Some((state, here)),
                 Some((kind, start)) => {
-                    let follows = kind != Sub::Data || here == start + (at - range.start());
+                    let follows = here == start.map(|start| start + (at - range.start()));
                     if kind != state || !follows {
                         return answer(found, at - range.start());
                     }
@@ -101,15 +103,16 @@ fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange) -> Option<Extent>
     answer(found, range.len())
 }
 
-fn answer(found: Option<(Sub, u64)>, len: u64) -> Option<Extent> {
+fn answer(found: Option<(Sub, Option<u64>)>, len: u64) -> Option<Extent> {
     let (kind, start) = found?;
-    let place = match kind {
-        Sub::Below => Place::Below,
-        Sub::Zero => Place::Zero,
-        Sub::Data => Place::Data(start),
-        Sub::Compressed => Place::Encoded,
+    let (place, kept) = match (kind, start) {
+        (Sub::Data, Some(start)) => (Place::Data(start), None),
+        (Sub::Data, None) => return None,
+        (Sub::Below, kept) => (Place::Below, kept),
+        (Sub::Zero, kept) => (Place::Zero, kept),
+        (Sub::Compressed, _) => (Place::Encoded, None),
     };
-    Some(Extent::new(place, len))
+    Some(Extent { kept, ..Extent::new(place, len) })
 }
 
 impl Qcow2 {
@@ -129,9 +132,14 @@ impl Qcow2 {
 
     /// The answer to `map`, if it is in memory and true.
     pub(crate) fn map_now(&self, range: ByteRange) -> Option<Extent> {
+        self.look(range, false)
+    }
+
+    /// [`Qcow2::map_now`], if asked for with the room that is kept.
+    fn look(&self, range: ByteRange, kept: bool) -> Option<Extent> {
         let slice = self.layout.slice_of(range.start());
-        if let Some(found) = self.l2.view(slice, |words| extent_in(&self.layout, words, self.in_slice(range)))
-        {
+        let here = self.in_slice(range);
+        if let Some(found) = self.l2.view(slice, |words| extent_in(&self.layout, words, here, kept)) {
             return found;
         }
         self.unallocated(range)
@@ -156,10 +164,14 @@ impl Qcow2 {
 
     /// The answer to `map`, whatever it takes.
     pub(crate) async fn map_slow(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        self.look_slowly(cx, range, false).await
+    }
+
+    async fn look_slowly(&self, cx: &Cx<'_>, range: ByteRange, kept: bool) -> Result<Extent> {
         let slice = self.layout.slice_of(range.start());
         loop {
             self.usable()?;
-            if let Some(extent) = self.map_now(range) {
+            if let Some(extent) = self.look(range, kept) {
                 return Ok(extent);
             }
             let here = self.in_slice(range);
@@ -172,9 +184,10 @@ impl Qcow2 {
         }
     }
 
-    /// The answer to `map` for those who want to know everything: whether the file may have holes below the data.
+    /// The answer to `map` for those who want to know everything: whether the file may have holes below the data, and
+    /// where room is kept for what has none.
     pub(crate) async fn map_fully(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
-        let mut extent = self.map_slow(cx, range).await?;
+        let mut extent = self.look_slowly(cx, range, true).await?;
         if matches!(extent.place, Place::Data(_)) {
             extent.recurse = self.is_preallocated(cx).await;
         }
@@ -183,7 +196,7 @@ impl Qcow2 {
 
     /// The answer of [`Qcow2::map_fully`], if it is in memory and true.
     pub(crate) fn map_fully_now(&self, range: ByteRange) -> Option<Extent> {
-        let mut extent = self.map_now(range)?;
+        let mut extent = self.look(range, true)?;
         if matches!(extent.place, Place::Data(_)) {
             extent.recurse = *self.preallocated.get()?;
         }
@@ -191,14 +204,17 @@ impl Qcow2 {
     }
 
     /// Whether the image has far more clusters than its file has bytes on the medium: made with preallocated metadata.
-    /// Found out once. The measure (a tenth more) is QEMU's, observed.
+    /// Found out once. The measure (a ninth more, and at least two) is QEMU's: found by filling the holes of such images one
+    /// by one until `qemu-img map` says otherwise.
     async fn is_preallocated(&self, cx: &Cx<'_>) -> bool {
         if let Some(known) = self.preallocated.get() {
             return *known;
         }
         let bits = self.layout.cluster_bits;
         let real = cx.below().node().allocated_size().map(|bytes| bytes >> bits);
-        let far_more = |clusters: u64| real.is_some_and(|real| real + real / 10 < clusters);
+        let far_more = |clusters: u64| {
+            real.is_some_and(|real| clusters >= (real.saturating_mul(10) / 9).max(real.saturating_add(2)))
+        };
         let answer = far_more(cx.below().length() >> bits)
             && matches!(self.used_clusters(cx, MAX_REFCOUNTS).await, Ok(Some(used)) if far_more(used));
         *self.preallocated.get_or_init(|| answer)

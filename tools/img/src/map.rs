@@ -70,7 +70,7 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let mut last: Option<(u64, Status)> = None;
     while !rest.is_empty() {
         let found = match status(&cx, rest.split(STRIDE).0, None).await {
-            Ok(found) => found,
+            Ok(found) => as_shown(found),
             Err(error) => {
                 printer.flush()?;
                 return Err(failed(error));
@@ -90,6 +90,16 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
         printer.extent(at, &extent)?;
     }
     printer.end(start)
+}
+
+/// Behind the end of a short backing file it is the image above that shows zeroes, without having them. What raw takes
+/// from the backing file of a format below it has no place that could be told.
+fn as_shown(found: Status) -> Status {
+    if found.past_end {
+        return Status { depth: found.depth.saturating_sub(1), allocated: false, ..found };
+    }
+    let somewhere = found.data && !found.encoded && found.offset.is_none();
+    Status { allocated: found.allocated && !somewhere, data: found.data && !somewhere, ..found }
 }
 
 fn continues(last: &Status, next: &Status) -> bool {

@@ -98,7 +98,7 @@ impl Raw {
 #[async_trait]
 impl Format for Raw {
     fn map_cached(&self, range: ByteRange) -> Option<Extent> {
-        Some(Extent { place: Place::Data(self.offset + range.start()), len: range.len(), recurse: true })
+        Some(Extent { recurse: true, ..Extent::new(Place::Data(self.offset + range.start()), range.len()) })
     }
 
     async fn read_encoded(&self, _cx: &Cx<'_>, _range: ByteRange, _into: Iov) -> Result<()> {
@@ -171,7 +171,7 @@ impl Node for Raw {
     }
 
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
-        Ok(Extent { place: Place::Data(self.offset + range.start()), len: range.len(), recurse: true })
+        Ok(Extent { recurse: true, ..Extent::new(Place::Data(self.offset + range.start()), range.len()) })
     }
 
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
