@@ -1,18 +1,21 @@
-//! The command line of `qemu-storage-daemon`: options take effect in the order in which they stand.
+//! The command line of `qemu-storage-daemon`, in two goes as the reference has it: first all option names are looked at
+//! (`--version` and `--help` end it here), then options take effect in the order in which they stand, and only then are
+//! their values read.
 
 use underlay_qmp::json::Object;
 use underlay_qmp::keyval;
-use underlay_qmp::schema::{self, Input};
+use underlay_qmp::option_list::{self, OptionList};
+use underlay_qmp::schema::{self, Input, ty};
 
 use crate::error::{CommandError, CommandResult};
 
-/// One option with its argument.
+/// One option with its value, read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Arg {
     /// `--blockdev`
     Blockdev(Object),
     /// `--chardev`
-    Chardev(Object),
+    Chardev(OptionList),
     /// `--monitor`
     Monitor(Object),
     /// `--nbd-server`
@@ -21,8 +24,16 @@ pub enum Arg {
     Export(Object),
     /// `--pidfile`
     PidFile(String),
-    /// `--daemonize`
-    Daemonize,
+}
+
+/// A word of the command line that is to take effect.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Given {
+    /// As it was typed, for messages.
+    pub typed: String,
+    /// The option, in full; nothing for a word that is none.
+    option: Option<&'static str>,
+    value: String,
 }
 
 /// What the command line asks for.
@@ -32,8 +43,13 @@ pub enum CommandLine {
     Help,
     /// `--version`
     Version,
-    /// To run, with each option as it was typed, for messages.
-    Run(Vec<(String, Arg)>),
+    /// To run.
+    Run {
+        /// `--daemonize`
+        daemonize: bool,
+        /// The other options.
+        given: Vec<Given>,
+    },
 }
 
 /// The text of `--help`; `%s` stands for the program.
@@ -53,6 +69,7 @@ Underlay's storage daemon: serves disk images and changes them while they are in
   --chardev socket,id=ID,fd=FD[,server=on|off][,wait=on|off]
   --chardev stdio,id=ID
   --chardev file,id=ID,path=PATH[,append=on|off]
+  --chardev null,id=ID
                          a character device, for a monitor
   --monitor [chardev=]ID[,pretty=on|off]
                          a QMP monitor on a character device
@@ -67,26 +84,32 @@ Underlay's storage daemon: serves disk images and changes them while they are in
 Options take effect in the order in which they are given.
 ";
 
-const WITH_ARGUMENT: [&str; 7] =
-    ["blockdev", "chardev", "monitor", "nbd-server", "export", "object", "pidfile"];
+const WITH_ARGUMENT: [&str; 8] =
+    ["blockdev", "chardev", "monitor", "nbd-server", "export", "object", "pidfile", "trace"];
 const PLAIN: [&str; 3] = ["daemonize", "help", "version"];
 
 /// Reads a command line (without the program's name). Errors are whole messages but for the program's name.
 pub fn parse(words: &[String]) -> Result<CommandLine, String> {
-    let mut args = Vec::new();
+    let mut given = Vec::new();
+    let mut daemonize = false;
+    let mut only_words = false;
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let (name, attached) = match word.as_str() {
-            "-h" => ("help", None),
-            "-V" => ("version", None),
-            long if long.starts_with("--") && long.len() > 2 => match long[2..].split_once('=') {
+            "--" if !only_words => {
+                only_words = true;
+                continue;
+            }
+            long if long.starts_with("--") && !only_words => match long[2..].split_once('=') {
                 Some((name, value)) => (complete(name, word)?, Some(value.to_owned())),
                 None => (complete(&long[2..], word)?, None),
             },
-            short if short.starts_with('-') && short.len() > 1 => {
-                return Err(format!("invalid option -- '{}'", &short[1..2]));
+            short if short.starts_with('-') && short.len() > 1 && !only_words => letter(&short[1..])?,
+            other => {
+                let typed = other.to_owned();
+                given.push(Given { typed, option: None, value: String::new() });
+                continue;
             }
-            other => return Err(format!("{other}: Unexpected argument")),
         };
         if PLAIN.contains(&name) {
             if attached.is_some() {
@@ -95,21 +118,34 @@ pub fn parse(words: &[String]) -> Result<CommandLine, String> {
             match name {
                 "help" => return Ok(CommandLine::Help),
                 "version" => return Ok(CommandLine::Version),
-                _ => args.push((word.clone(), Arg::Daemonize)),
+                _ => daemonize = true,
             }
             continue;
         }
         let (typed, value) = match attached {
             Some(value) => (word.clone(), value),
             None => {
-                let next = words.next().ok_or_else(|| format!("option '--{name}' requires an argument"))?;
+                let next = words.next().ok_or_else(|| match word.as_str() {
+                    "-T" => "option requires an argument -- 'T'".to_owned(),
+                    _ => format!("option '--{name}' requires an argument"),
+                })?;
                 (format!("{word} {next}"), next.clone())
             }
         };
-        let arg = argument(name, &value).map_err(|error| format!("{typed}: {error}"))?;
-        args.push((typed, arg));
+        given.push(Given { typed, option: Some(name), value });
     }
-    Ok(CommandLine::Run(args))
+    Ok(CommandLine::Run { daemonize, given })
+}
+
+/// The option that the first of some letters means, with what is attached to it.
+fn letter(letters: &str) -> Result<(&'static str, Option<String>), String> {
+    let mut letters = letters.chars();
+    match letters.next() {
+        Some('h') => Ok(("help", None)),
+        Some('V') => Ok(("version", None)),
+        Some('T') => Ok(("trace", Some(letters.collect()).filter(|value: &String| !value.is_empty()))),
+        first => Err(format!("invalid option -- '{}'", first.unwrap_or('-'))),
+    }
 }
 
 /// The option that a name, perhaps abbreviated, means.
@@ -130,37 +166,48 @@ fn complete(name: &str, word: &str) -> Result<&'static str, String> {
     }
 }
 
-fn argument(name: &str, value: &str) -> CommandResult<Arg> {
-    let words =
-        |implied| keyval::parse(value, Some(implied)).map_err(|error| CommandError::new(error.to_string()));
+impl Given {
+    /// Reads the value. Errors are to be told with what was typed before them.
+    pub fn read(&self) -> CommandResult<Arg> {
+        let value = self.value.as_str();
+        match self.option {
+            Some("blockdev") => checked(value, Some("driver"), schema::blockdev_options()).map(Arg::Blockdev),
+            Some("export") => checked(value, Some("type"), schema::block_export_options()).map(Arg::Export),
+            Some("monitor") => checked(value, Some("chardev"), schema::monitor_options()).map(Arg::Monitor),
+            Some("nbd-server") => checked(value, None, schema::nbd_server_options()).map(Arg::NbdServer),
+            Some("chardev") => {
+                Ok(Arg::Chardev(option_list::parse_knowing(value, Some("backend"), &["nodelay"])))
+            }
+            Some("pidfile") => Ok(Arg::PidFile(value.to_owned())),
+            Some("trace") => Err(CommandError::new("Trace events are not supported")),
+            Some(_) => Err(object(value)?),
+            None => Err(CommandError::new("Unexpected argument")),
+        }
+    }
+}
+
+fn pairs(value: &str, implied: Option<&str>) -> CommandResult<Object> {
+    keyval::parse(value, implied).map_err(|error| CommandError::new(error.to_string()))
+}
+
+fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandResult<Object> {
     let input = if value.starts_with('{') { Input::Json } else { Input::Words };
-    let checked =
-        |object, by| schema::check(object, by, input).map_err(|error| CommandError::new(error.to_string()));
-    Ok(match name {
-        "blockdev" => Arg::Blockdev(checked(words("driver")?, schema::blockdev_options())?),
-        "export" => Arg::Export(checked(words("type")?, schema::block_export_options())?),
-        "chardev" => Arg::Chardev(words("backend")?),
-        "monitor" => Arg::Monitor(words("chardev")?),
-        "nbd-server" => {
-            Arg::NbdServer(keyval::parse(value, None).map_err(|error| CommandError::new(error.to_string()))?)
+    schema::check(pairs(value, implied)?, by, input).map_err(|error| CommandError::new(error.to_string()))
+}
+
+/// Why an object cannot be made.
+fn object(value: &str) -> CommandResult<CommandError> {
+    let kind = pairs(value, Some("qom-type"))?;
+    let kind = kind.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
+    let text = match kind {
+        "secret" | "iothread" | "throttle-group" | "tls-creds-x509" | "tls-creds-psk" | "tls-creds-anon"
+        | "authz-list" | "authz-simple" | "authz-pam" | "authz-list-file" | "secret_keyring" => {
+            format!("Objects of type '{kind}' are not supported yet")
         }
-        "pidfile" => Arg::PidFile(value.to_owned()),
-        _ => {
-            let kind = words("qom-type")?;
-            let kind =
-                kind.get("qom-type").and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default();
-            let text = match kind.as_str() {
-                "secret" | "iothread" | "throttle-group" | "tls-creds-x509" | "tls-creds-psk"
-                | "tls-creds-anon" | "authz-list" | "authz-simple" | "authz-pam" | "authz-list-file"
-                | "secret_keyring" => {
-                    format!("Objects of type '{kind}' are not supported yet")
-                }
-                "" => "Parameter 'qom-type' is missing".to_owned(),
-                _ => format!("Parameter 'qom-type' does not accept value '{kind}'"),
-            };
-            return Err(CommandError::new(text));
-        }
-    })
+        "" => "Parameter 'qom-type' is missing".to_owned(),
+        _ => format!("Parameter 'qom-type' does not accept value '{kind}'"),
+    };
+    Ok(CommandError::new(text))
 }
 
 #[cfg(test)]
@@ -169,7 +216,14 @@ mod tests {
 
     fn complaint(words: &str) -> String {
         let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
-        parse(&words).map_or_else(|error| error, |_| String::new())
+        match parse(&words) {
+            Err(error) => error,
+            Ok(CommandLine::Run { given, .. }) => {
+                let complaint = |given: &Given| Some(format!("{}: {}", given.typed, given.read().err()?));
+                given.iter().find_map(complaint).unwrap_or_default()
+            }
+            Ok(other) => format!("{other:?}"),
+        }
     }
 
     /// The texts are those of the reference.
@@ -181,6 +235,8 @@ mod tests {
                 "--blockdev driver=foo: Parameter 'driver' does not accept value 'foo'",
             ),
             ("--foo", "unrecognized option '--foo'"),
+            ("--blockdev nope --foo", "unrecognized option '--foo'"),
+            ("--blockdev nope --version", "Version"),
             ("--blockdev", "option '--blockdev' requires an argument"),
             ("extra", "extra: Unexpected argument"),
             ("--object foo,id=a", "--object foo,id=a: Parameter 'qom-type' does not accept value 'foo'"),

@@ -25,6 +25,14 @@ impl CommandError {
         Self { class: Class::Generic, desc: desc.into(), hint: None }
     }
 
+    /// A generic error with a hint behind the first line.
+    pub fn told(text: String) -> Self {
+        match text.split_once('\n') {
+            Some((desc, hint)) => Self { hint: Some(hint.to_owned()), ..Self::new(desc) },
+            None => Self::new(text),
+        }
+    }
+
     /// What to print at a command line.
     pub fn in_full(&self) -> String {
         match &self.hint {
@@ -74,6 +82,6 @@ impl From<underlay_jobs::JobError> for CommandError {
 
 impl From<underlay_exports::ExportError> for CommandError {
     fn from(error: underlay_exports::ExportError) -> Self {
-        Self::new(error.to_string())
+        Self::told(error.to_string())
     }
 }

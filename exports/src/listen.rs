@@ -1,4 +1,4 @@
-//! What is said when an address cannot be listened on: QEMU's sentences.
+//! What is said when an address cannot be listened on or connected to: QEMU's sentences.
 
 use std::io;
 
@@ -22,18 +22,36 @@ pub fn cannot_listen(address: &Address, error: &io::Error) -> String {
         (Address::Unix(path), Some(errno)) => {
             format!("Failed to bind socket to {}: {}", path.display(), strerror(errno))
         }
-        (Address::Unix(_), None) => format!("{error}\nPath must be less than 108 bytes"),
-        (Address::Inet { host, port }, None) => {
+        (Address::Inet { .. }, Some(errno)) => {
+            format!("Failed to find an available port: {}", strerror(errno))
+        }
+        _ => no_such(address, error),
+    }
+}
+
+/// Why there is no connection to `address`.
+pub fn cannot_connect(address: &Address, error: &io::Error) -> String {
+    match (address, error.raw_os_error()) {
+        (Address::Unix(path), Some(errno)) => {
+            format!("Failed to connect to '{}': {}", path.display(), strerror(errno))
+        }
+        (Address::Inet { host, port }, Some(errno)) => {
+            format!("Failed to connect to '{host}:{port}': {}", strerror(errno))
+        }
+        _ => no_such(address, error),
+    }
+}
+
+/// Why an address is none.
+fn no_such(address: &Address, error: &io::Error) -> String {
+    match address {
+        Address::Unix(_) => format!("{error}\nPath must be less than 108 bytes"),
+        Address::Inet { host, port } => {
             // Either there is no such port or no such host.
             let known = port.parse::<u16>().is_ok();
             let why = if known { reason(error) } else { "Servname not supported for ai_socktype".to_owned() };
             format!("address resolution failed for {host}:{port}: {why}")
         }
-        (Address::Inet { .. }, Some(errno)) => {
-            format!("Failed to find an available port: {}", strerror(errno))
-        }
-        (Address::Fd(fd), _) => {
-            format!("Socket activation failed: invalid file descriptor fd = {fd}: {}", reason(error))
-        }
+        Address::Fd(fd) => format!("File descriptor '{fd}' is not a socket"),
     }
 }

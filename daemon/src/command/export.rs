@@ -11,6 +11,7 @@ use underlay_sys::net::Address;
 
 use super::arguments::Arguments;
 use super::blockdev::UNNAMED_USER;
+use crate::chardev::no_credentials;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -39,22 +40,17 @@ pub fn query(daemon: &Daemon) -> Value {
     Value::List(daemon.exports().iter().rev().map(describe).collect())
 }
 
-/// nbd-server-start, with QMP's nested address.
+/// nbd-server-start, and `--nbd-server`, whose address has no `data` in between.
 pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let mut address =
         arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
     let kind = address.text("type");
-    let mut data = address.object("data").unwrap_or_else(|| Arguments::new(Object::new()));
-    let address = socket_address(&kind, &mut data)?;
-    start_at(daemon, &address, arguments)
-}
-
-/// Starts the server; the rest of the arguments are common to QMP and the command line.
-pub fn start_at(daemon: &Daemon, address: &Address, arguments: &mut Arguments) -> CommandResult<()> {
-    for option in ["tls-creds", "tls-authz"] {
-        if arguments.has(option) {
-            return Err(CommandError::new(format!("Parameter '{option}': TLS is not supported yet")));
-        }
+    let address = socket_address(&kind, &mut address.object("data").unwrap_or(address))?;
+    if let Some(id) = arguments.optional_text("tls-creds") {
+        return Err(no_credentials(&id));
+    }
+    if arguments.has("tls-authz") {
+        return Err(CommandError::new("Parameter 'tls-authz': TLS is not supported yet"));
     }
     let mut running = daemon.nbd();
     if running.is_some() {
@@ -68,12 +64,12 @@ pub fn start_at(daemon: &Daemon, address: &Address, arguments: &mut Arguments) -
     };
     let options =
         ServerOptions { max_connections, handshake_timeout: Duration::from_secs(u64::from(seconds)) };
-    *running = Some(Arc::new(NbdServer::start(address, options, daemon.spawners())?));
+    *running = Some(Arc::new(NbdServer::start(&address, options, daemon.spawners())?));
     Ok(())
 }
 
-/// A socket address from its parts: those of QMP's `data`, which the command line has without nesting.
-pub fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address> {
+/// A socket address from its parts.
+fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address> {
     let address = match kind {
         "unix" => Address::Unix(data.text("path").into()),
         "inet" => Address::Inet { host: data.text("host"), port: data.text("port") },
@@ -81,24 +77,15 @@ pub fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address
             let number = data.text("str");
             let fd = number
                 .parse()
-                .map_err(|_| CommandError::new(format!("File descriptor '{number}' is not a number")))?;
+                .map_err(|_| CommandError::new(format!("Unable to parse FD number {number}")))?;
             Address::Fd(fd)
         }
         other => return Err(CommandError::new(format!("Socket address type '{other}' is not supported"))),
     };
-    let rest = [
-        "to",
-        "numeric",
-        "keep-alive",
-        "mptcp",
-        "abstract",
-        "ipv4",
-        "ipv6",
-        "keep-alive-count",
-        "keep-alive-idle",
-        "keep-alive-interval",
-    ];
-    match rest.into_iter().find(|option| data.has(option)) {
+    let switched_on =
+        ["numeric", "keep-alive", "mptcp", "abstract"].into_iter().find(|name| data.flag(name, false));
+    let given = ["to", "ipv4", "ipv6"].into_iter().find(|name| data.has(name));
+    match switched_on.or(given) {
         Some(option) => Err(CommandError::new(format!("Socket option '{option}' is not supported yet"))),
         None => Ok(address),
     }
@@ -149,18 +136,16 @@ pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandRe
         writable,
         writethrough: false,
         depth: false,
+        iothread: None,
     };
     spec.add(daemon).await
 }
 
 /// block-export-add
 pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    for option in ["iothread", "fixed-iothread", "bitmaps"] {
-        if arguments.has(option) {
-            return Err(CommandError::new(format!("Parameter '{option}' is not supported yet")));
-        }
+    if arguments.has("bitmaps") {
+        return Err(CommandError::new("Parameter 'bitmaps' is not supported yet"));
     }
-    arguments.flag("allow-inactive", false);
     let node_name = arguments.text("node-name");
     let spec = Spec {
         id: arguments.text("id"),
@@ -169,6 +154,7 @@ pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()
         writable: arguments.flag("writable", false),
         writethrough: arguments.flag("writethrough", false),
         depth: arguments.flag("allocation-depth", false),
+        iothread: arguments.optional_text("iothread"),
         node_name,
     };
     spec.add(daemon).await
@@ -183,11 +169,12 @@ struct Spec {
     writable: bool,
     writethrough: bool,
     depth: bool,
+    iothread: Option<String>,
 }
 
 impl Spec {
     async fn add(self, daemon: &Daemon) -> CommandResult<()> {
-        let Self { id, node_name, name, description, writable, writethrough, depth } = self;
+        let Self { id, node_name, name, description, writable, writethrough, depth, iothread } = self;
         if !underlay_graph::units::is_well_formed_id(&id) && name != id {
             return Err(CommandError::new("Invalid block export id"));
         }
@@ -198,6 +185,10 @@ impl Spec {
         let node = super::lookup::device_or_node(&plan, None, Some(&node_name))?;
         if writable && plan.node(node).read_only {
             return Err(CommandError::new("Cannot export read-only node as writable"));
+        }
+        // There are no objects yet, hence none of that name.
+        if let Some(iothread) = iothread {
+            return Err(CommandError::new(format!("iothread \"{iothread}\" not found")));
         }
         let node = super::lookup::above_implicit_filters(&plan, node);
         drop(plan);

@@ -154,7 +154,8 @@ impl Fields {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Int(size)) => {
-                u64::try_from(size).map(Some).map_err(|_| self.wrong_type(name, "size"))
+                let negative = || format!("Value '{size}' is out of range for parameter '{name}'");
+                u64::try_from(size).map(Some).map_err(|_| OpenError::text(negative()))
             }
             Some(Value::UInt(size)) => Ok(Some(size)),
             Some(Value::Str(text)) => parse_size(&text)
@@ -409,7 +410,7 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
         "null-co" | "null-aio" => Ok(DriverSpec::Null(NullSpec {
             driver: if driver == "null-co" { "null-co" } else { "null-aio" },
             size: fields.size("size")?.unwrap_or(1 << 30),
-            latency_ns: fields.size("latency-ns")?.unwrap_or(0),
+            latency_ns: latency(fields)?,
             read_zeroes: fields.flag("read-zeroes")?.unwrap_or(false),
         })),
         "nbd" => nbd_spec(fields),
@@ -422,6 +423,13 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
         "" => Ok(DriverSpec::Probe { file: fields.child("file", depth)?.ok_or_else(|| missing("file"))? }),
         other => Err(OpenError::UnknownDriver(other.to_owned())),
     }
+}
+
+fn latency(fields: &mut Fields) -> Result<u64, OpenError> {
+    if matches!(fields.object.get("latency-ns"), Some(Value::Int(..0))) {
+        return Err(OpenError::text("latency-ns is invalid".to_owned()));
+    }
+    Ok(fields.size("latency-ns")?.unwrap_or(0))
 }
 
 fn file_spec(fields: &mut Fields, driver: &'static str) -> Result<DriverSpec, OpenError> {

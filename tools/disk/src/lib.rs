@@ -4,8 +4,7 @@
 
 mod disk;
 mod modes;
-mod option_list;
 
 pub use disk::{Disk, Reader, Request, Source, guessed_raw};
 pub use modes::Modes;
-pub use option_list::{OptionList, parse as parse_options};
+pub use underlay_qmp::option_list::{OptionList, parse as parse_options};

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::io;
 
+use underlay_exports::listen::cannot_connect;
 use underlay_nbd::Framing;
 use underlay_nbd::handshake::list::{Catalogue, ListHandshake, Listed, Progress};
 use underlay_sys::net::{Address, Stream};
@@ -25,15 +26,7 @@ const FLAGS: [(u16, &str); 12] = [
 
 /// Connects, asks and prints.
 pub async fn run(address: &Address) -> Result<(), String> {
-    let place = match address {
-        Address::Unix(path) => path.display().to_string(),
-        Address::Inet { host, port } => format!("{host}:{port}"),
-        Address::Fd(fd) => format!("fd {fd}"),
-    };
-    let stream = Stream::connect(address).await;
-    let stream = stream.map_err(|error| {
-        format!("Failed to connect to '{place}': {}", underlay_exports::listen::reason(&error))
-    })?;
+    let stream = Stream::connect(address).await.map_err(|error| cannot_connect(address, &error))?;
     let found = look(&stream).await?;
     let text = shown(&found);
     // Nobody may be reading any more.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use underlay_disk::{Disk, guessed_raw};
 use underlay_exports::listen::{cannot_listen, reason};
 use underlay_exports::{NbdExport, NbdServer, ServerOptions};
-use underlay_sys::net::Listener;
+use underlay_sys::net::{Address, Listener};
 use underlay_sys::process::{self, Birth, PidFile};
 use underlay_sys::rt::{self, StopSign};
 use underlay_sys::signal::Ending;
@@ -28,7 +28,12 @@ pub fn run(program: &str, serving: Serving) -> Result<(), String> {
         false => None,
     };
     let address = handed_over.or_else(|| serving.address.clone()).unwrap_or_else(default_address);
-    let listener = Listener::bind(&address).map_err(|error| cannot_listen(&address, &error))?;
+    let listener = Listener::bind(&address).map_err(|error| match &address {
+        Address::Fd(fd) => {
+            format!("Socket activation failed: invalid file descriptor fd = {fd}: {}", reason(&error))
+        }
+        address => cannot_listen(address, &error),
+    })?;
     let pid_file = match &serving.pid_file {
         Some(path) => Some(
             PidFile::create(path)

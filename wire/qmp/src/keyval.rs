@@ -83,7 +83,7 @@ pub fn parse(argument: &str, implied: Option<&str>) -> Result<Object, KeyvalErro
 }
 
 /// The value at the start of `text`, with doubled commas undone, and what follows the comma behind it.
-fn take_value(text: &str) -> (String, &str) {
+pub(crate) fn take_value(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;
     while let Some(at) = rest.find(',') {

@@ -6,5 +6,6 @@ pub mod blocking;
 pub mod codec;
 pub mod json;
 pub mod keyval;
+pub mod option_list;
 pub mod schema;
 pub mod session;

@@ -7,6 +7,7 @@ mod create;
 mod defs;
 pub mod introspect;
 mod jobs;
+mod start;
 pub mod ty;
 
 pub use check::{ArgumentError, Input, check};
@@ -20,6 +21,16 @@ pub fn command(name: &str) -> Option<&'static ty::Command> {
 /// The options of block nodes: what blockdev-add and `--blockdev` take.
 pub fn blockdev_options() -> &'static ty::Object {
     &defs::BLOCKDEV_OPTIONS
+}
+
+/// The options of `--monitor`.
+pub fn monitor_options() -> &'static ty::Object {
+    &start::MONITOR_OPTIONS
+}
+
+/// The options of `--nbd-server`.
+pub fn nbd_server_options() -> &'static ty::Object {
+    &start::NBD_SERVER_OPTIONS
 }
 
 /// The options of exports: what block-export-add and `--export` take.

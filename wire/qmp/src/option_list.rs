@@ -3,7 +3,8 @@
 //! Unlike those of `--blockdev`, a word without a value is a switch (`x` is `x=on`, `nox` is `x=off`), and a doubled
 //! comma is a comma. Source: the reference's behaviour.
 
-use underlay_qmp::json::Object;
+use crate::json::Object;
+use crate::keyval::take_value;
 
 /// The options with their dotted names, and what users are to be told.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -16,6 +17,11 @@ pub struct OptionList {
 
 /// Reads a list; `implied` is the name that the first word may leave out.
 pub fn parse(text: &str, implied: Option<&str>) -> OptionList {
+    parse_knowing(text, implied, &[])
+}
+
+/// As [`parse`], with `names` that begin with "no" and mean what they say.
+pub fn parse_knowing(text: &str, implied: Option<&str>, names: &[&str]) -> OptionList {
     let mut list = OptionList::default();
     let mut implied = implied;
     let mut rest = text;
@@ -28,15 +34,15 @@ pub fn parse(text: &str, implied: Option<&str>) -> OptionList {
         match (named, implied.take()) {
             (true, _) => list.options.insert(name, value),
             (false, Some(implied)) => list.options.insert(implied, value),
-            (false, None) => switch(&mut list, &value),
+            (false, None) => switch(&mut list, &value, names),
         }
     }
     list
 }
 
-fn switch(list: &mut OptionList, word: &str) {
+fn switch(list: &mut OptionList, word: &str, names: &[&str]) {
     let (name, value) = match word.strip_prefix("no") {
-        Some(name) if !name.is_empty() => (name, "off"),
+        Some(name) if !name.is_empty() && !names.contains(&word) => (name, "off"),
         _ => (word, "on"),
     };
     list.options.insert(name, value);
@@ -45,28 +51,10 @@ fn switch(list: &mut OptionList, word: &str) {
     ));
 }
 
-/// The text up to the next single comma, and what is behind that.
-fn take_value(text: &str) -> (String, &str) {
-    let mut value = String::new();
-    let mut rest = text;
-    while let Some(comma) = rest.find(',') {
-        value.push_str(&rest[..comma]);
-        rest = &rest[comma + 1..];
-        match rest.strip_prefix(',') {
-            Some(more) => {
-                value.push(',');
-                rest = more;
-            }
-            None => return (value, rest),
-        }
-    }
-    value.push_str(rest);
-    (value, "")
-}
-
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{parse, parse_knowing};
+    use crate::json::Object;
 
     #[test]
     fn values_switches_and_commas() {
@@ -81,6 +69,8 @@ mod tests {
             list.warnings[1],
             "warning: short-form boolean option 'nolocking' deprecated\nPlease use locking=off instead"
         );
+        let list = parse_knowing("nodelay,noipv4", None, &["nodelay"]).options;
+        assert_eq!(list, Object::new().with("nodelay", "on").with("ipv4", "off"));
         assert_eq!(parse("a.img", Some("file")).options.get("file").and_then(|v| v.as_str()), Some("a.img"));
     }
 }
