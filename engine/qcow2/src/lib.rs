@@ -10,6 +10,7 @@ mod copied;
 mod counts;
 pub mod cow;
 pub mod create;
+pub mod empty;
 pub mod entry;
 pub mod extensions;
 pub mod features;

@@ -149,14 +149,6 @@ impl Qcow2 {
         self.change_range(cx, self.inner(range, self.layout.cluster()), to, true).await
     }
 
-    /// Removes the mapping of everything, so that only what is below shows: what `commit` does to an image whose data
-    /// has gone there. (The caller has made that durable.)
-    pub async fn make_empty(&self, cx: &Cx<'_>) -> Result<()> {
-        self.begin_change(cx).await?;
-        let end = self.size().next_multiple_of(self.layout.cluster());
-        self.unmap(cx, ByteRange::between(0, end)).await
-    }
-
     /// Removes the mapping of whole clusters, so that even the backing file would show: for what is behind the end of the disk.
     pub(crate) async fn unmap(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
         self.change_range(cx, range, To::Unallocated, true).await

@@ -80,15 +80,12 @@ pub async fn run(words: &[String]) -> Outcome {
     request.progress &= !request.quiet;
     let (format, image_opts) = (request.format.as_deref(), request.image_opts);
     let how = How { format, image_opts, write: true, ..How::default() };
-    let opened = image(name, how).await?;
+    let mut opened = image(name, how).await?;
     opened.warn_if_guessed();
     let base = find_base(&opened, name, request.base.as_deref())?;
-    let committed = commit(&opened, base, &request).await;
+    let done = commit_and_empty(&mut opened, base, &request).await;
     opened.close().await?;
-    committed?;
-    if !request.drop {
-        empty(name, how).await?;
-    }
+    done?;
     if !request.quiet {
         println!("Image committed.");
     }
@@ -134,6 +131,16 @@ impl Heard {
     fn end(&self) -> Option<Option<String>> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Nobody else can write to the image between the two.
+async fn commit_and_empty(opened: &mut Image, base: NodeId, request: &Request) -> Outcome {
+    if request.drop {
+        return commit(opened, base, request).await;
+    }
+    opened.keep().await?;
+    commit(opened, base, request).await?;
+    empty(opened).await
 }
 
 async fn commit(opened: &Image, base: NodeId, request: &Request) -> Outcome {
@@ -185,15 +192,13 @@ async fn show(job: Arc<Job>, heard: Arc<Heard>) {
 }
 
 /// Removes all data of the image; what is below shows then.
-async fn empty(name: &str, how: How<'_>) -> Outcome {
+async fn empty(opened: &mut Image) -> Outcome {
+    opened.come_back().await?;
+    let name = opened.name();
     let failed = |error: IoError| Failure::new(format!("Could not empty {name}: {error}"));
-    let opened = image(name, How { no_backing: true, ..how }).await?;
-    {
-        let inside = opened.root.enter().await.map_err(failed)?;
-        let cx = inside.cx();
-        let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
-        let qcow2 = qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?;
-        qcow2.make_empty(&cx).await.map_err(failed)?;
-    }
-    opened.close().await
+    let inside = opened.root.enter().await.map_err(failed)?;
+    let cx = inside.cx();
+    let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
+    let qcow2 = qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?;
+    qcow2.make_empty(&cx).await.map_err(failed)
 }

@@ -202,11 +202,45 @@ impl Image {
         }
     }
 
+    /// The image stays open, with its locks, whatever a job puts in its place.
+    pub async fn keep(&self) -> Result<(), Failure> {
+        let kept = self.graph.change(|plan| {
+            plan.node_mut(self.node).monitor_owned = true;
+            Ok(())
+        });
+        kept.await.map_err(|error| Failure::new(error.to_string()))
+    }
+
+    /// The way in leads to the image itself again, which was kept, for writing. What has come into its place is flushed.
+    pub async fn come_back(&mut self) -> Result<(), Failure> {
+        self.root.flush().await.map_err(|error| Failure::new(format!("Error while flushing: {error}")))?;
+        let (node, old) = (self.node, self.root_id);
+        let changed = self.graph.change(|plan| {
+            let user = plan.root(old).ok_or(GraphError::NeitherDeviceNorNode(String::new()))?.clone();
+            plan.remove_root(old);
+            Ok(plan.add_root(NewRoot {
+                user: user.user,
+                role: user.role,
+                node,
+                required: user.required,
+                shared: user.shared,
+                pinned: false,
+                drained: None,
+            }))
+        });
+        self.root_id = changed.await.map_err(|error| Failure::new(error.to_string()))?;
+        self.root = self.graph.root(self.root_id).ok_or_else(|| Failure::new("the image was closed"))?;
+        Ok(())
+    }
+
     /// Flushes and closes it.
     pub async fn close(self) -> Result<(), Failure> {
         let flushed = self.root.flush().await;
         let closed = self.graph.change(|plan| {
             plan.remove_root(self.root_id);
+            if plan.get(self.node).is_some() {
+                plan.node_mut(self.node).monitor_owned = false;
+            }
             Ok(())
         });
         closed.await.map_err(|error| Failure::new(error.to_string()))?;

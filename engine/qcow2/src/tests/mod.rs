@@ -2,6 +2,7 @@
 //! on it, and a check of all their references.
 
 mod check;
+mod empty;
 mod hostile;
 mod model;
 mod offline;
@@ -17,7 +18,9 @@ use std::task::{Context, Poll, Waker};
 
 use async_trait::async_trait;
 use underlay_graph::perm::Access;
-use underlay_graph::{ByteRange, Cx, IoError, Kind, Node, Perms, Result, Role, View, WriteFlags};
+use underlay_graph::{
+    ByteRange, Cx, IoError, Kind, Node, Perms, Preallocation, Result, Role, View, WriteFlags,
+};
 use underlay_sys::Iov;
 
 use crate::extensions::Extensions;
@@ -220,6 +223,11 @@ impl Node for Disk {
         self.put(at, &data[..middle])?;
         self.pause().await;
         self.put(at + middle, &data[middle..])
+    }
+    async fn resize(&self, _cx: &Cx<'_>, size: u64, _preallocation: Preallocation) -> Result<()> {
+        self.pause().await;
+        self.lock().now.resize(usize::try_from(size).unwrap(), 0);
+        Ok(())
     }
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
         if self.lock().cuts.is_some() {
