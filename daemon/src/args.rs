@@ -22,6 +22,8 @@ pub enum Arg {
     NbdServer(Object),
     /// `--export`
     Export(Object),
+    /// `--object`
+    Object(Object),
     /// `--pidfile`
     PidFile(String),
 }
@@ -61,8 +63,8 @@ Underlay's storage daemon: serves disk images and changes them while they are in
   -V, --version          output version information and exit
 
   --blockdev [driver=]DRIVER,node-name=NAME[,OPTION=VALUE...]
-                         open a block node. Drivers: file, host_device, raw, qcow2, null-co,
-                         null-aio. Nested options have dots (file.filename=a.qcow2); JSON is
+                         open a block node. Drivers: file, host_device, nbd, raw, qcow2,
+                         throttle, null-co, null-aio. Nested options have dots (file.filename=a.qcow2); JSON is
                          taken too.
   --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,host=HOST,port=PORT[,server=on|off][,wait=on|off]
@@ -78,6 +80,8 @@ Underlay's storage daemon: serves disk images and changes them while they are in
                          start the NBD server
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off][,...]
                          export a block node
+  --object [qom-type=]throttle-group,id=ID[,limits.iops-total=N][,limits.bps-total=N][,...]
+                         limits that throttle nodes share
   --pidfile PATH         write the process number to PATH; removed at the end
   --daemonize            go to the background once everything is set up
 
@@ -180,7 +184,7 @@ impl Given {
             }
             Some("pidfile") => Ok(Arg::PidFile(value.to_owned())),
             Some("trace") => Err(CommandError::new("Trace events are not supported")),
-            Some(_) => Err(object(value)?),
+            Some(_) => object(value),
             None => Err(CommandError::new("Unexpected argument")),
         }
     }
@@ -195,19 +199,26 @@ fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandResult
     schema::check(pairs(value, implied)?, by, input).map_err(|error| CommandError::new(error.to_string()))
 }
 
-/// Why an object cannot be made.
-fn object(value: &str) -> CommandResult<CommandError> {
-    let kind = pairs(value, Some("qom-type"))?;
-    let kind = kind.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
-    let text = match kind {
-        "secret" | "iothread" | "throttle-group" | "tls-creds-x509" | "tls-creds-psk" | "tls-creds-anon"
-        | "authz-list" | "authz-simple" | "authz-pam" | "authz-list-file" | "secret_keyring" => {
-            format!("Objects of type '{kind}' are not supported yet")
-        }
-        "" => "Parameter 'qom-type' is missing".to_owned(),
-        _ => format!("Parameter 'qom-type' does not accept value '{kind}'"),
-    };
-    Ok(CommandError::new(text))
+/// `--object`
+fn object(value: &str) -> CommandResult<Arg> {
+    let given = pairs(value, Some("qom-type"))?;
+    let kind = given.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
+    let known = [
+        "secret",
+        "iothread",
+        "tls-creds-x509",
+        "tls-creds-psk",
+        "tls-creds-anon",
+        "authz-list",
+        "authz-simple",
+        "authz-pam",
+        "authz-list-file",
+        "secret_keyring",
+    ];
+    if known.contains(&kind) {
+        return Err(CommandError::new(format!("Objects of type '{kind}' are not supported yet")));
+    }
+    checked(value, Some("qom-type"), schema::object_options()).map(Arg::Object)
 }
 
 #[cfg(test)]
@@ -244,6 +255,11 @@ mod tests {
                 "--object iothread,id=a",
                 "--object iothread,id=a: Objects of type 'iothread' are not supported yet",
             ),
+            (
+                "--object throttle-group,id=g,limits.foo=1",
+                "--object throttle-group,id=g,limits.foo=1: Parameter 'limits.foo' is unexpected",
+            ),
+            ("--object throttle-group,id=g,limits.iops-total=100,x-bps-read=5", ""),
             ("--blockdev driver=null-co,node-name=n,size=65536,read-zeroes=on --daem", ""),
         ] {
             assert_eq!(complaint(words), text, "{words}");

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underlay_drivers::open::OnCorrupt;
+use underlay_drivers::throttle::Groups;
+use underlay_drivers::{BackingPolicy, Opener};
 use underlay_exports::NbdServer;
 use underlay_graph::Graph;
 use underlay_jobs::Jobs;
@@ -20,6 +22,8 @@ const MAX_IO_THREADS: usize = 16;
 pub struct Daemon {
     /// The disks.
     pub graph: Arc<Graph>,
+    /// The disks' limits.
+    pub groups: Arc<Groups>,
     /// The jobs.
     pub jobs: Arc<Jobs>,
     /// The way to the monitors.
@@ -44,6 +48,7 @@ impl Daemon {
         let events = Arc::<EventBus>::default();
         Ok(Arc::new(Self {
             graph: Graph::new(),
+            groups: Arc::default(),
             jobs: Jobs::new(events.clone()),
             events,
             quit: StopSign::default(),
@@ -65,6 +70,11 @@ impl Daemon {
     pub fn job_thread(&self) -> Spawner {
         let at = self.next_job_thread.fetch_add(1, Ordering::Relaxed);
         self.threads[self.threads.len() - 1 - at % self.threads.len()].spawner()
+    }
+
+    /// For nodes that this daemon opens.
+    pub fn opener(&self, policy: BackingPolicy) -> Opener {
+        Opener::new(&self.graph, policy, Some(self.on_corrupt())).with_groups(&self.groups)
     }
 
     /// What a node calls when it finds its image damaged: a line on stderr and an event.

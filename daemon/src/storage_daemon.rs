@@ -13,7 +13,7 @@ use underlay_sys::thread::block_on;
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
 use crate::chardev::Chardevs;
 use crate::command::arguments::Arguments;
-use crate::command::{blockdev, export};
+use crate::command::{blockdev, export, object};
 use crate::error::{CommandError, CommandResult};
 use crate::monitor;
 use crate::state::Daemon;
@@ -145,6 +145,7 @@ async fn carry_out(
             arguments.optional_text("type");
             export::add(daemon, &mut arguments).await?;
         }
+        Arg::Object(options) => object::add(daemon, Arguments::new(options))?,
         Arg::PidFile(_) => {}
     }
     Ok(None)

@@ -245,6 +245,11 @@ fn verbs() {
 }
 
 #[test]
+fn throttle() {
+    compare("throttle");
+}
+
+#[test]
 fn arguments() {
     compare("arguments");
 }

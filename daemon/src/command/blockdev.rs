@@ -1,7 +1,7 @@
 //! Nodes come, go and change: blockdev-add, blockdev-del, change-backing-file, block_resize.
 
 use async_trait::async_trait;
-use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
+use underlay_drivers::{BackingPolicy, NodeSpec};
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation, Role};
@@ -23,7 +23,7 @@ pub async fn add(daemon: &Daemon, options: Object) -> CommandResult<NodeId> {
     if daemon.graph.plan().find(&name).is_some() {
         return Err(GraphError::DuplicateName(name).into());
     }
-    let new = Opener::new(&daemon.graph, BackingPolicy::Follow, Some(daemon.on_corrupt())).open(spec).await?;
+    let new = daemon.opener(BackingPolicy::Follow).open(spec).await?;
     let added = daemon.graph.change(|plan| {
         let id = plan.add(new)?;
         plan.node_mut(id).monitor_owned = true;

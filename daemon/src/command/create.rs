@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use underlay_drivers::create::{self, NewFile};
-use underlay_drivers::{BackingPolicy, NodeSpec, Opener, open::OnCorrupt};
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::NewRoot;
 use underlay_graph::{BackingRef, Graph, GraphError, NodeId, Perms, Preallocation, RootId};
 use underlay_jobs::Creation;
@@ -29,10 +29,13 @@ pub async fn blockdev_create(daemon: &Daemon, arguments: &mut Arguments) -> Comm
             Box::pin(async move { create::file(&new).await.map_err(|error| error.to_string()) })
         }
         "qcow2" => {
-            let (graph, on_corrupt) = (daemon.graph.clone(), daemon.on_corrupt());
+            let (graph, groups) = (daemon.graph.clone(), daemon.groups.clone());
+            let on_corrupt = daemon.on_corrupt();
             let file = options.take("file");
             Box::pin(async move {
-                let made = make_qcow2(&graph, on_corrupt, file, options).await;
+                let opener =
+                    Opener::new(&graph, BackingPolicy::Follow, Some(on_corrupt)).with_groups(&groups);
+                let made = make_qcow2(&graph, &opener, file, options).await;
                 made.map_err(|error| error.desc)
             })
         }
@@ -63,11 +66,11 @@ fn new_file(options: &mut Arguments) -> NewFile {
 
 async fn make_qcow2(
     graph: &Arc<Graph>,
-    on_corrupt: OnCorrupt,
+    opener: &Opener,
     file: Option<Value>,
     options: Arguments,
 ) -> CommandResult<()> {
-    let root = take_file(graph, on_corrupt, file).await?;
+    let root = take_file(graph, opener, file).await?;
     let made = match graph.root(root) {
         Some(root) => match root.enter().await {
             Ok(inside) => match qcow2_options(options) {
@@ -88,7 +91,7 @@ async fn make_qcow2(
 }
 
 /// Claims the node for the image, opened if its options were given: nobody else may write to it meanwhile.
-async fn take_file(graph: &Arc<Graph>, on_corrupt: OnCorrupt, file: Option<Value>) -> CommandResult<RootId> {
+async fn take_file(graph: &Arc<Graph>, opener: &Opener, file: Option<Value>) -> CommandResult<RootId> {
     let spec = match file {
         Some(Value::Object(options)) => Err(NodeSpec::parse(options)?),
         Some(Value::Str(name)) => Ok(name),
@@ -116,7 +119,7 @@ async fn take_file(graph: &Arc<Graph>, on_corrupt: OnCorrupt, file: Option<Value
                 .await
         }
         Err(spec) => {
-            let new = Opener::new(graph, BackingPolicy::Follow, Some(on_corrupt)).open(spec).await?;
+            let new = opener.open(spec).await?;
             graph
                 .change(|plan| {
                     let node = plan.add(new)?;

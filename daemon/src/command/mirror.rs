@@ -1,7 +1,7 @@
 //! blockdev-mirror, drive-mirror and block-job-change.
 
 use underlay_drivers::names::resolve_backing;
-use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
+use underlay_drivers::{BackingPolicy, NodeSpec, filename};
 use underlay_graph::{NewNode, NodeId, Plan};
 use underlay_jobs::{MirrorArgs, SyncMode, Target};
 
@@ -82,7 +82,7 @@ async fn open_target(
     spec.cache_no_flush = Some(like.cache_no_flush);
     spec.discard = Some(true);
     spec.read_only = Some(false);
-    let opener = Opener::new(&daemon.graph, BackingPolicy::Ignore, Some(daemon.on_corrupt()));
+    let opener = daemon.opener(BackingPolicy::Ignore);
     Ok(opener.open(spec).await?)
 }
 

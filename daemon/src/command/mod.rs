@@ -7,6 +7,7 @@ pub mod export;
 pub mod job;
 pub mod lookup;
 pub mod mirror;
+pub mod object;
 pub mod query;
 pub mod snapshot;
 pub mod transaction;
@@ -31,7 +32,7 @@ pub fn version() -> Value {
 pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> {
     let mut arguments = Arguments::new(request.arguments);
     if let Some(answer) = query(daemon, request.command, &mut arguments) {
-        return Ok(answer);
+        return answer;
     }
     if request.command == "quit" {
         // The reply is the last thing that the client hears, behind the events of the end.
@@ -43,8 +44,13 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
     change(daemon, request.command, arguments).await.map(|()| Value::Object(Object::new()))
 }
 
-fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Value> {
-    Some(match command {
+fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<CommandResult<Value>> {
+    Some(Ok(match command {
+        "qom-list" => return Some(object::qom_list(daemon, &arguments.text("path"))),
+        "qom-get" => {
+            let path = arguments.text("path");
+            return Some(object::qom_get(daemon, &path, &arguments.text("property")));
+        }
         "query-version" => version(),
         "query-commands" => {
             let name = |command: &schema::ty::Command| Object::new().with("name", command.name).into();
@@ -59,7 +65,7 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Va
         "query-block-jobs" => job::query_block_jobs(daemon),
         "query-block-exports" => export::query(daemon),
         _ => return None,
-    })
+    }))
 }
 
 async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
@@ -67,6 +73,9 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "blockdev-add" => {
             blockdev::add(daemon, arguments.rest()).await?;
         }
+        "object-add" => object::add(daemon, arguments)?,
+        "object-del" => object::del(daemon, &arguments.text("id"))?,
+        "qom-set" => object::qom_set(daemon, &mut arguments)?,
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
         "blockdev-create" => create::blockdev_create(daemon, &mut arguments).await?,
         "blockdev-snapshot-sync" => {

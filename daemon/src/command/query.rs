@@ -60,7 +60,7 @@ fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
         object.insert(limit, Value::Int(0));
     }
     object.insert("cache", Value::Object(cache));
-    let depth = if flat { 0 } else { wires.plan().chain(id).count().saturating_sub(1) };
+    let depth = if flat { 0 } else { plan_chain(wires.plan(), id).len() - 1 };
     object.insert("backing_file_depth", int(depth as u64));
     object.insert("image", image_info(wires, id, flat));
     Value::Object(object)
@@ -81,9 +81,15 @@ fn image_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
     below.unwrap_or(Value::Null)
 }
 
-/// The node itself and the images below it.
+/// The node itself and the images below it, and the filters between them that somebody knows of.
 fn plan_chain(plan: &Plan, id: NodeId) -> Vec<NodeId> {
-    std::iter::once(id).chain(plan.chain(id).skip(1)).collect()
+    let below = |id: NodeId| {
+        let node = plan.node(id);
+        let filtered = node.child(Role::File).filter(|_| node.node.kind() == Kind::Filter);
+        filtered.or(node.child(Role::Backing))
+    };
+    let known = |id: &NodeId| !plan.node(*id).implicit;
+    std::iter::once(id).chain(std::iter::successors(below(id), |id| below(*id)).filter(known)).collect()
 }
 
 fn one_image(wires: &Wires, id: NodeId) -> Object {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
-use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
+use underlay_drivers::{BackingPolicy, NodeSpec, filename};
 use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Preallocation, Role, View};
 
 use underlay_qcow2::CreateOptions;
@@ -233,7 +233,7 @@ async fn open_overlay(
         *backing = Backing::None;
     }
     debug_assert!(!matches!(&spec.driver, DriverSpec::Qcow2 { file: Child::Reference(_), .. }));
-    let opener = Opener::new(&daemon.graph, BackingPolicy::Ignore, Some(daemon.on_corrupt()));
+    let opener = daemon.opener(BackingPolicy::Ignore);
     Ok(opener.open(spec).await?)
 }
 

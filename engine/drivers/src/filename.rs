@@ -7,6 +7,7 @@ use underlay_graph::plan::Wires;
 use underlay_graph::{Kind, NodeId, Role, View};
 use underlay_qmp::json::{Object, Value};
 
+use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
 use crate::protocol::nbd::NbdNode;
@@ -23,9 +24,9 @@ pub fn exact(view: &View) -> Option<String> {
     }
 }
 
-/// The name of a node: plain or `json:{…}`. A filter is called as what it filters.
+/// The name of a node: plain or `json:{…}`. A filter without options of its own is called as what it filters.
 pub fn of(view: &View) -> String {
-    if view.node().kind() == Kind::Filter {
+    if view.node().kind() == Kind::Filter && !view.node().as_any().is::<Throttle>() {
         let below = view.child(Role::File).or(view.child(Role::Backing));
         return below.map_or_else(String::new, |below| of(below));
     }
@@ -98,6 +99,9 @@ pub fn options(view: &View) -> Object {
     }
     if let Some(window) = node.as_any().downcast_ref::<Raw>().and_then(Raw::window) {
         window.into_iter().for_each(|(name, value)| object.insert(name, Value::UInt(value)));
+    }
+    if let Some(throttle) = node.as_any().downcast_ref::<Throttle>() {
+        object.insert("throttle-group", throttle.member().group().name());
     }
     for (role, child) in view.children() {
         if *role == Role::File || backing_is_overridden(view) {

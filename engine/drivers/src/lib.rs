@@ -4,12 +4,14 @@
 pub mod create;
 pub mod error;
 pub mod filename;
+pub mod filter;
 pub mod format;
 pub mod names;
 pub mod open;
 pub mod options;
 pub mod probe;
 pub mod protocol;
+pub mod throttle;
 
 pub use error::OpenError;
 pub use open::{BackingPolicy, Opener};

@@ -13,6 +13,7 @@ use underlay_graph::{Graph, GraphError, Limits, NewNode, Node, NodeName, NodeOpt
 use underlay_qcow2::{Corruption, Qcow2};
 
 use crate::error::OpenError;
+use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
 use crate::options::{Backing, Child, DriverSpec, Inherited, NodeSpec};
@@ -20,6 +21,7 @@ use crate::probe::probe;
 use crate::protocol::file::FileNode;
 use crate::protocol::nbd::NbdNode;
 use crate::protocol::null::NullNode;
+use crate::throttle::{Groups, Member};
 
 /// What may be opened because an image says so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +41,7 @@ pub struct Opener {
     wires: Wires,
     policy: BackingPolicy,
     on_corrupt: Option<OnCorrupt>,
+    groups: Arc<Groups>,
 }
 
 /// A node that was opened, and a view of it for whoever is above.
@@ -61,7 +64,12 @@ struct Unbacked {
 impl Opener {
     /// For nodes that may refer to those of `graph`.
     pub fn new(graph: &Graph, policy: BackingPolicy, on_corrupt: Option<OnCorrupt>) -> Self {
-        Self { wires: graph.wires(), policy, on_corrupt }
+        Self { wires: graph.wires(), policy, on_corrupt, groups: Arc::default() }
+    }
+
+    /// With the throttle groups that there are.
+    pub fn with_groups(self, groups: &Arc<Groups>) -> Self {
+        Self { groups: groups.clone(), ..self }
     }
 
     /// Opens `spec` and everything below it.
@@ -171,6 +179,12 @@ impl Opener {
             DriverSpec::Qcow2 { file, .. } => {
                 let file = self.open_child(file.clone(), for_file).await?;
                 (self.open_qcow2(&spec, &file).await?, file)
+            }
+            DriverSpec::Throttle { file, group } => {
+                let found = self.groups.get(group);
+                let missing = || OpenError::text(format!("Throttle group '{group}' does not exist"));
+                let member = Member::new(found.ok_or_else(missing)?);
+                (Arc::new(Throttle::new(member)), self.open_child(file.clone(), for_file).await?)
             }
             DriverSpec::Probe { .. } => return Err(OpenError::text("The format is not known".to_owned())),
         };

@@ -61,6 +61,13 @@ pub enum DriverSpec {
         /// Caches and checks.
         options: Box<Qcow2Options>,
     },
+    /// `throttle`
+    Throttle {
+        /// What is filtered.
+        file: Child,
+        /// The group of disks that share limits.
+        group: String,
+    },
     /// The format is not known yet: look at the first bytes.
     Probe {
         /// Where the image is.
@@ -251,6 +258,7 @@ impl NodeSpec {
             DriverSpec::Null(null) => null.driver,
             DriverSpec::Raw { .. } => "raw",
             DriverSpec::Qcow2 { .. } => "qcow2",
+            DriverSpec::Throttle { .. } => "throttle",
             DriverSpec::Probe { .. } => "",
         }
     }
@@ -420,6 +428,16 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
             Ok(DriverSpec::Raw { file, options })
         }
         "qcow2" => qcow2_spec(fields, depth),
+        "throttle" => {
+            let group = fields.text("throttle-group")?;
+            let group = group.ok_or_else(|| {
+                OpenError::text(format!("Parameter '{}throttle-group' is missing", fields.prefix))
+            })?;
+            Ok(DriverSpec::Throttle {
+                file: fields.child("file", depth)?.ok_or_else(|| missing("file"))?,
+                group,
+            })
+        }
         "" => Ok(DriverSpec::Probe { file: fields.child("file", depth)?.ok_or_else(|| missing("file"))? }),
         other => Err(OpenError::UnknownDriver(other.to_owned())),
     }

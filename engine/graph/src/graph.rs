@@ -1,11 +1,12 @@
 //! The owner of the plan: puts a change of the wiring into force in one step that no request sees half done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
 use crate::error::GraphError;
+use crate::node::Node;
 use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanRoot, RootId, Wires};
 use crate::root::Root;
@@ -76,7 +77,7 @@ impl Graph {
     /// Rewires the graph in one step that no request sees half done:
     ///
     /// 1. `edit` changes a draft; on error nothing has happened. The draft is checked as a whole.
-    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end.
+    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry.
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
     /// 4. The last step runs. Any error up to here leaves the old wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
@@ -97,6 +98,8 @@ impl Graph {
         for (_, root) in &roots {
             root.drained.iter().for_each(|drained| drained.begin());
         }
+        let on_the_way = below(old.plan(), roots.iter().map(|(id, _)| *id));
+        on_the_way.iter().for_each(|node| node.hurry(true));
         let mut gates = Vec::with_capacity(roots.len());
         for (_, root) in &roots {
             gates.push(root.door.view.write().await);
@@ -112,6 +115,7 @@ impl Graph {
             *self.now() = InForce { plan, access };
         }
         drop(gates);
+        on_the_way.iter().for_each(|node| node.hurry(false));
         for (_, root) in roots.iter().rev() {
             root.drained.iter().for_each(|drained| drained.end());
         }
@@ -140,6 +144,13 @@ fn changed_roots(old: &Plan, new: &Plan) -> Vec<(RootId, PlanRoot)> {
         roots.insert(id, root.clone());
     }
     roots.into_iter().collect()
+}
+
+/// All nodes that requests through some of the roots of a plan may be at.
+fn below(plan: &Plan, roots: impl Iterator<Item = RootId>) -> Vec<Arc<dyn Node>> {
+    let nodes: BTreeSet<_> =
+        roots.filter_map(|id| plan.root(id)).flat_map(|root| plan.reachable(root.node)).collect();
+    nodes.into_iter().map(|id| plan.node(id).node.clone()).collect()
 }
 
 /// One change between its check and its end.

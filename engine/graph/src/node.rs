@@ -145,6 +145,10 @@ pub trait Node: Debug + Send + Sync {
         Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
     }
 
+    /// A change of the graph waits for the requests inside: a node that makes requests wait lets them go on, from `true` to
+    /// `false`. Several changes may do so at once.
+    fn hurry(&self, _on: bool) {}
+
     /// Gets ready for what its users ask of it now: takes locks before writing starts, gives them up after it
     /// ended. Called with more before a change (children first; may fail, and is then called with the old
     /// access again), with less after it (parents first).

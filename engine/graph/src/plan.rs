@@ -301,6 +301,9 @@ impl Plan {
 
     fn add_wiring(&mut self, wiring: Wiring) -> Result<NodeId, GraphError> {
         match wiring {
+            Wiring::Existing(id) if !self.nodes.contains_key(&id) => {
+                Err(GraphError::new("The node was removed in the meantime"))
+            }
             Wiring::Existing(id) => Ok(id),
             Wiring::New(node) => self.add(*node),
         }

@@ -4,7 +4,6 @@ use std::any::Any;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use underlay_graph::info::ImageInfo;
 use underlay_graph::{
     ByteRange, Cx, Extent, IoError, Kind, Node, Place, Preallocation, Result, WriteFlags, ZeroFlags,
 };
@@ -94,8 +93,8 @@ impl Node for NullNode {
         Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
     }
 
-    fn image_info(&self) -> ImageInfo {
-        ImageInfo { dirty: Some(false), ..ImageInfo::default() }
+    fn allocated_size(&self) -> Option<u64> {
+        Some(0)
     }
 
     fn exact_filename(&self) -> Option<String> {

@@ -7,6 +7,7 @@
 use super::create::*;
 use super::defs::*;
 use super::jobs::*;
+use super::objects::*;
 use super::ty::{Command, Event, Type};
 
 /// All commands.
@@ -23,6 +24,15 @@ pub static COMMANDS: &[Command] = &[
         arguments: &NOTHING,
         returns: Type::List(&Type::Object(&QUERY_QMP_SCHEMA_RET)),
     },
+    Command { name: "object-add", arguments: &OBJECT_OPTIONS, returns: Type::Object(&NOTHING) },
+    Command { name: "object-del", arguments: &OBJECT_DEL_ARG, returns: Type::Object(&NOTHING) },
+    Command {
+        name: "qom-list",
+        arguments: &QOM_LIST_ARG,
+        returns: Type::List(&Type::Object(&OBJECT_PROPERTY_INFO)),
+    },
+    Command { name: "qom-get", arguments: &QOM_GET_ARG, returns: Type::Any },
+    Command { name: "qom-set", arguments: &QOM_SET_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "quit", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-add", arguments: &BLOCKDEV_OPTIONS, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-create", arguments: &BLOCKDEV_CREATE_ARG, returns: Type::Object(&NOTHING) },

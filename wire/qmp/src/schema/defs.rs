@@ -43,7 +43,7 @@ pub(super) static QUERY_QMP_SCHEMA_RET: Object = Object {
 };
 
 pub(super) static BLOCKDEV_DRIVER: Enum =
-    Enum { values: &["file", "host_device", "nbd", "null-aio", "null-co", "qcow2", "raw"] };
+    Enum { values: &["file", "host_device", "nbd", "null-aio", "null-co", "qcow2", "raw", "throttle"] };
 
 pub(super) static BLOCKDEV_OPTIONS_DISCARD: Enum = Enum { values: &["ignore", "unmap"] };
 
@@ -171,6 +171,12 @@ pub(super) static BLOCKDEV_OPTIONS_RAW: Object = Object {
     cases: &[],
 };
 
+pub(super) static BLOCKDEV_OPTIONS_THROTTLE: Object = Object {
+    members: &[req("throttle-group", Type::Str), req("file", Type::Alternate(&BLOCKDEV_REF))],
+    tag: None,
+    cases: &[],
+};
+
 pub(super) static BLOCKDEV_OPTIONS: Object = Object {
     members: &[
         req("driver", Type::Enum(&BLOCKDEV_DRIVER)),
@@ -192,6 +198,7 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
         ("null-co", &BLOCKDEV_OPTIONS_NULL_AIO),
         ("qcow2", &BLOCKDEV_OPTIONS_QCOW2),
         ("raw", &BLOCKDEV_OPTIONS_RAW),
+        ("throttle", &BLOCKDEV_OPTIONS_THROTTLE),
     ],
 };
 

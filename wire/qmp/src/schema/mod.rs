@@ -7,6 +7,7 @@ mod create;
 mod defs;
 pub mod introspect;
 mod jobs;
+mod objects;
 mod start;
 pub mod ty;
 
@@ -36,4 +37,14 @@ pub fn nbd_server_options() -> &'static ty::Object {
 /// The options of exports: what block-export-add and `--export` take.
 pub fn block_export_options() -> &'static ty::Object {
     &defs::BLOCK_EXPORT_OPTIONS
+}
+
+/// The options of objects: what object-add and `--object` take.
+pub fn object_options() -> &'static ty::Object {
+    &objects::OBJECT_OPTIONS
+}
+
+/// An object with the property `limits` of throttle groups, for qom-set.
+pub fn limits_property() -> &'static ty::Object {
+    &objects::LIMITS_PROPERTY
 }

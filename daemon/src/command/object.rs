@@ -1,0 +1,228 @@
+//! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are throttle
+//! groups.
+//!
+//! Objects are children of `/objects`, by their ids; a path without a slash in front is found anywhere.
+
+use std::sync::Arc;
+
+use underlay_drivers::filter::throttle::Throttle;
+use underlay_drivers::throttle::{Group, Limits};
+use underlay_graph::Class;
+use underlay_graph::units::is_well_formed_id;
+use underlay_qmp::json::{Object, Value};
+use underlay_qmp::schema::{self, Input};
+
+use super::arguments::Arguments;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// The properties of a throttle group, in the order in which the reference lists them.
+const PROPERTIES: [&str; 21] = [
+    "type",
+    "x-bps-write-max-length",
+    "x-iops-total-max-length",
+    "x-iops-size",
+    "limits",
+    "x-bps-total",
+    "x-iops-read-max-length",
+    "x-bps-write",
+    "x-iops-write-max-length",
+    "x-bps-read-max",
+    "x-iops-read-max",
+    "x-bps-total-max",
+    "x-bps-read-max-length",
+    "x-iops-read",
+    "x-bps-read",
+    "x-bps-write-max",
+    "x-iops-total-max",
+    "x-iops-total",
+    "x-iops-write",
+    "x-bps-total-max-length",
+    "x-iops-write-max",
+];
+
+/// object-add and `--object`, with the options checked.
+pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
+    let id = options.text("id");
+    if !is_well_formed_id(&id) {
+        let hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
+        let error = CommandError::new("Parameter 'id' expects an identifier");
+        return Err(CommandError { hint: Some(hint.to_owned()), ..error });
+    }
+    let mut limits = Limits::default();
+    for name in Limits::names() {
+        let property = format!("x-{name}");
+        if options.has(&property) {
+            let value = options.number(&property, 0);
+            let value = u64::try_from(value);
+            let value = value.map_err(|_| CommandError::new("Property values cannot be negative"))?;
+            // The missing space is the reference's.
+            set_number(&mut limits, &name, value, &format!("{property} value must be in therange"))?;
+        }
+    }
+    if let Some(mut given) = options.object("limits") {
+        set_numbers(&mut limits, &mut given)?;
+        limits.check().map_err(|error| CommandError::new(error.to_string()))?;
+    }
+    if daemon.groups.get(&id).is_some() {
+        let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
+        return Err(CommandError::new(text));
+    }
+    limits.check().map_err(|error| CommandError::new(error.to_string()))?;
+    daemon.groups.add(Group::new(&id, limits));
+    Ok(())
+}
+
+/// The numbers of `limits`; what is not given stays.
+fn set_numbers(limits: &mut Limits, given: &mut Arguments) -> CommandResult<()> {
+    for name in Limits::names() {
+        if given.has(&name) {
+            // Negative numbers are out of every range that is checked.
+            let value = given.number(&name, 0).cast_unsigned();
+            set_number(limits, &name, value, &format!("{name} value must be in the range"))?;
+        }
+    }
+    Ok(())
+}
+
+fn set_number(limits: &mut Limits, name: &str, value: u64, out_of_range: &str) -> CommandResult<()> {
+    let longest = u64::from(u32::MAX);
+    if name.ends_with("-length") && value.cast_signed() > longest.cast_signed() {
+        return Err(CommandError::new(format!("{out_of_range} [0, {longest}]")));
+    }
+    if let Some(number) = limits.number_mut(name) {
+        *number = value;
+    }
+    Ok(())
+}
+
+/// object-del
+pub fn del(daemon: &Daemon, id: &str) -> CommandResult<()> {
+    let Some(group) = daemon.groups.get(id) else {
+        return Err(CommandError::new(format!("object '{id}' not found")));
+    };
+    let plan = daemon.graph.plan();
+    let in_use = plan.nodes().any(|(_, node)| {
+        let throttle = node.node.as_any().downcast_ref::<Throttle>();
+        throttle.is_some_and(|throttle| Arc::ptr_eq(throttle.member().group(), &group))
+    });
+    if in_use {
+        return Err(CommandError::new(format!("object '{id}' is in use, can not be deleted")));
+    }
+    daemon.groups.remove(id);
+    Ok(())
+}
+
+/// What a path leads to.
+enum Place {
+    Root,
+    Objects,
+    Group(Arc<Group>),
+}
+
+impl Place {
+    fn find(daemon: &Daemon, path: &str) -> CommandResult<Self> {
+        let absolute = path.starts_with('/');
+        let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let found = match (absolute, parts.as_slice()) {
+            (true, []) => Some(Self::Root),
+            (_, ["objects"]) => Some(Self::Objects),
+            (_, ["objects", id]) | (false, [id]) => daemon.groups.get(id).map(Self::Group),
+            _ => None,
+        };
+        found.ok_or_else(|| CommandError {
+            class: Class::DeviceNotFound,
+            ..CommandError::new(format!("Device '{path}' not found"))
+        })
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Root | Self::Objects => "container",
+            Self::Group(_) => "throttle-group",
+        }
+    }
+
+    /// The objects in it, with their types.
+    fn children(&self, daemon: &Daemon) -> Vec<(String, &'static str)> {
+        match self {
+            Self::Root => vec![("objects".to_owned(), "container")],
+            Self::Objects => {
+                daemon.groups.all().iter().map(|group| (group.name().to_owned(), "throttle-group")).collect()
+            }
+            Self::Group(_) => Vec::new(),
+        }
+    }
+
+    fn no_property(&self, name: &str) -> CommandError {
+        CommandError::new(format!("Property '{}.{name}' not found", self.kind()))
+    }
+}
+
+/// qom-list
+pub fn qom_list(daemon: &Daemon, path: &str) -> CommandResult<Value> {
+    let place = Place::find(daemon, path)?;
+    let property =
+        |name: &str, kind: &str| Value::Object(Object::new().with("name", name).with("type", kind));
+    if let Place::Group(_) = place {
+        let kind = |name: &str| match name {
+            "type" => "string",
+            "limits" => "ThrottleLimits",
+            _ => "int",
+        };
+        return Ok(Value::List(PROPERTIES.iter().map(|name| property(name, kind(name))).collect()));
+    }
+    let children = place.children(daemon);
+    let children = children.iter().map(|(name, kind)| property(name, &format!("child<{kind}>")));
+    Ok(Value::List(std::iter::once(property("type", "string")).chain(children).collect()))
+}
+
+/// qom-get
+pub fn qom_get(daemon: &Daemon, path: &str, property: &str) -> CommandResult<Value> {
+    let place = Place::find(daemon, path)?;
+    if property == "type" {
+        return Ok(Value::Str(place.kind().to_owned()));
+    }
+    let Place::Group(group) = &place else {
+        let child = place.children(daemon).into_iter().find(|(name, _)| name == property);
+        let (name, _) = child.ok_or_else(|| place.no_property(property))?;
+        let above = if matches!(place, Place::Root) { "" } else { "/objects" };
+        return Ok(Value::Str(format!("{above}/{name}")));
+    };
+    let limits = group.limits();
+    let number = |name: &str| limits.number(name).map(|value| Value::Int(value.cast_signed()));
+    if property == "limits" {
+        let mut object = Object::new();
+        Limits::names().for_each(|name| object.insert(&name, number(&name).unwrap_or(Value::Null)));
+        return Ok(Value::Object(object));
+    }
+    property.strip_prefix("x-").and_then(number).ok_or_else(|| place.no_property(property))
+}
+
+/// qom-set
+pub fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let place = Place::find(daemon, &arguments.text("path"))?;
+    let property = arguments.text("property");
+    let not_writable =
+        || CommandError::new(format!("Property '{}.{property}' is not writable", place.kind()));
+    let Place::Group(group) = &place else {
+        let is_there = property == "type" || place.children(daemon).iter().any(|(name, _)| *name == property);
+        return Err(if is_there { not_writable() } else { place.no_property(&property) });
+    };
+    match property.as_str() {
+        "limits" => {}
+        "type" => return Err(not_writable()),
+        other if PROPERTIES.contains(&other) => {
+            return Err(CommandError::new("Property cannot be set after initialization"));
+        }
+        other => return Err(place.no_property(other)),
+    }
+    let value = arguments.take("value").unwrap_or(Value::Null);
+    let checked = schema::check(Object::new().with("limits", value), schema::limits_property(), Input::Json);
+    let mut checked = Arguments::new(checked.map_err(|error| CommandError::new(error.to_string()))?);
+    let mut limits = group.limits();
+    set_numbers(&mut limits, &mut checked.object("limits").unwrap_or_else(|| Arguments::new(Object::new())))?;
+    limits.check().map_err(|error| CommandError::new(error.to_string()))?;
+    group.set_limits(limits);
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! Nodes in between: the content of the node below, and something that happens on the way.
+
+pub mod throttle;
