@@ -19,9 +19,23 @@ pub fn exact(view: &View) -> Option<String> {
     match node.kind() {
         Kind::Protocol => node.exact_filename(),
         Kind::Filter => None,
-        Kind::Format if is_window(view) || backing_is_overridden(view) => None,
-        Kind::Format => exact(view.child(Role::File)?),
+        Kind::Format if backing_is_overridden(view) => None,
+        Kind::Format => exact_alone(view),
     }
+}
+
+/// The same for a format, whatever is below its image.
+fn exact_alone(view: &View) -> Option<String> {
+    let file = view.child(Role::File).filter(|_| !is_window(view))?;
+    exact(file).filter(|_| file.node().kind() != Kind::Format)
+}
+
+/// The name of an image that was opened without what is below it, which does not count.
+pub fn of_alone(view: &View) -> String {
+    exact_alone(view).unwrap_or_else(|| match view.node().kind() {
+        Kind::Format => format!("json:{}", Value::Object(options_and(view, false))),
+        _ => of(view),
+    })
 }
 
 /// The name of a node: plain or `json:{…}`. A filter without options of its own is called as what it filters.
@@ -82,6 +96,10 @@ fn backing_is_overridden(view: &View) -> bool {
 
 /// The options that matter for the content of a node, children inline.
 pub fn options(view: &View) -> Object {
+    options_and(view, backing_is_overridden(view))
+}
+
+fn options_and(view: &View, backing: bool) -> Object {
     let node = view.node();
     let mut object = Object::new();
     object.insert("driver", Value::Str(node.driver().to_owned()));
@@ -98,17 +116,17 @@ pub fn options(view: &View) -> Object {
         return object;
     }
     if let Some(window) = node.as_any().downcast_ref::<Raw>().and_then(Raw::window) {
-        window.into_iter().for_each(|(name, value)| object.insert(name, Value::UInt(value)));
+        window.iter().for_each(|(name, value)| object.insert(name, value.clone()));
     }
     if let Some(throttle) = node.as_any().downcast_ref::<Throttle>() {
         object.insert("throttle-group", throttle.member().group().name());
     }
     for (role, child) in view.children() {
-        if *role == Role::File || backing_is_overridden(view) {
+        if *role == Role::File || backing {
             object.insert(role.as_str(), Value::Object(options(child)));
         }
     }
-    if backing_is_overridden(view) && view.child(Role::Backing).is_none() {
+    if backing && view.child(Role::Backing).is_none() {
         object.insert("backing", Value::Null);
     }
     object

@@ -137,7 +137,7 @@ impl Opener {
                 let Some(named) = image.node.backing_ref() else { return Ok(None) };
                 let own = image.file.filename.as_deref().unwrap_or_default();
                 let name = names::resolve_backing(own, &named.file);
-                let spec = NodeSpec::backing(&name, named.format.as_deref());
+                let spec = NodeSpec::image(&name, named.format.as_deref());
                 let spec = spec.map_err(|error| OpenError::Backing(Box::new(error)))?;
                 Ok(Some((Child::Inline(Box::new(spec)), inherited)))
             }
@@ -174,7 +174,7 @@ impl Opener {
             }
             DriverSpec::Raw { file, options } => {
                 let file = self.open_child(file.clone(), for_file).await?;
-                (Arc::new(Raw::open(&file.view.cx(), *options)?), file)
+                (Arc::new(Raw::open(&file.view.cx(), options.clone())?), file)
             }
             DriverSpec::Qcow2 { file, .. } => {
                 let file = self.open_child(file.clone(), for_file).await?;

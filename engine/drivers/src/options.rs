@@ -99,7 +99,17 @@ pub struct NullSpec {
     pub latency_ns: u64,
     /// Reads give zeroes (else: whatever was in the buffer).
     pub read_zeroes: bool,
+    /// What of this was given, for the file name.
+    pub given: Given,
 }
+
+impl NullSpec {
+    /// The length of a disk of which none is given.
+    pub const SIZE: u64 = 1 << 30;
+}
+
+/// Options as they were given: numbers may be text with a suffix. QEMU shows them so in file names.
+pub type Given = Vec<(&'static str, Value)>;
 
 /// A child: a node that exists, or one to open.
 #[derive(Clone, Debug)]
@@ -136,6 +146,11 @@ impl Fields {
         OpenError::text(format!("Invalid parameter type for '{}{name}', expected: {expected}", self.prefix))
     }
 
+    /// Those of `names` that are there, as they are.
+    fn given(&self, names: &[&'static str]) -> Given {
+        names.iter().filter_map(|name| Some((*name, self.object.get(name)?.clone()))).collect()
+    }
+
     fn text(&mut self, name: &str) -> Result<Option<String>, OpenError> {
         match self.take(name) {
             None => Ok(None),
@@ -165,10 +180,10 @@ impl Fields {
                 u64::try_from(size).map(Some).map_err(|_| OpenError::text(negative()))
             }
             Some(Value::UInt(size)) => Ok(Some(size)),
-            Some(Value::Str(text)) => parse_size(&text)
-                .map(Some)
-                .ok_or_else(|| OpenError::text(format!("Parameter '{}{name}' expects a size", self.prefix))),
-            Some(_) => Err(self.wrong_type(name, "size")),
+            Some(Value::Str(text)) => {
+                parse_size(&text).map(Some).ok_or_else(|| OpenError::text(not_a_size(&text, name)))
+            }
+            Some(_) => Err(OpenError::text(not_a_size("", name))),
         }
     }
 
@@ -217,6 +232,27 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(1_u64 << shift)
 }
 
+/// What is wrong with the value of an option that is a size.
+pub fn not_a_size(text: &str, name: &str) -> String {
+    match is_out_of_range(text) {
+        true => format!("Value '{text}' is out of range for parameter '{name}'"),
+        false => format!(
+            "Parameter '{name}' expects a non-negative number below 2^64\n\
+             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+             and exabytes, respectively."
+        ),
+    }
+}
+
+/// Whether this looks like a size but is none: negative, or too many digits.
+pub fn is_out_of_range(text: &str) -> bool {
+    let text = text.trim_start();
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    let digits =
+        digits.strip_suffix(|last: char| "bkmgtpe".contains(last.to_ascii_lowercase())).unwrap_or(digits);
+    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// The options in a file name, behind `json:`.
 fn json_options(json: &str) -> Result<Object, OpenError> {
     let value = underlay_qmp::json::parse(json.as_bytes())
@@ -263,27 +299,24 @@ impl NodeSpec {
         }
     }
 
-    /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, or `json:{…}`; with its format, or probed without.
+    /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, `null-co://`, or `json:{…}`; with its format, or
+    /// probed without. The format counts even if `json:{…}` says another, as in QEMU.
     pub fn image(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
         if let Some(json) = name.strip_prefix("json:") {
             let mut object = json_options(json)?;
-            match (object.get("driver"), format) {
-                (Some(_), Some(_)) => {
-                    return Err(OpenError::text("Driver specified twice".to_owned()));
-                }
-                (None, Some(format)) => object.insert("driver", Value::Str(format.to_owned())),
-                _ => {}
+            if let Some(format) = format {
+                object.insert("driver", format);
             }
             return Self::parse(nest(object));
         }
         let is_export = spec::is_name(name);
-        if crate::names::has_protocol(name) && !name.starts_with("file:") && !is_export {
-            let protocol = name.split(':').next().unwrap_or_default();
-            return Err(OpenError::text(format!("Unknown protocol '{protocol}'")));
-        }
-        let protocol = match is_export {
-            true => Self::with_driver(DriverSpec::Nbd(NbdSpec::parse(name)?)),
-            false => Self::file(name),
+        let scheme = name.split(':').next().filter(|_| crate::names::has_protocol(name));
+        let protocol = match scheme {
+            None | Some("file") => Self::file(name),
+            _ if is_export => Self::with_driver(DriverSpec::Nbd(NbdSpec::parse(name)?)),
+            Some("null-co") => null_by_name(name, "null-co")?,
+            Some("null-aio") => null_by_name(name, "null-aio")?,
+            Some(other) => return Err(OpenError::text(format!("Unknown protocol '{other}'"))),
         };
         if format == Some(protocol.driver_name()) {
             return Ok(protocol);
@@ -297,19 +330,6 @@ impl NodeSpec {
             Some(other) => return Err(OpenError::UnknownDriver(other.to_owned())),
         };
         Ok(Self::with_driver(driver))
-    }
-
-    /// What an image names as its backing file, with the format that it says: that one counts, even if `json:{…}` says
-    /// another, as in QEMU.
-    pub fn backing(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
-        match (name.strip_prefix("json:"), format) {
-            (Some(json), Some(format)) => {
-                let mut object = json_options(json)?;
-                object.insert("driver", format);
-                Self::parse(nest(object))
-            }
-            _ => Self::image(name, format),
-        }
     }
 
     /// From options with nested children (see [`nest`] for dotted ones).
@@ -413,17 +433,19 @@ pub struct Inherited {
 
 fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSpec, OpenError> {
     let missing = |child: &str| OpenError::text(format!("A block device must be specified for \"{child}\""));
+    let given = fields.given(&["offset", "size", "read-zeroes"]);
     match driver {
         "file" | "host_device" => file_spec(fields, if driver == "file" { "file" } else { "host_device" }),
         "null-co" | "null-aio" => Ok(DriverSpec::Null(NullSpec {
             driver: if driver == "null-co" { "null-co" } else { "null-aio" },
-            size: fields.size("size")?.unwrap_or(1 << 30),
+            size: fields.size("size")?.unwrap_or(NullSpec::SIZE),
             latency_ns: latency(fields)?,
             read_zeroes: fields.flag("read-zeroes")?.unwrap_or(false),
+            given,
         })),
         "nbd" => nbd_spec(fields),
         "raw" => {
-            let options = RawOptions { offset: fields.size("offset")?, size: fields.size("size")? };
+            let options = RawOptions { offset: fields.size("offset")?, size: fields.size("size")?, given };
             let file = fields.child("file", depth)?.ok_or_else(|| missing("file"))?;
             Ok(DriverSpec::Raw { file, options })
         }
@@ -441,6 +463,16 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
         "" => Ok(DriverSpec::Probe { file: fields.child("file", depth)?.ok_or_else(|| missing("file"))? }),
         other => Err(OpenError::UnknownDriver(other.to_owned())),
     }
+}
+
+/// What a name like `null-co://` stands for.
+fn null_by_name(name: &str, driver: &'static str) -> Result<NodeSpec, OpenError> {
+    if name.strip_prefix(driver) != Some("://") {
+        return Err(OpenError::text(format!("The only allowed filename for this driver is '{driver}://'")));
+    }
+    let (size, given) = (NullSpec::SIZE, Given::new());
+    let null = NullSpec { driver, size, latency_ns: 0, read_zeroes: false, given };
+    Ok(NodeSpec::with_driver(DriverSpec::Null(null)))
 }
 
 fn latency(fields: &mut Fields) -> Result<u64, OpenError> {

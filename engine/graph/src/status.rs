@@ -51,8 +51,9 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
         range = range.before(length);
         let extent = at.map(range).await?;
         range = range.split(extent.len).0;
-        let file = at.child(Role::File).map(|file| file.view().id());
-        kept = (extent.kept, file.filter(|_| extent.kept.is_some()));
+        let is_protocol = at.node().kind() == Kind::Protocol;
+        let place = extent.kept.or((is_protocol && extent.place == Place::Zero).then_some(range.start()));
+        kept = (place, file_of(&at).filter(|_| place.is_some()));
         let nothing =
             |at: &Cx<'_>, depth, len| Status { offset: kept.0, file: kept.1, ..nothing(at, depth, len) };
         match extent.place {
@@ -95,12 +96,19 @@ fn nothing(at: &Cx<'_>, depth: u32, len: u64) -> Status {
     }
 }
 
+/// What the offsets that a node tells are offsets of.
+fn file_of(at: &Cx<'_>) -> Option<NodeId> {
+    match at.node().kind() {
+        Kind::Protocol => Some(at.view().id()),
+        _ => at.child(Role::File).map(|file| file.view().id()),
+    }
+}
+
 /// Follows plain data down to the protocol node that holds it, to say where it is and whether it is a hole there. Of a
 /// format with an allocation of its own it is told where it is in that format's file, whatever that is.
 async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse: bool) -> Result<Status> {
-    let file = |at: &Cx<'_>| at.child(Role::File).map(|file| file.view().id());
     let mut status = Status { allocated: true, data: true, ..nothing(layer, depth, range.len()) };
-    (status.offset, status.file) = (Some(offset), file(layer));
+    (status.offset, status.file) = (Some(offset), file_of(layer));
     let mut at = *layer;
     let mut here = ByteRange::between(offset, offset.saturating_add(range.len()));
     let mut recurse = recurse;
@@ -112,7 +120,7 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
         if at.node().kind() == Kind::Filter {
             continue;
         }
-        let own = if at.node().kind() == Kind::Protocol { Some(at.view().id()) } else { file(&at) };
+        let own = file_of(&at);
         let length = at.length();
         if here.start() >= length {
             (status.zero, status.data) = (true, allocates);

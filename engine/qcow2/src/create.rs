@@ -272,7 +272,7 @@ pub async fn create(file: &Cx<'_>, options: &CreateOptions) -> Result<(), Create
     // Tables given up on the way come first, as their clusters may have been used again.
     out.refcounts(&layout, header.refcount_order).await?;
     out.l2_tables(options, &tables).await?;
-    out.l1_table(l1 * cluster, &tables).await?;
+    out.l1_table(l1 * cluster, l1_bytes, &tables).await?;
     let mut first = options.serialise(&header)?;
     first.resize(usize::try_from(cluster).map_err(|_| IoError::EINVAL)?, 0);
     // The first sector, which makes it an image, only when all the rest is there: a disk may tear what is longer.
@@ -395,9 +395,11 @@ impl Writer<'_> {
         Ok(())
     }
 
-    async fn l1_table(&self, at: u64, tables: &[Preallocated]) -> Result<(), IoError> {
-        let bytes: Vec<u8> =
+    /// Its zeroes are written too, as QEMU does it: they take up room in the file.
+    async fn l1_table(&self, at: u64, len: u64, tables: &[Preallocated]) -> Result<(), IoError> {
+        let mut bytes: Vec<u8> =
             tables.iter().flat_map(|t| ((t.table * self.cluster) | COPIED).to_be_bytes()).collect();
+        bytes.resize(usize::try_from(len).map_err(|_| IoError::EINVAL)?, 0);
         if bytes.is_empty() { Ok(()) } else { self.write(at, &bytes).await }
     }
 
@@ -421,10 +423,11 @@ impl Writer<'_> {
         self.table(layout.table, &layout.blocks).await
     }
 
-    /// The used part of a refcount table; the rest of its clusters is zero already.
+    /// A refcount table, as far as it is used and to the end of the cluster.
     async fn table(&self, at: u64, blocks: &BTreeMap<u64, u64>) -> Result<(), IoError> {
         let entries = blocks.last_key_value().map_or(0, |(last, _)| last + 1);
-        let mut table = vec![0; usize::try_from(entries * 8).map_err(|_| IoError::EINVAL)?];
+        let len = (entries * 8).next_multiple_of(self.cluster);
+        let mut table = vec![0; usize::try_from(len).map_err(|_| IoError::EINVAL)?];
         for (&index, &block) in blocks {
             let slot = usize::try_from(index * 8).map_err(|_| IoError::EINVAL)?;
             table[slot..slot + 8].copy_from_slice(&(block * self.cluster).to_be_bytes());

@@ -11,7 +11,7 @@ use underlay_graph::plan::{DetectZeroes, NewRoot, Wires};
 use underlay_graph::{
     ByteRange, Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId,
 };
-use underlay_qmp::json::Object;
+use underlay_qmp::json::{Object, Value};
 use underlay_sys::Iov;
 
 use crate::modes::Modes;
@@ -117,7 +117,8 @@ impl Request {
         };
         if let Some(offset) = self.offset {
             let file = Child::Inline(Box::new(spec));
-            let options = RawOptions { offset: Some(offset), size: None };
+            let given = vec![("offset", Value::UInt(offset))];
+            let options = RawOptions { offset: Some(offset), size: None, given };
             spec = NodeSpec::with_driver(DriverSpec::Raw { file, options });
         }
         let modes = self.modes;

@@ -57,7 +57,7 @@ pub async fn run(words: &[String]) -> Outcome {
         let how =
             How { format: format.as_deref(), image_opts, force_share, no_backing: true, ..How::default() };
         let opened = image(&given, how).await?;
-        let info = Info::of(&opened.wires(), opened.node(), opened.name());
+        let info = Info::of(&opened.wires(), opened.node());
         if chain && let Some(backing) = &info.backing {
             next = Some((backing.full.clone(), backing.format.clone(), false));
         }
@@ -94,6 +94,7 @@ struct Backing {
 struct Info {
     filename: String,
     driver: &'static str,
+    is_protocol: bool,
     length: u64,
     allocated: Option<u64>,
     image: underlay_graph::info::ImageInfo,
@@ -103,22 +104,24 @@ struct Info {
 }
 
 impl Info {
-    fn of(wires: &Wires, id: NodeId, name: &str) -> Self {
+    fn of(wires: &Wires, id: NodeId) -> Self {
         let view = wires.view(id);
         let node = view.node();
+        let image = filename::of_file(&view).unwrap_or_else(|| filename::of(&view));
         let backing = node.backing_ref().map(|backing| Backing {
-            full: resolve_backing(name, &backing.file),
+            full: resolve_backing(&image, &backing.file),
             name: backing.file,
             format: backing.format,
         });
         let children = view.children().iter().filter(|(role, _)| *role == Role::File);
         let children: Vec<_> =
-            children.map(|(role, child)| (role.as_str(), Self::of(wires, child.id(), name))).collect();
+            children.map(|(role, child)| (role.as_str(), Self::of(wires, child.id()))).collect();
         let below = children.iter().find_map(|(_, child)| child.allocated);
         let own = (node.kind() == Kind::Protocol).then(|| node.allocated_size()).flatten();
         Self {
-            filename: if node.backing_ref().is_some() { name.to_owned() } else { filename::of(&view) },
+            filename: filename::of_alone(&view),
             driver: node.driver(),
+            is_protocol: node.kind() == Kind::Protocol,
             length: view.cx().length().next_multiple_of(512),
             allocated: own.or(below),
             image: node.image_info(),
@@ -130,7 +133,12 @@ impl Info {
 
     fn human(&self) -> String {
         let mut text = String::new();
-        let mut line = |line: String| text.push_str(&(line + "\n"));
+        self.lines("", &mut |line| text.push_str(&(line + "\n")));
+        text
+    }
+
+    /// All lines; `path` leads to this node.
+    fn lines(&self, path: &str, line: &mut dyn FnMut(String)) {
         line(format!("image: {}", self.filename));
         line(format!("file format: {}", self.driver));
         line(format!("virtual size: {} ({} bytes)", human(self.length), self.length));
@@ -158,16 +166,25 @@ impl Info {
             && !specific.fields.is_empty()
         {
             line("Format specific information:".to_owned());
-            format_lines(specific, &mut line);
+            format_lines(specific, &mut |text| line(text));
         }
         for (role, child) in &self.children {
-            line(format!("Child node '/{role}':"));
-            line(format!("    filename: {}", child.filename));
-            line(format!("    protocol type: {}", child.driver));
-            line(format!("    file length: {} ({} bytes)", human(child.length), child.length));
-            line(format!("    disk size: {}", child.allocated.map_or("unavailable".to_owned(), human)));
+            let path = format!("{path}/{role}");
+            line(format!("Child node '{path}':"));
+            let mut inner = |text: String| line(format!("    {text}"));
+            if child.is_protocol {
+                child.protocol_lines(&mut inner);
+            } else {
+                child.lines(&path, &mut inner);
+            }
         }
-        text
+    }
+
+    fn protocol_lines(&self, line: &mut dyn FnMut(String)) {
+        line(format!("filename: {}", self.filename));
+        line(format!("protocol type: {}", self.driver));
+        line(format!("file length: {} ({} bytes)", human(self.length), self.length));
+        line(format!("disk size: {}", self.allocated.map_or("unavailable".to_owned(), human)));
     }
 
     fn json(&self) -> Object {

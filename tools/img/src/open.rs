@@ -8,7 +8,7 @@ use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::status::{Status, status};
-use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Root, RootId, View};
+use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Root, RootId};
 
 use underlay_qmp::json::Value;
 
@@ -100,14 +100,8 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
         failed(&error, hint.as_deref())
     })?;
     let root = graph.root(root_id).ok_or_else(|| Failure::new("the image was closed"))?;
-    let name = if how.image_opts { own_name(&graph.wires().view(node)) } else { name.to_owned() };
+    let name = if how.image_opts { filename::of_alone(&graph.wires().view(node)) } else { name.to_owned() };
     Ok(Image { name, probed, graph, node, root_id, root })
-}
-
-/// What an image that is given by options is called. That it was opened without its backing file does not count.
-fn own_name(view: &View) -> String {
-    let of_file = view.node().backing_ref().and_then(|_| filename::of_file(view));
-    of_file.unwrap_or_else(|| filename::of(view))
 }
 
 /// The description of an image that a list of options gives.
@@ -124,6 +118,9 @@ fn listed(
         eprintln!("qemu-img: {warning}");
     }
     let options = nest(list.options);
+    if options.get("backing").is_some_and(|backing| *backing == Value::Str(String::new())) {
+        eprintln!("qemu-img: warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+    }
     if let Some(Value::Str(node)) = options.get("file") {
         // There is no other node.
         return Err(failed(&GraphError::NeitherDeviceNorNode(node.clone())));
@@ -192,7 +189,7 @@ impl Image {
 
     /// Warns of an image that is written to and only guessed to be raw: a guest could make it look like another format.
     pub fn warn_if_guessed(&self) {
-        let name = own_name(&self.wires().view(self.node));
+        let name = filename::of_alone(&self.wires().view(self.node));
         if self.probed && self.is_raw() {
             eprintln!(
                 "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \

@@ -1,6 +1,10 @@
 //! Sizes as people write and read them.
 
+use underlay_drivers::options::not_a_size;
+
 use crate::Failure;
+
+pub use underlay_drivers::options::is_out_of_range;
 
 /// At most three significant digits with a binary unit: `2.97 MiB`, `196 KiB`, `0 B`.
 pub fn human(bytes: u64) -> String {
@@ -72,23 +76,7 @@ pub fn argument(text: &str, what: &str) -> Result<u64, Failure> {
 
 /// The value of an option that is a size.
 pub fn option(text: &str, name: &str) -> Result<u64, Failure> {
-    parse(text).ok_or_else(|| match is_out_of_range(text) {
-        true => Failure::new(format!("Value '{text}' is out of range for parameter '{name}'")),
-        false => Failure::new(format!(
-            "Parameter '{name}' expects a non-negative number below 2^64\n\
-             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-             and exabytes, respectively."
-        )),
-    })
-}
-
-/// Whether this looks like a size but is none: negative, or too many digits.
-pub fn is_out_of_range(text: &str) -> bool {
-    let text = text.trim_start();
-    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
-    let digits =
-        digits.strip_suffix(|last: char| "bkmgtpe".contains(last.to_ascii_lowercase())).unwrap_or(digits);
-    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+    parse(text).ok_or_else(|| Failure::new(not_a_size(text, name)))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use underlay_graph::{
 };
 use underlay_sys::Iov;
 
+use crate::options::Given;
 use crate::probe::guess;
 
 /// Sizes of a window are multiples of this many bytes.
@@ -17,12 +18,14 @@ pub const SECTOR: u64 = 512;
 const SECTOR_LEN: usize = 512;
 
 /// Options of the driver.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RawOptions {
     /// Where the disk begins in the file.
     pub offset: Option<u64>,
     /// Length of the disk; the rest of the file when absent.
     pub size: Option<u64>,
+    /// Both as they were given, for the file name.
+    pub given: Given,
 }
 
 /// A raw disk.
@@ -30,6 +33,7 @@ pub struct RawOptions {
 pub struct Raw {
     offset: u64,
     size: Option<u64>,
+    given: Given,
     guessed: bool,
 }
 
@@ -54,7 +58,7 @@ impl Raw {
                 return Err(IoError::EINVAL.with(format!("Specified size is not multiple of {SECTOR}")));
             }
         }
-        Ok(Self { offset, size: options.size, guessed: false })
+        Ok(Self { offset, size: options.size, given: options.given, guessed: false })
     }
 
     /// Nobody said that this is raw. Whoever may write to it could make it look like an image that names other
@@ -74,10 +78,8 @@ impl Raw {
     }
 
     /// The options that make this more than the plain file: `offset` and `size`, where given.
-    pub fn window(&self) -> Option<Vec<(&'static str, u64)>> {
-        let offset = (self.offset != 0).then_some(("offset", self.offset));
-        let window: Vec<_> = offset.into_iter().chain(self.size.map(|size| ("size", size))).collect();
-        (!window.is_empty()).then_some(window)
+    pub fn window(&self) -> Option<&Given> {
+        Some(&self.given).filter(|given| !given.is_empty())
     }
 
     /// The same bytes in the file, cut at the end of the disk's address space.

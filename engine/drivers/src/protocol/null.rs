@@ -7,10 +7,9 @@ use async_trait::async_trait;
 use underlay_graph::{
     ByteRange, Cx, Extent, IoError, Kind, Node, Place, Preallocation, Result, WriteFlags, ZeroFlags,
 };
-use underlay_qmp::json::Value;
 use underlay_sys::{Iov, rt};
 
-use crate::options::NullSpec;
+use crate::options::{Given, NullSpec};
 
 /// See the module.
 #[derive(Debug)]
@@ -25,15 +24,8 @@ impl NullNode {
     }
 
     /// The options that matter for its content, for its file name.
-    pub fn filename_options(&self) -> Vec<(&'static str, Value)> {
-        let mut options = Vec::new();
-        if self.spec.size != 1 << 30 {
-            options.push(("size", Value::from(self.spec.size)));
-        }
-        if self.spec.read_zeroes {
-            options.push(("read-zeroes", Value::Bool(true)));
-        }
-        options
+    pub fn filename_options(&self) -> Given {
+        self.spec.given.clone()
     }
 
     async fn pretend(&self) {
@@ -91,6 +83,10 @@ impl Node for NullNode {
 
     async fn resize(&self, _cx: &Cx<'_>, _size: u64, _preallocation: Preallocation) -> Result<()> {
         Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        Some(0)
     }
 
     fn allocated_size(&self) -> Option<u64> {

@@ -204,7 +204,8 @@ fn what_cannot_be_opened_is_said_so() {
 
 #[test]
 fn a_null_node_forgets() {
-    let spec = NullSpec { driver: "null-co", size: 1 << 20, latency_ns: 1000, read_zeroes: true };
+    let spec =
+        NullSpec { driver: "null-co", size: 1 << 20, latency_ns: 1000, read_zeroes: true, given: Vec::new() };
     let view = View::detached(Arc::new(NullNode::new(&spec)), []);
     block_on(async {
         view.cx().write(range(0, 4096), Iov::filled(4096, 1), WriteFlags::default()).await.expect("written");

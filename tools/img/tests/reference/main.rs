@@ -35,6 +35,11 @@ fn map() {
 }
 
 #[test]
+fn names() {
+    compare(include_str!("../scripts/names.txt"));
+}
+
+#[test]
 fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
 }
