@@ -89,10 +89,6 @@ impl Node for NullNode {
         Some(0)
     }
 
-    fn allocated_size(&self) -> Option<u64> {
-        Some(0)
-    }
-
     fn exact_filename(&self) -> Option<String> {
         let plain = self.filename_options().is_empty();
         plain.then(|| format!("{}://", self.spec.driver))
