@@ -164,7 +164,13 @@ fn no_limit_is_no_wait_and_other_limits_hold_at_once() {
 }
 
 fn null() -> Arc<NullNode> {
-    Arc::new(NullNode::new(&NullSpec { driver: "null-co", size: 1 << 20, latency_ns: 0, read_zeroes: true }))
+    Arc::new(NullNode::new(&NullSpec {
+        driver: "null-co",
+        size: 1 << 20,
+        latency_ns: 0,
+        read_zeroes: true,
+        given: Vec::new(),
+    }))
 }
 
 /// A change of the graph has not to wait for what is held back, also not behind another member's request.
