@@ -64,7 +64,7 @@ Underlay's storage daemon: serves disk images and changes them while they are in
 
   --blockdev [driver=]DRIVER,node-name=NAME[,OPTION=VALUE...]
                          open a block node. Drivers: file, host_device, nbd, raw, qcow2,
-                         throttle, null-co, null-aio. Nested options have dots (file.filename=a.qcow2); JSON is
+                         throttle, copy-on-read, null-co, null-aio. Nested options have dots (file.filename=a.qcow2); JSON is
                          taken too.
   --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,host=HOST,port=PORT[,server=on|off][,wait=on|off]

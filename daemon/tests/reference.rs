@@ -245,6 +245,11 @@ fn verbs() {
 }
 
 #[test]
+fn copy_on_read() {
+    compare("copy_on_read");
+}
+
+#[test]
 fn throttle() {
     compare("throttle");
 }

@@ -7,6 +7,7 @@ use underlay_graph::plan::Wires;
 use underlay_graph::{Kind, NodeId, Role, View};
 use underlay_qmp::json::{Object, Value};
 
+use crate::filter::copy_on_read::CopyOnRead;
 use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
@@ -38,9 +39,10 @@ pub fn of_alone(view: &View) -> String {
     })
 }
 
-/// The name of a node: plain or `json:{…}`. A filter without options of its own is called as what it filters.
+/// The name of a node: plain or `json:{…}`. A filter that a job has put in is called as what it filters.
 pub fn of(view: &View) -> String {
-    if view.node().kind() == Kind::Filter && !view.node().as_any().is::<Throttle>() {
+    let own = view.node().as_any();
+    if view.node().kind() == Kind::Filter && !own.is::<Throttle>() && !own.is::<CopyOnRead>() {
         let below = view.child(Role::File).or(view.child(Role::Backing));
         return below.map_or_else(String::new, |below| of(below));
     }

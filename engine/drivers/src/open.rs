@@ -9,10 +9,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use underlay_graph::plan::Wires;
-use underlay_graph::{Graph, GraphError, Limits, NewNode, Node, NodeName, NodeOptions, Role, View, Wiring};
+use underlay_graph::{
+    Graph, GraphError, Kind, Limits, NewNode, Node, NodeName, NodeOptions, Role, View, Wiring,
+};
 use underlay_qcow2::{Corruption, Qcow2};
 
 use crate::error::OpenError;
+use crate::filter::copy_on_read::CopyOnRead;
 use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
@@ -186,9 +189,33 @@ impl Opener {
                 let member = Member::new(found.ok_or_else(missing)?);
                 (Arc::new(Throttle::new(member)), self.open_child(file.clone(), for_file).await?)
             }
+            DriverSpec::CopyOnRead { file, bottom } => {
+                let file = self.open_child(file.clone(), for_file).await?;
+                let bottom = bottom.as_deref().map(|name| self.bottom(name, &file.view)).transpose()?;
+                (Arc::new(CopyOnRead::new(bottom)), file)
+            }
             DriverSpec::Probe { .. } => return Err(OpenError::text("The format is not known".to_owned())),
         };
         Ok(Unbacked { spec, node, read_only, options, file })
+    }
+
+    /// The lowest image that a copy-on-read filter above `top` shall copy from.
+    fn bottom(&self, name: &str, top: &View) -> Result<NodeName, OpenError> {
+        let mut at = Some(top.cx());
+        while let Some(layer) = at {
+            let is_filter = layer.node().kind() == Kind::Filter;
+            if layer.view().name().as_str() == name {
+                return match is_filter {
+                    true => Err(OpenError::text(format!("Bottom node '{name}' is a filter"))),
+                    false => Ok(layer.view().name().clone()),
+                };
+            }
+            at = layer.child(if is_filter { Role::File } else { Role::Backing });
+        }
+        Err(OpenError::text(match self.wires.plan().find(name) {
+            Some(_) => format!("Bottom node '{name}' is not in the chain below this node"),
+            None => format!("Bottom node '{name}' not found"),
+        }))
     }
 
     async fn open_probed(
@@ -287,7 +314,10 @@ fn assemble(image: Unbacked, backing: Option<Opened>) -> Result<Opened, OpenErro
         views.push((Role::Backing, backing.view));
         children.push((Role::Backing, backing.wiring));
     }
-    let view = View::detached(node.clone(), views);
+    let view = match &name {
+        Some(name) => View::detached_as(name.clone(), node.clone(), views),
+        None => View::detached(node.clone(), views),
+    };
     debug_assert!(view.cx().limits().request_alignment >= Limits::default().request_alignment);
     let new = NewNode { name, node, read_only, options, children };
     Ok(Opened { wiring: Wiring::New(Box::new(new)), view, filename })

@@ -68,6 +68,13 @@ pub enum DriverSpec {
         /// The group of disks that share limits.
         group: String,
     },
+    /// `copy-on-read`
+    CopyOnRead {
+        /// What is filtered.
+        file: Child,
+        /// The lowest image that is copied from.
+        bottom: Option<String>,
+    },
     /// The format is not known yet: look at the first bytes.
     Probe {
         /// Where the image is.
@@ -295,6 +302,7 @@ impl NodeSpec {
             DriverSpec::Raw { .. } => "raw",
             DriverSpec::Qcow2 { .. } => "qcow2",
             DriverSpec::Throttle { .. } => "throttle",
+            DriverSpec::CopyOnRead { .. } => "copy-on-read",
             DriverSpec::Probe { .. } => "",
         }
     }
@@ -450,6 +458,13 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
             Ok(DriverSpec::Raw { file, options })
         }
         "qcow2" => qcow2_spec(fields, depth),
+        "copy-on-read" => {
+            let bottom = fields.text("bottom")?;
+            Ok(DriverSpec::CopyOnRead {
+                file: fields.child("file", depth)?.ok_or_else(|| missing("file"))?,
+                bottom,
+            })
+        }
         "throttle" => {
             let group = fields.text("throttle-group")?;
             let group = group.ok_or_else(|| {

@@ -10,7 +10,7 @@ use crate::error::{IoError, Result};
 use crate::format::{Extent, Format, Place};
 use crate::info::ImageInfo;
 use crate::perm::Access;
-use crate::units::ByteRange;
+use crate::units::{ByteRange, NodeName};
 use crate::view::Cx;
 
 /// What kind of layer a node is; decides how permissions pass through it and which children it has.
@@ -168,6 +168,14 @@ pub trait Node: Debug + Send + Sync {
     /// below are not consistent by themselves.
     fn shields_child(&self) -> bool {
         false
+    }
+    /// Whether a filter writes to its child by itself what reads the same as before.
+    fn writes_unchanged(&self) -> bool {
+        false
+    }
+    /// The image down to which a filter relies on the chain below it: no link may change as far as that.
+    fn relies_down_to(&self) -> Option<&NodeName> {
+        None
     }
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {

@@ -111,6 +111,7 @@ pub fn for_child(node: &dyn Node, access: Access, role: Role) -> (Perms, Perms) 
         // What is copied there is for nobody to rely on yet.
         (_, Role::Target) => (P::WRITE, P::ALL.without(P::RESIZE)),
         (Kind::Filter, _) if node.shields_child() => (P::NONE, P::ALL),
+        (Kind::Filter, _) if node.writes_unchanged() => (access.required | P::WRITE_UNCHANGED, access.shared),
         (Kind::Filter, _) => (access.required, access.shared),
         (_, Role::File) if !node.keeps_metadata() => (access.required | P::CONSISTENT_READ, access.shared),
         (_, Role::File) => {

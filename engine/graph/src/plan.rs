@@ -342,12 +342,42 @@ impl Plan {
             let to = node.child(role).map_or_else(String::new, |id| self.node(id).name.to_string());
             return Err(GraphError::Frozen { from: node.name.to_string(), to });
         }
+        if node.child(role).is_some_and(|now| Some(now) != child) {
+            self.check_link(parent, role)?;
+        }
         let node = self.node_mut(parent);
         match (child, node.children.iter().position(|(r, _)| *r == role)) {
             (Some(child), Some(at)) => node.children[at].1 = child,
             (Some(child), None) => node.children.push((role, child)),
             (None, Some(at)) => drop(node.children.remove(at)),
             (None, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether the link below `parent` may change as far as filters above are concerned, which may rely on it.
+    pub fn check_link(&self, parent: NodeId, role: Role) -> Result<(), GraphError> {
+        let link = self.node(parent);
+        let is_filter = link.node.kind() == Kind::Filter;
+        let Some(child) = link.child(role) else { return Ok(()) };
+        if is_filter != (role == Role::File) {
+            return Ok(());
+        }
+        let relies = |filter: NodeId, bottom: &NodeName| {
+            let down = |id: &NodeId| {
+                let node = self.node(*id);
+                let below =
+                    node.child(if node.node.kind() == Kind::Filter { Role::File } else { Role::Backing });
+                below.filter(|_| node.name != *bottom)
+            };
+            std::iter::successors(Some(filter), down)
+                .take_while(|id| self.node(*id).name != *bottom)
+                .any(|id| id == parent)
+        };
+        let mut filters = self.nodes().filter_map(|(id, node)| Some((id, node.node.relies_down_to()?)));
+        if filters.any(|(id, bottom)| relies(id, bottom)) {
+            let (role, from, to) = (role.as_str(), &link.name, &self.node(child).name);
+            return Err(GraphError::new(format!("Cannot change '{role}' link from '{from}' to '{to}'")));
         }
         Ok(())
     }

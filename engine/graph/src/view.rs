@@ -59,7 +59,15 @@ pub struct View {
 impl View {
     /// A view of a node that is in no plan (yet): for opening and creating images, and for tests.
     pub fn detached(node: Arc<dyn Node>, children: impl IntoIterator<Item = (Role, Arc<View>)>) -> Arc<Self> {
-        let name = NodeName::generated(0, 0);
+        Self::detached_as(NodeName::generated(0, 0), node, children)
+    }
+
+    /// The same with the name that the node will have.
+    pub fn detached_as(
+        name: NodeName,
+        node: Arc<dyn Node>,
+        children: impl IntoIterator<Item = (Role, Arc<View>)>,
+    ) -> Arc<Self> {
         let options = NodeOptions { discard: true, ..NodeOptions::default() };
         Self::new(
             NodeId::DETACHED,

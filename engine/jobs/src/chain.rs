@@ -1,7 +1,7 @@
 //! What jobs have to know about chains: which images lie between two, who works on them, and the marks that keep
 //! everybody else's hands off.
 
-use underlay_graph::{GraphError, NodeId, Plan};
+use underlay_graph::{GraphError, Kind as NodeKind, NodeId, Plan, Role};
 
 use crate::error::JobError;
 use crate::job::Kind;
@@ -29,6 +29,16 @@ pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError
         }
     }
     Ok(())
+}
+
+/// Refuses when a filter relies on a link from `device` down to the last of `images`, or on the one below that.
+pub(crate) fn check_links(plan: &Plan, device: NodeId, images: &[NodeId]) -> Result<(), GraphError> {
+    let filters = std::iter::successors(Some(device), |id| plan.node(*id).child(Role::File))
+        .take_while(|id| plan.node(*id).node.kind() == NodeKind::Filter);
+    filters
+        .map(|id| (id, Role::File))
+        .chain(images.iter().map(|id| (*id, Role::Backing)))
+        .try_for_each(|(id, role)| plan.check_link(id, role))
 }
 
 /// The nodes that a job works on, as it has marked them, with what has to be put back.

@@ -130,6 +130,8 @@ fn wire(
     if copied_images(plan, args).as_ref() != Ok(&copied) {
         return Err(GraphError::new("The chain was changed in the meantime"));
     }
+    chain::check_links(plan, args.top, &copied)
+        .map_err(|error| GraphError::new(format!("Could not create node: {error}")))?;
     // The link below the bottom may change; the others may not.
     let frozen = copied[..copied.len() - 1].to_vec();
     let mut claim = Claim::take(plan, Kind::Stream, copied.clone(), frozen)?;

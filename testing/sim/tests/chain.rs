@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use underlay_drivers::filter::copy_on_read::CopyOnRead;
 use underlay_graph::perm::Access;
 use underlay_graph::plan::{NewRoot, NodeOptions};
+use underlay_graph::status::status;
 use underlay_graph::{
-    BackingRef, ByteRange, Graph, IoError, NewNode, Node, NodeId, NodeName, Perms, Role, Root, View, Wiring,
-    WriteFlags, ZeroFlags,
+    BackingRef, ByteRange, Graph, IoError, NewNode, Node, NodeId, NodeName, Perms, Plan, Role, Root, View,
+    Wiring, WriteFlags, ZeroFlags,
 };
 use underlay_jobs::{
     CommitArgs, EventSink, Job, JobEvent, Jobs, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
@@ -516,6 +518,74 @@ async fn jobs(seed: u64) {
         guests.verify().await;
     }
     cut_and_compare(&setup, &guests, seed).await;
+}
+
+/// Puts a copy-on-read filter between the top and the guest.
+async fn copy_what_is_read(setup: &Setup, bottom: Option<usize>) {
+    let top = *setup.nodes.last().unwrap();
+    let bottom = bottom.and_then(|at| NodeName::new(NAMES[at]));
+    let filter = NewNode {
+        name: None,
+        node: Arc::new(CopyOnRead::new(bottom)),
+        read_only: false,
+        options: NodeOptions { discard: true, ..NodeOptions::default() },
+        children: vec![(Role::File, Wiring::Existing(top))],
+    };
+    let edit = |plan: &mut Plan| {
+        let filter = plan.add(filter)?;
+        plan.replace(top, filter, |parent| parent == filter)
+    };
+    setup.graph.change(edit).await.unwrap();
+}
+
+/// Whether the top still borrows anything from the images below it, as far down as `bottom`.
+async fn borrows(setup: &Setup, bottom: Option<usize>) -> bool {
+    let inside = setup.guest.enter().await.unwrap();
+    let until = bottom.and_then(|at| at.checked_sub(1)).map(|below| setup.nodes[below]);
+    let mut rest = ByteRange::between(0, setup.sectors * SECTOR);
+    while !rest.is_empty() {
+        let found = status(&inside.cx(), rest, until).await.unwrap();
+        if found.allocated && found.depth > 0 {
+            return true;
+        }
+        rest = rest.split(found.len).1;
+    }
+    false
+}
+
+/// Reads copy, beside writes to the same clusters and on disks that lose power or fill up.
+async fn copies(seed: u64) {
+    let mut rng = Rng::new(seed);
+    let length = 2 + rng.index(3);
+    let setup = build(&mut rng, length).await;
+    let bottom = rng.one_in(2).then(|| rng.index(length - 1));
+    copy_what_is_read(&setup, bottom).await;
+    let cut = rng.one_in(3);
+    let guests = Guests::new(&setup, cut || rng.one_in(3));
+    if guests.errors {
+        let top = &setup.disks[length - 1];
+        top.limit(top.content().len() as u64 + rng.below(20) * setup.cluster);
+    }
+    let running = guests.start(&mut rng, 4, 20);
+    if cut {
+        rt::sleep(Duration::from_micros(rng.below(40_000))).await;
+        setup.power.cut();
+    }
+    for guest in running {
+        guest.await;
+    }
+    if !cut {
+        mend(&setup.disks);
+        guests.verify().await;
+        assert!(!borrows(&setup, bottom).await);
+        guests.verify().await;
+    }
+    cut_and_compare(&setup, &guests, seed).await;
+}
+
+#[test]
+fn copies_of_what_is_read_never_undo_a_write() {
+    run_seeds(500, copies);
 }
 
 #[test]

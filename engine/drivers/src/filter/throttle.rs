@@ -72,6 +72,11 @@ impl Node for Throttle {
         cx.below().flush().await
     }
 
+    async fn populate(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        self.member.pass(Direction::Write, range.len()).await;
+        cx.below().populate(range).await
+    }
+
     fn hurry(&self, on: bool) {
         self.member.hurry(on);
     }

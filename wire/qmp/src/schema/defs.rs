@@ -42,8 +42,19 @@ pub(super) static QUERY_QMP_SCHEMA_RET: Object = Object {
     cases: &[],
 };
 
-pub(super) static BLOCKDEV_DRIVER: Enum =
-    Enum { values: &["file", "host_device", "nbd", "null-aio", "null-co", "qcow2", "raw", "throttle"] };
+pub(super) static BLOCKDEV_DRIVER: Enum = Enum {
+    values: &[
+        "copy-on-read",
+        "file",
+        "host_device",
+        "nbd",
+        "null-aio",
+        "null-co",
+        "qcow2",
+        "raw",
+        "throttle",
+    ],
+};
 
 pub(super) static BLOCKDEV_OPTIONS_DISCARD: Enum = Enum { values: &["ignore", "unmap"] };
 
@@ -171,6 +182,12 @@ pub(super) static BLOCKDEV_OPTIONS_RAW: Object = Object {
     cases: &[],
 };
 
+pub(super) static BLOCKDEV_OPTIONS_COPY_ON_READ: Object = Object {
+    members: &[req("file", Type::Alternate(&BLOCKDEV_REF)), opt("bottom", Type::Str)],
+    tag: None,
+    cases: &[],
+};
+
 pub(super) static BLOCKDEV_OPTIONS_THROTTLE: Object = Object {
     members: &[req("throttle-group", Type::Str), req("file", Type::Alternate(&BLOCKDEV_REF))],
     tag: None,
@@ -191,6 +208,7 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
     ],
     tag: Some("driver"),
     cases: &[
+        ("copy-on-read", &BLOCKDEV_OPTIONS_COPY_ON_READ),
         ("file", &BLOCKDEV_OPTIONS_FILE),
         ("host_device", &BLOCKDEV_OPTIONS_FILE),
         ("nbd", &BLOCKDEV_OPTIONS_NBD),
