@@ -258,3 +258,8 @@ fn throttle() {
 fn arguments() {
     compare("arguments");
 }
+
+#[test]
+fn corrupt() {
+    compare("corrupt");
+}

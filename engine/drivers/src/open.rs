@@ -39,6 +39,11 @@ pub enum BackingPolicy {
 /// Told when a node finds its image damaged: the node's name (empty when it has none yet) and what was found.
 pub type OnCorrupt = Arc<dyn Fn(&str, Corruption) + Send + Sync>;
 
+/// Tells whoever runs a program.
+pub fn tell_on_stderr() -> OnCorrupt {
+    Arc::new(|_, found| eprintln!("{found}"))
+}
+
 /// Opens nodes.
 pub struct Opener {
     wires: Wires,

@@ -189,7 +189,8 @@ impl Step<'_> {
             let now = self.new.plan().get(id);
             let stops = !node.read_only
                 && now.is_none_or(|node| node.read_only)
-                && !(now.is_none() && node.is_given_up());
+                && !(now.is_none() && node.is_given_up())
+                && !node.node.is_unusable();
             if stops {
                 self.old.view(id).cx().flush().await?;
             }

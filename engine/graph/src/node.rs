@@ -177,6 +177,10 @@ pub trait Node: Debug + Send + Sync {
     fn relies_down_to(&self) -> Option<&NodeName> {
         None
     }
+    /// Whether every request fails from now on, whatever happens: then there is nothing that a flush could save.
+    fn is_unusable(&self) -> bool {
+        false
+    }
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {
         false

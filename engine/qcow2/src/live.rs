@@ -385,16 +385,18 @@ impl Qcow2 {
             return IoError::EIO;
         }
         tracing::error!("{found}");
-        if found.fatal {
+        let fatal = found.fatal;
+        // Before anything is waited for: other requests fail from now on, and their users should know why.
+        if let Some(tell) = &self.options.on_corrupt {
+            tell(found);
+        }
+        if fatal {
             let _turn = self.header_turn.lock().await;
             self.header_mut().incompatible |= features::CORRUPT;
             let header = self.header();
             if let Err(error) = write_features(&cx.below(), &header).await {
                 tracing::error!(%error, "the image could not be marked as corrupt");
             }
-        }
-        if let Some(tell) = &self.options.on_corrupt {
-            tell(found);
         }
         IoError::EIO
     }

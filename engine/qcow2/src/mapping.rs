@@ -236,6 +236,13 @@ impl Qcow2 {
         self.corruption(cx, Corruption { message, offset: None, size: None, fatal: true }).await
     }
 
+    /// As [`Self::bad_l2_entry`], for a change.
+    async fn bad_target(&self, cx: &Cx<'_>, guest: u64, bad: Bad) -> IoError {
+        let Bad::Unaligned(host) = bad else { return self.bad_l2_entry(cx, guest, bad).await };
+        let message = format!("Data cluster offset {host:#x} unaligned (guest offset: {})", hex(guest));
+        self.corruption(cx, Corruption { message, offset: None, size: None, fatal: true }).await
+    }
+
     /// Where a slice is in the file, or `None` without an L2 table. A table in an impossible place is corruption.
     pub(crate) async fn slice_place(&self, cx: &Cx<'_>, slice: u64) -> Result<Option<u64>> {
         let index = self.layout.l1_of_slice(slice);
@@ -319,8 +326,9 @@ impl Qcow2 {
             };
             for (i, entry) in entries.iter().enumerate() {
                 if let Err(bad) = layout.check(*entry) {
-                    let guest = range.start() + ((i as u64) << layout.cluster_bits);
-                    return Err(self.bad_l2_entry(cx, guest, bad).await);
+                    let cluster = (range.start() >> layout.cluster_bits) + i as u64;
+                    let guest = range.start().max(cluster << layout.cluster_bits);
+                    return Err(self.bad_target(cx, guest, bad).await);
                 }
             }
             return Ok(entries);

@@ -113,6 +113,10 @@ impl Node for Qcow2 {
         image_info(&self.header(), &self.bitmaps)
     }
 
+    fn is_unusable(&self) -> bool {
+        self.usable().is_err()
+    }
+
     fn supports_backing(&self) -> bool {
         true
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use underlay_drivers::filename;
-use underlay_drivers::open::OnCorrupt;
+use underlay_drivers::open::tell_on_stderr;
 use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
@@ -71,8 +71,7 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     spec.discard.get_or_insert(true);
     let graph = Graph::new();
     let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
-    let on_corrupt: OnCorrupt = Arc::new(|_, found| eprintln!("{found}"));
-    let opened = Opener::new(&graph, policy, Some(on_corrupt)).open(spec).await;
+    let opened = Opener::new(&graph, policy, Some(tell_on_stderr())).open(spec).await;
     let new = opened.map_err(|error| failed(&error, error.cause().and_then(|cause| cause.hint())))?;
     let mut required = Perms::CONSISTENT_READ;
     if how.write {
