@@ -187,10 +187,8 @@ impl Step<'_> {
     async fn flush_leaving(&self) -> Result<(), GraphError> {
         for (id, node) in self.old.plan().nodes() {
             let now = self.new.plan().get(id);
-            let stops = !node.read_only
-                && now.is_none_or(|node| node.read_only)
-                && !(now.is_none() && node.is_given_up())
-                && !node.node.is_unusable();
+            let pointless = node.node.is_unusable() || (now.is_none() && node.is_given_up());
+            let stops = !node.read_only && now.is_none_or(|node| node.read_only) && !pointless;
             if stops {
                 self.old.view(id).cx().flush().await?;
             }

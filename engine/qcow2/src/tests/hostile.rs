@@ -51,12 +51,7 @@ fn writes_never_reach_metadata() {
         (L2, 1 << 63 | 3 << 16, 0, "Preventing invalid write on metadata (overlaps with active L1 table)"),
         (L2, 1 << 63 | 2 << 16, 0, "Preventing invalid write on metadata (overlaps with refcount block)"),
         (L2, 1 << 63 | 4 << 16, 0, "Preventing invalid write on metadata (overlaps with active L2 table)"),
-        (
-            L2,
-            1 << 63 | 0x50200,
-            0,
-            "Cluster allocation offset 0x50200 unaligned (L2 offset: 0x40000, L2 index: 0)",
-        ),
+        (L2, 1 << 63 | 0x50200, 0, "Data cluster offset 0x50200 unaligned (guest offset: 0)"),
         (
             L2,
             1 << 63 | 1 << 40,
