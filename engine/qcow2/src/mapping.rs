@@ -264,18 +264,28 @@ impl Qcow2 {
         let layout = &self.layout;
         let first = layout.slice_of(range.start());
         let in_table = 1 << (layout.l2_bits - layout.slice_bits);
-        let last = layout.slice_of(range.end() - 1).min(first | (in_table - 1)).min(first + AHEAD - 1);
+        // No more than there is room for, or the first would be gone again.
+        let ahead = AHEAD.min(self.l2.capacity() as u64);
+        let last = layout.slice_of(range.end() - 1).min(first | (in_table - 1)).min(first + ahead - 1);
         if first == last {
             return self.load_slice(cx, first).await;
         }
         let _turns = self.loads.lock_run(first, last).await;
+        // The others may be changed, written and evicted while the disk is read: what was read of them is too old then.
+        let missing = |slice: &u64| self.l2.view(*slice, |_| ()).is_none();
+        let missing: Vec<u64> = (first..=last).filter(missing).collect();
+        if missing.first() != Some(&first) {
+            return Ok(());
+        }
         let Some(at) = self.slice_place(cx, first).await? else { return Ok(()) };
         let each = layout.slice_bytes();
         let place = ByteRange::new(at, each * (last - first + 1)).ok_or(IoError::EIO)?;
         let buffer = Iov::scratch(place.buffer_len());
         cx.below().read(place, buffer.clone()).await?;
         let words = to_words(&buffer.to_vec());
-        for (slice, words) in (first..=last).zip(words.chunks_exact(layout.slice_words())) {
+        let slices: Vec<_> = (first..=last).zip(words.chunks_exact(layout.slice_words())).collect();
+        // The first comes last: it is not evicted for the others.
+        for (slice, words) in slices.into_iter().rev().filter(|(slice, _)| missing.contains(slice)) {
             self.l2.insert(slice, words.into());
         }
         Ok(())

@@ -8,6 +8,7 @@ mod model;
 mod offline;
 mod power;
 mod reserve;
+mod slices;
 
 use std::any::Any;
 use std::collections::BTreeMap;
