@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 
 use crate::error::GraphError;
-use crate::node::Node;
+use crate::node::{Kind, Node};
 use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanRoot, RootId, Wires};
 use crate::root::Root;
@@ -183,11 +183,13 @@ impl Step<'_> {
         self.new_access.get(&id).copied().unwrap_or(Access::UNUSED)
     }
 
-    /// Flushes the nodes that were written to and will not be any more.
+    /// Flushes the nodes that were written to and will not be any more. A filter keeps nothing, and what it filters is
+    /// asked for itself: a job that failed must get its filter out above a disk that cannot be flushed, too.
     async fn flush_leaving(&self) -> Result<(), GraphError> {
         for (id, node) in self.old.plan().nodes() {
             let now = self.new.plan().get(id);
-            let pointless = node.node.is_unusable() || (now.is_none() && node.is_given_up());
+            let is_filter = node.node.kind() == Kind::Filter;
+            let pointless = is_filter || node.node.is_unusable() || (now.is_none() && node.is_given_up());
             let stops = !node.read_only && now.is_none_or(|node| node.read_only) && !pointless;
             if stops {
                 self.old.view(id).cx().flush().await?;
