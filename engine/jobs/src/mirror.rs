@@ -356,8 +356,10 @@ impl Work for Mirror {
         follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
         let edit = |plan: &mut Plan| {
             self.unwire(plan, self.switch)?;
-            let (tracked, filter) = (self.tracked.clone(), self.wiring.filter);
-            let rest = CopyRest { tracked, filter, unmap: self.unmap };
+            let Wiring { source, target, filter, .. } = self.wiring;
+            let shows_source = self.switch && plan.reachable(target).contains(&source);
+            let tracked = self.tracked.clone();
+            let rest = CopyRest { tracked, filter, unmap: self.unmap, shows_source };
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
         };
         job.change(&self.graph, edit).await?;
@@ -525,6 +527,9 @@ struct CopyRest {
     tracked: Arc<Tracked>,
     filter: NodeId,
     unmap: bool,
+    /// The users are switched over to a target that has the source below it. Their flushes will not reach the source any
+    /// more, and what they have written there before must not wait for one.
+    shows_source: bool,
 }
 
 #[async_trait]
@@ -535,6 +540,9 @@ impl LastStep for CopyRest {
         let how = HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked };
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
             copy_now(&filter.cx(), range, &buffers, how).await.map_err(|fault| fault.error)?;
+        }
+        if self.shows_source {
+            MirrorTop::source(&filter.cx()).flush().await?;
         }
         MirrorTop::target(&filter.cx()).flush().await?;
         Ok(())
