@@ -1,6 +1,6 @@
 //! A disk in memory: slow, out of order, failing when told, and forgetful when the power goes.
 //!
-//! A write becomes visible in two parts at random moments before it is done. Until the next flush each of its
+//! A write becomes visible in two parts at random moments before it is done, and a read sees some moment before it is. Until the next flush each of its
 //! sectors may be lost by a power cut, whatever happens to the others. Once the [`Power`] of a disk is cut every
 //! request fails, so that all tasks come to their ends; [`Disk::after_power_cut`] is what the next start finds.
 
@@ -291,12 +291,16 @@ impl Node for Disk {
     }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.begin(Op::Read).await?;
-        let state = self.lock();
-        into.fill(0);
-        let end = range.end().min(state.now.len() as u64);
-        if range.start() < end {
-            into.write_at(0, &state.now[index(range.start())..index(end)]);
+        {
+            let state = self.lock();
+            into.fill(0);
+            let end = range.end().min(state.now.len() as u64);
+            if range.start() < end {
+                into.write_at(0, &state.now[index(range.start())..index(end)]);
+            }
         }
+        // The bytes may be old when they arrive.
+        self.take_time().await;
         Ok(())
     }
     async fn write(&self, _cx: &Cx<'_>, range: ByteRange, from: Iov, _flags: WriteFlags) -> Result<()> {

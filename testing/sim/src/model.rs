@@ -45,6 +45,8 @@ pub struct Model {
     sectors: Vec<Sector>,
     moment: u64,
     in_flight: BTreeSet<Value>,
+    /// What could be read at moments gone by, oldest first; see [`Model::remember`].
+    history: Vec<Looking>,
 }
 
 /// A write under way.
@@ -58,7 +60,7 @@ pub struct Writing {
 }
 
 /// A read or a flush under way.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[must_use = "its end matters"]
 pub struct Looking {
     first: u64,
@@ -74,7 +76,7 @@ impl Model {
     /// A disk of zeroes.
     pub fn new(sectors: u64) -> Self {
         let zero = Sector { now: [0].into(), cut: [0].into(), begun: Vec::new() };
-        Self { sectors: vec![zero; at(sectors)], moment: 0, in_flight: BTreeSet::new() }
+        Self { sectors: vec![zero; at(sectors)], moment: 0, in_flight: BTreeSet::new(), history: Vec::new() }
     }
 
     /// A write of `value` (0: zeroes) begins; `write` is a number of its own.
@@ -94,6 +96,9 @@ impl Model {
         });
         let before = before.collect();
         self.in_flight.insert(write);
+        if !self.history.is_empty() {
+            self.history.push(self.begin_flush());
+        }
         Writing { first, before, write }
     }
 
@@ -148,6 +153,26 @@ impl Model {
         }
     }
 
+    /// From now on it is remembered what the disk was like, for [`Model::check_copy`].
+    pub fn remember(&mut self) {
+        self.history = vec![self.begin_flush()];
+    }
+
+    /// Compares a copy of the whole disk, which must be what it was like at one moment since [`Model::remember`]: a copy
+    /// that has a write lacks none that was over when that write began.
+    pub fn check_copy(&self, bytes: &[u8]) -> Result<(), String> {
+        let begun = |(number, bytes): (u64, &[u8])| {
+            let value = parse(number, bytes).filter(|value| *value != 0)?;
+            let begun = &self.sectors[at(number)].begun;
+            begun.iter().find(|(_, write)| *write == value).map(|(moment, _)| *moment)
+        };
+        let youngest = (0..).zip(bytes.chunks(at(SECTOR))).filter_map(begun).max().unwrap_or(0);
+        let since = self.history.iter().rfind(|look| look.moment <= youngest).or(self.history.first());
+        let since = since.ok_or("nothing was remembered")?;
+        self.end_read(since, bytes)
+            .map_err(|wrong| format!("in a copy that has a write of moment {youngest}, {wrong}"))
+    }
+
     /// Compares a whole disk, read after a power cut.
     pub fn check_after_cut(&self, bytes: &[u8]) -> Result<(), String> {
         for ((number, sector), bytes) in (0..).zip(&self.sectors).zip(bytes.chunks(at(SECTOR))) {
@@ -189,5 +214,24 @@ mod tests {
         assert!(model.check_after_cut(&stamp(0, 2, 0)).is_err());
         let after = [stamp(0, 1, 7), stamp(1, 1, 0)].concat();
         assert!(model.check_after_cut(&after).is_ok());
+    }
+
+    #[test]
+    fn a_copy_is_of_one_moment() {
+        let mut model = Model::new(2);
+        let write = |model: &mut Model, sector, number| {
+            let writing = model.begin_write(sector, 1, number, number);
+            model.end_write(writing, true);
+        };
+        write(&mut model, 0, 7);
+        model.remember();
+        write(&mut model, 0, 8);
+        write(&mut model, 1, 9);
+        let copy = |first, second| [stamp(0, 1, first), stamp(1, 1, second)].concat();
+        for (first, second, is_a_moment) in
+            [(7, 0, true), (8, 0, true), (8, 9, true), (7, 9, false), (0, 0, false)]
+        {
+            assert_eq!(model.check_copy(&copy(first, second)).is_ok(), is_a_moment, "{first} {second}");
+        }
     }
 }

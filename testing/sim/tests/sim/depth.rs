@@ -1,8 +1,6 @@
 //! Deep chains in which every layer may be written to while others read: what is remembered of a chain must never
 //! show a reader what was there before a write that was acknowledged.
 
-#![allow(clippy::unwrap_used)]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;

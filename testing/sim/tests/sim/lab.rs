@@ -1,0 +1,276 @@
+//! A chain of qcow2 images on simulated disks, below a guest: how it is made, broken, mended, and opened again after a
+//! power cut.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use underlay_drivers::format::raw::{Raw, RawOptions};
+use underlay_graph::perm::Access;
+use underlay_graph::plan::{NewRoot, NodeOptions};
+use underlay_graph::{
+    BackingRef, ByteRange, Graph, IoError, Kind, NewNode, Node, NodeId, NodeName, Perms, Role, Root, View,
+    Wiring, WriteFlags,
+};
+use underlay_qcow2::{CreateOptions, Fix, OpenOptions, Qcow2, check, create};
+use underlay_sim::model::stamp;
+use underlay_sim::{Disk, Fault, Model, Power, Rng, SECTOR};
+use underlay_sys::{Iov, rt};
+
+use crate::guests::Guests;
+
+/// The layers of a chain, from below.
+const NAMES: [&str; 4] = ["A", "B", "C", "D"];
+
+/// An image, and the disk below it.
+pub struct Layer {
+    pub name: &'static str,
+    pub disk: Arc<Disk>,
+    pub node: NodeId,
+    /// Not qcow2.
+    pub raw: bool,
+}
+
+/// A chain, and the guest above it.
+pub struct Setup {
+    pub graph: Arc<Graph>,
+    /// From below; others may come behind them.
+    pub layers: Vec<Layer>,
+    pub guest: Root,
+    pub power: Arc<Power>,
+    pub sectors: u64,
+    pub cluster: u64,
+    /// What the layers were filled with.
+    pub model: Model,
+    pub numbers: u64,
+}
+
+pub fn create_options(rng: &mut Rng, cluster: u64, size: u64) -> CreateOptions {
+    let extended_l2 = cluster >= 16384 && rng.one_in(2);
+    CreateOptions {
+        cluster_size: cluster,
+        refcount_bits: rng.pick(&[1, 2, 4, 8, 16, 16, 32, 64]),
+        extended_l2,
+        lazy_refcounts: rng.one_in(4),
+        ..CreateOptions::new(size)
+    }
+}
+
+pub fn open_options(rng: &mut Rng) -> OpenOptions {
+    if rng.one_in(2) {
+        return OpenOptions::default();
+    }
+    OpenOptions {
+        l2_cache_size: Some(1024),
+        refcount_cache_size: Some(512),
+        l2_cache_entry_size: Some(512),
+        ..OpenOptions::default()
+    }
+}
+
+/// An image in no graph, by itself or on the layers below, for somebody who writes to it.
+pub async fn writable(image: Arc<dyn Node>, file: Arc<View>, below: Option<Arc<View>>) -> Arc<View> {
+    let backing = below.map(|view| (Role::Backing, view));
+    let view = View::detached(image.clone(), [(Role::File, file)].into_iter().chain(backing));
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+    image.set_access(&view.cx(), access).await.unwrap();
+    view
+}
+
+/// Writes something into a new layer, so that jobs have work, and leaves it flushed.
+async fn fill(
+    rng: &mut Rng,
+    file: &Arc<View>,
+    below: Option<Arc<View>>,
+    model: &mut Model,
+    numbers: &mut u64,
+) -> Arc<View> {
+    let image = Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap());
+    let view = writable(image.clone(), file.clone(), below).await;
+    let sectors = view.cx().length() / SECTOR;
+    for _ in 0..rng.below(4) {
+        let first = rng.below(sectors);
+        let count = (1 + rng.below(sectors / 3)).min(sectors - first);
+        let writing = model.begin_write(first, count, *numbers, *numbers);
+        let range = ByteRange::between(first * SECTOR, (first + count) * SECTOR);
+        let bytes = Iov::copy_of(&stamp(first, count, *numbers));
+        view.cx().write(range, bytes, WriteFlags::default()).await.unwrap();
+        model.end_write(writing, true);
+        *numbers += 1;
+    }
+    let flush = model.begin_flush();
+    image.close(&view.cx()).await.unwrap();
+    model.end_flush(&flush);
+    view
+}
+
+/// An image as a node for a graph, on its disk.
+pub fn new_node(
+    name: &str,
+    disk: &Arc<Disk>,
+    image: Arc<dyn Node>,
+    below: Option<NodeId>,
+    read_only: bool,
+) -> NewNode {
+    let options = NodeOptions { discard: true, ..NodeOptions::default() };
+    let node: Arc<dyn Node> = disk.clone();
+    let storage = NewNode { name: None, node, read_only, options, children: Vec::new() };
+    let mut children = vec![(Role::File, Wiring::New(Box::new(storage)))];
+    children.extend(below.map(|id| (Role::Backing, Wiring::Existing(id))));
+    NewNode { name: NodeName::new(name), node: image, read_only, options, children }
+}
+
+/// Adds a node that stays until somebody removes it.
+pub async fn add_node(graph: &Graph, new: NewNode) -> NodeId {
+    let add = graph.change(|plan| {
+        let id = plan.add(new)?;
+        plan.node_mut(id).monitor_owned = true;
+        Ok(id)
+    });
+    add.await.unwrap()
+}
+
+/// Somebody who uses a node.
+pub async fn add_user(graph: &Graph, node: NodeId, required: Perms) -> Root {
+    let shared = Perms::ALL.without(Perms::RESIZE);
+    let (user, role) = ("guest".into(), "root");
+    let root = NewRoot { user, role, node, required, shared, pinned: false, drained: None };
+    let id = graph.change(|plan| Ok(plan.add_root(root))).await.unwrap();
+    graph.root(id).unwrap()
+}
+
+/// A chain of `length` images, with something in each, and a guest on top.
+pub async fn build(rng: &mut Rng, length: usize) -> Setup {
+    let cluster = rng.pick(&[512, 1024, 4096, 16384, 65536]);
+    let size = (cluster * 24).max(48 << 10);
+    let power = Power::until(u64::MAX);
+    let graph = Graph::new();
+    let mut model = Model::new(size / SECTOR);
+    let mut below: Option<Arc<View>> = None;
+    let mut numbers = 1;
+    let mut layers: Vec<Layer> = Vec::new();
+    for (at, name) in NAMES.into_iter().enumerate().take(length) {
+        let disk = Disk::new(Vec::new(), rng.number(), power.clone());
+        let file = View::detached(disk.clone(), []);
+        let mut options = create_options(rng, cluster, size);
+        options.backing = layers.last().map(|below| called(below.name));
+        create(&file.cx(), &options).await.unwrap();
+        below = Some(fill(rng, &file, below, &mut model, &mut numbers).await);
+        let image = Arc::new(Qcow2::open(&file.cx(), open_options(rng)).await.unwrap());
+        let new = new_node(name, &disk, image, layers.last().map(|layer| layer.node), at + 1 < length);
+        let node = add_node(&graph, new).await;
+        layers.push(Layer { name, disk, node, raw: false });
+    }
+    let top = layers.last().unwrap().node;
+    let guest = add_user(&graph, top, Perms::CONSISTENT_READ | Perms::WRITE).await;
+    Setup { graph, layers, guest, power, sectors: size / SECTOR, cluster, model, numbers }
+}
+
+/// How a header names a layer.
+pub fn called(name: &str) -> BackingRef {
+    BackingRef { file: name.into(), format: Some("qcow2".into()) }
+}
+
+/// What a power cut left of an image: opened, repaired if it says that it needs it, and checked.
+async fn open_left(layer: &Layer, seed: u64) -> (Arc<dyn Node>, Arc<View>, Option<String>) {
+    let left = layer.disk.after_power_cut(seed);
+    let file = View::detached(Disk::new(left, seed, Power::until(u64::MAX)), []);
+    if layer.raw {
+        return (Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap()), file, None);
+    }
+    let image = Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap());
+    writable(image.clone(), file.clone(), None).await;
+    let mut findings = Vec::new();
+    let outcome = check(&file.cx(), Fix::None, &mut |finding| findings.push(finding)).await.unwrap();
+    let errors = outcome.corruptions + outcome.check_errors;
+    assert_eq!(errors, 0, "image {}: {findings:?}", layer.name);
+    let below = image.backing_ref().map(|below| below.file.trim_start_matches("./").to_owned());
+    (image, file, below)
+}
+
+impl Setup {
+    /// What a layer shows after a power cut, with the layers that the headers name.
+    pub async fn reopen(&self, seed: u64, top: &Layer) -> Vec<u8> {
+        let mut at = Some(top.name.to_owned());
+        let mut opened = Vec::new();
+        while let Some(name) = at {
+            let index = self.layers.iter().position(|layer| layer.name == name).unwrap();
+            let (image, file, below) = open_left(&self.layers[index], seed ^ index as u64).await;
+            assert!(opened.len() < self.layers.len(), "a loop");
+            opened.push((image, file));
+            at = below;
+        }
+        let mut below: Option<Arc<View>> = None;
+        for (image, file) in opened.into_iter().rev() {
+            let backing = below.map(|view| (Role::Backing, view));
+            below = Some(View::detached(image, [(Role::File, file)].into_iter().chain(backing)));
+        }
+        let into = Iov::scratch(usize::try_from(self.sectors * SECTOR).unwrap());
+        let whole = ByteRange::between(0, self.sectors * SECTOR);
+        below.unwrap().cx().read(whole, into.clone()).await.unwrap();
+        into.to_vec()
+    }
+
+    /// The image that the guest's disk has on top.
+    pub fn top(&self) -> &Layer {
+        let plan = self.graph.plan();
+        let chain = plan.chain(plan.root(self.guest.id()).unwrap().node);
+        let top = chain.into_iter().find_map(|id| self.layers.iter().find(|layer| layer.node == id));
+        top.unwrap()
+    }
+
+    /// After a power cut every write is there that was flushed, and nothing that was never written.
+    pub async fn cut_and_compare(&self, guests: &Guests, seed: u64) {
+        self.power.cut();
+        for round in 0..3 {
+            let bytes = self.reopen(seed.wrapping_mul(3) + round, self.top()).await;
+            guests.model().check_after_cut(&bytes).unwrap();
+        }
+    }
+
+    /// The graph has no filters, nor anybody who wants to know what is written.
+    pub fn check_no_job_is_left(&self) {
+        for (_, node) in self.graph.plan().nodes() {
+            assert!(node.node.kind() != Kind::Filter, "{} is left", node.name);
+            assert!(node.trackers.is_empty(), "writes to {} are tracked", node.name);
+        }
+    }
+
+    /// Makes the disk below an image fail or fill up.
+    pub fn break_disk(&self, layer: &Layer, rng: &mut Rng) {
+        let disk = &layer.disk;
+        let kind = rng.below(5);
+        let mut fault = |error| Some(Fault { after: rng.below(40), error, sticky: rng.one_in(2) });
+        match kind {
+            0 => disk.fail_writes(fault(IoError::ENOSPC)),
+            1 => disk.fail_writes(fault(IoError::EIO)),
+            2 => disk.fail_reads(fault(IoError::EIO)),
+            3 => disk.fail_flushes(fault(IoError::EIO)),
+            _ => disk.limit(disk.content().len() as u64 + rng.below(20) * self.cluster),
+        }
+    }
+
+    /// All disks are well again, and large; done after `trouble`.
+    pub fn mend_after(&self, trouble: Duration) -> rt::JoinHandle<()> {
+        let disks: Vec<_> = self.layers.iter().map(|layer| layer.disk.clone()).collect();
+        rt::spawn(async move {
+            rt::sleep(trouble).await;
+            for disk in disks {
+                disk.fail_writes(None);
+                disk.fail_reads(None);
+                disk.fail_flushes(None);
+                disk.limit(1 << 27);
+            }
+        })
+    }
+
+    /// The power goes after `delay`, unless all is over before.
+    pub fn cut_after(&self, delay: Duration, guests: &Guests) {
+        let (power, guests) = (self.power.clone(), guests.clone());
+        drop(rt::spawn(async move {
+            rt::sleep(delay).await;
+            if !guests.are_over() {
+                power.cut();
+            }
+        }));
+    }
+}

@@ -1,0 +1,10 @@
+//! The engine in the simulated world. `UNDERLAY_SEEDS=n` runs n seeds of each test, `UNDERLAY_SEED=s` just that one.
+
+#![allow(clippy::unwrap_used)]
+
+mod chain;
+mod copies;
+mod depth;
+mod guests;
+mod lab;
+mod mirror;

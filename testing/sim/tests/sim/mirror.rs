@@ -1,0 +1,344 @@
+//! Guests on a chain of images, while the chain is mirrored: with every sync and copy mode, to images of all kinds, to a
+//! switch, to a copy of one moment, or to nothing; on disks that lose power, fill up and fail. The guest always reads
+//! what it wrote, before the switch and behind it; a copy is what the disk was like at one moment, and is durable when
+//! the job says that it is done; after a power cut every flushed write is in the image that the guest's disk was on.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use underlay_drivers::format::raw::{Raw, RawOptions};
+use underlay_graph::{ByteRange, NewNode, Node, NodeId, Perms, View, WriteFlags};
+use underlay_jobs::{
+    EventSink, Job, JobEvent, Jobs, MirrorArgs, OnError, Settings, Status, SyncMode, Target,
+};
+use underlay_qcow2::{OpenOptions, Qcow2, create};
+use underlay_sim::{Disk, Rng, SECTOR, run_seeds};
+use underlay_sys::{Iov, rt};
+
+use crate::guests::{Guests, Running};
+use crate::lab::{
+    Layer, Setup, add_node, add_user, build, called, create_options, new_node, open_options, writable,
+};
+
+/// How the client ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Complete,
+    /// When it is ready.
+    Cancel,
+    /// At any time.
+    Force,
+}
+
+/// What shows in the target where nothing was copied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ground {
+    Nothing,
+    /// Bytes that the guest must never see.
+    Rubbish,
+    /// The guest's disk as it is when the job starts.
+    Copy,
+    /// The layer with this index, from the beginning on.
+    Layer(usize),
+    /// The same, from the switch on.
+    LayerLater(usize),
+}
+
+#[derive(Debug)]
+struct Case {
+    sync: SyncMode,
+    end: End,
+    ground: Ground,
+    raw: bool,
+    /// The target's clusters, in bytes.
+    cluster: u64,
+    write_blocking: bool,
+    change_mode: bool,
+    cut: bool,
+    faults: bool,
+}
+
+impl Case {
+    fn new(rng: &mut Rng, setup: &Setup, faults: bool) -> Self {
+        let length = setup.layers.len();
+        let sync = rng.pick(&[SyncMode::Full, SyncMode::Top, SyncMode::None]);
+        let whole = [Ground::Nothing, Ground::Rubbish];
+        let on = |at| [Ground::Layer(at), Ground::LayerLater(at)];
+        let ground = match sync {
+            SyncMode::Top if length > 1 => rng.pick(&on(length - 2)),
+            SyncMode::Full | SyncMode::Top => rng.pick(&whole),
+            // The source itself can be below the target only later: it would not be a root.
+            SyncMode::None => rng.pick(&[Ground::Copy, Ground::LayerLater(length - 1)]),
+        };
+        Self {
+            sync,
+            end: rng.pick(&[End::Complete, End::Complete, End::Cancel, End::Force]),
+            ground,
+            raw: ground.backing().is_none() && rng.one_in(3),
+            cluster: rng.pick(&[512, 4096, 16384, 65536, setup.cluster]),
+            write_blocking: rng.one_in(2),
+            change_mode: rng.one_in(3),
+            cut: !faults && rng.one_in(2),
+            faults,
+        }
+    }
+
+    /// Something may go wrong.
+    fn is_troubled(&self) -> bool {
+        self.cut || self.faults
+    }
+
+    /// The copy shows what the guest writes to its own disk.
+    fn shows_source(&self) -> bool {
+        self.sync == SyncMode::None && self.ground.backing().is_some()
+    }
+}
+
+impl Ground {
+    fn backing(self) -> Option<usize> {
+        match self {
+            Self::Layer(at) | Self::LayerLater(at) => Some(at),
+            _ => None,
+        }
+    }
+}
+
+/// Makes the target's file, with what is in it at first.
+async fn make(setup: &Setup, case: &Case, rng: &mut Rng) -> Arc<Disk> {
+    let size = setup.sectors * SECTOR;
+    let content = if case.raw { vec![0; usize::try_from(size).unwrap()] } else { Vec::new() };
+    let disk = Disk::new(content, rng.number(), setup.power.clone());
+    let file = View::detached(disk.clone(), []);
+    let format: Arc<dyn Node> = if case.raw {
+        Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap())
+    } else {
+        let mut options = create_options(rng, case.cluster, size);
+        options.backing = case.ground.backing().map(|at| called(setup.layers[at].name));
+        create(&file.cx(), &options).await.unwrap();
+        Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap())
+    };
+    let view = writable(format.clone(), file.clone(), None).await;
+    for at in 0..size / setup.cluster {
+        let range = ByteRange::between(at * setup.cluster, (at + 1) * setup.cluster);
+        let into = match case.ground {
+            Ground::Rubbish if rng.one_in(2) => Iov::filled(range.buffer_len(), 0xbb),
+            Ground::Copy => {
+                let into = Iov::scratch(range.buffer_len());
+                setup.guest.read(range, into.clone()).await.unwrap();
+                into
+            }
+            _ => continue,
+        };
+        view.cx().write(range, into, WriteFlags::default()).await.unwrap();
+    }
+    format.close(&view.cx()).await.unwrap();
+    disk
+}
+
+/// The target's node, not in the graph yet.
+async fn open(setup: &Setup, case: &Case, disk: &Arc<Disk>, rng: &mut Rng) -> NewNode {
+    let file = View::detached(disk.clone(), []);
+    let format: Arc<dyn Node> = if case.raw {
+        Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap())
+    } else {
+        Arc::new(Qcow2::open(&file.cx(), open_options(rng)).await.unwrap())
+    };
+    let below = match case.ground {
+        Ground::Layer(at) => Some(setup.layers[at].node),
+        _ => None,
+    };
+    new_node("T", disk, format, below, false)
+}
+
+/// The events that matter.
+#[derive(Default)]
+struct Record(Mutex<Vec<JobEvent>>);
+
+impl EventSink for Record {
+    fn emit(&self, event: JobEvent) {
+        self.0.lock().unwrap().push(event);
+    }
+}
+
+impl Record {
+    /// Whether the job has ended well.
+    fn is_well(&self) -> bool {
+        let well = |event: &JobEvent| matches!(event, JobEvent::Completed { error: None, .. });
+        self.0.lock().unwrap().iter().any(well)
+    }
+}
+
+fn arguments(source: NodeId, case: &Case, target: Target, rng: &mut Rng) -> MirrorArgs {
+    let policies = [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop];
+    MirrorArgs {
+        settings: Settings {
+            id: Some("j".into()),
+            speed: rng.pick(&[0, 0, 1 << 20, 64 << 20]),
+            auto_finalize: !rng.one_in(4),
+            on_error: rng.pick(&policies),
+            on_target_error: Some(rng.pick(&policies)),
+            ..Settings::default()
+        },
+        source,
+        target,
+        replaces: rng.one_in(4).then_some(source),
+        sync: case.sync,
+        granularity: rng.pick(&[None, Some(512), Some(4096), Some(1 << 20)]),
+        buf_size: None,
+        write_blocking: case.write_blocking,
+        target_is_zero: case.ground == Ground::Nothing && rng.one_in(2),
+        unmap: rng.one_in(2),
+        filter_node_name: rng.one_in(2).then(|| "filter".into()),
+    }
+}
+
+/// A client of a mirror. It does all that clients do, most of it refused as the job is not in the state for it, and
+/// ends the job one day.
+async fn attend(setup: &Setup, case: &Case, job: &Job, running: &mut Running, rng: &mut Rng) {
+    let mut patience = rng.below(30);
+    while !matches!(job.status(), Status::Concluded | Status::Null) {
+        rt::sleep(Duration::from_micros(1 + rng.below(2000))).await;
+        patience = patience.saturating_sub(1);
+        if case.change_mode && rng.one_in(8) {
+            let _ = job.change_copy_mode(true);
+        }
+        // A job that ignores errors would try for ever on disks without power.
+        if setup.power.is_cut() {
+            let _ = job.cancel();
+        }
+        match rng.below(8) {
+            0 => drop(job.pause()),
+            1 | 2 => drop(job.resume()),
+            3 => drop(job.set_speed(rng.pick(&[0, 1 << 20, 64 << 20]))),
+            4 => drop(job.finalize().await),
+            _ => {}
+        }
+        match case.end {
+            End::Complete if patience == 0 => drop(job.complete()),
+            End::Cancel if patience == 0 => cancel(setup, case, job, running).await,
+            End::Force if patience == 0 => drop(job.cancel()),
+            _ => {}
+        }
+    }
+}
+
+/// Ends a mirror that is ready with a copy of this moment, or of a later one.
+async fn cancel(setup: &Setup, case: &Case, job: &Job, running: &mut Running) {
+    let is_ready = || job.status() == Status::Ready;
+    if is_ready() && case.shows_source() {
+        // It is a copy only as long as the source stays as it is.
+        running.stop().await;
+        while running.guests.root.flush().await.is_err() && !setup.power.is_cut() {
+            rt::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    // If it is paused by now the cancel is refused, and before it is ready it would be something else.
+    if is_ready() {
+        running.guests.model().remember();
+        let _ = job.block_cancel(false);
+    }
+}
+
+/// The copy that a cancel has left: what the disk was like at one moment, also after a power cut.
+async fn check_copy(setup: &Setup, guests: &Guests, seed: u64) {
+    let target = setup.layers.last().unwrap();
+    if setup.graph.plan().get(target.node).is_some() {
+        let root = add_user(&setup.graph, target.node, Perms::CONSISTENT_READ).await;
+        let into = Iov::scratch(usize::try_from(setup.sectors * SECTOR).unwrap());
+        match root.read(ByteRange::between(0, setup.sectors * SECTOR), into.clone()).await {
+            Ok(()) => guests.model().check_copy(&into.to_vec()).unwrap(),
+            Err(error) => assert!(setup.power.is_cut(), "{error}"),
+        }
+    }
+    for round in 0..3 {
+        let left = setup.reopen(seed.wrapping_mul(5) + round, target).await;
+        guests.model().check_copy(&left).map_err(|wrong| format!("after a cut, {wrong}")).unwrap();
+    }
+}
+
+/// Nothing of the job is left in the graph, and the guest is where it belongs.
+fn check_graph(setup: &Setup, source: NodeId, is_switched: bool) {
+    let plan = setup.graph.plan();
+    setup.check_no_job_is_left();
+    assert!(plan.get(source).is_none_or(|node| node.trackers.is_empty()));
+    assert_eq!(plan.root(setup.guest.id()).unwrap().node == source, !is_switched);
+    assert_eq!(setup.top().name == "T", is_switched);
+}
+
+async fn play(seed: u64, faults: bool) {
+    let mut rng = Rng::new(seed);
+    let length = 1 + rng.index(4);
+    let mut setup = build(&mut rng, length).await;
+    let case = Case::new(&mut rng, &setup, faults);
+    println!("seed {seed}: {case:?}");
+    let source = setup.layers[length - 1].node;
+    let mut guests = Guests::new(&setup, case.is_troubled());
+    guests.compress = !case.raw && setup.cluster % case.cluster == 0;
+    let disk = make(&setup, &case, &mut rng).await;
+    // What is written before the job must be in a copy of before already.
+    let is_early = case.ground != Ground::Copy;
+    let mut running = guests.start(&mut rng, if is_early { 2 } else { 0 }, 200);
+    rt::sleep(Duration::from_micros(rng.below(5000))).await;
+    let new = open(&setup, &case, &disk, &mut rng).await;
+    let target = match case.ground {
+        Ground::LayerLater(at) => Target::New { node: Box::new(new), backing: Some(setup.layers[at].node) },
+        Ground::Nothing | Ground::Rubbish if rng.one_in(3) => {
+            Target::New { node: Box::new(new), backing: None }
+        }
+        _ => Target::Existing(add_node(&setup.graph, new).await),
+    };
+    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.raw });
+    let mut mending = None;
+    if case.faults {
+        let broken = if rng.one_in(2) { length } else { rng.index(length) };
+        setup.break_disk(&setup.layers[broken], &mut rng);
+        mending = Some(setup.mend_after(Duration::from_micros(rng.below(60_000))));
+    }
+    if case.cut {
+        setup.cut_after(Duration::from_micros(rng.below(60_000)), &guests);
+    }
+    let record = Arc::new(Record::default());
+    let arguments = arguments(source, &case, target, &mut rng);
+    match Jobs::new(record.clone()).mirror(&setup.graph, arguments).await {
+        Ok(started) => {
+            setup.layers[length].node = setup.graph.plan().find("T").unwrap();
+            drop(rt::spawn(started.task));
+            if !is_early {
+                running = guests.start(&mut rng, 2, 200);
+            }
+            attend(&setup, &case, &started.job, &mut running, &mut rng).await;
+        }
+        Err(error) => assert!(case.is_troubled(), "{error}"),
+    }
+    let is_well = record.is_well();
+    if case.end == End::Force {
+        assert!(!is_well);
+    } else {
+        assert!(is_well || case.is_troubled(), "{:?}", record.0);
+    }
+    check_graph(&setup, source, is_well && case.end == End::Complete);
+    if let Some(mending) = mending {
+        mending.await;
+    }
+    if is_well && case.end == End::Cancel {
+        check_copy(&setup, &guests, seed).await;
+    }
+    running.stop().await;
+    if !setup.power.is_cut() {
+        let healthy = guests.on_sound_disks();
+        healthy.verify().await;
+        healthy.start(&mut rng, 2, 10).done().await;
+        healthy.verify().await;
+    }
+    setup.cut_and_compare(&guests, seed).await;
+}
+
+#[test]
+fn mirrors_lose_nothing() {
+    run_seeds(3000, |seed| play(seed, false));
+}
+
+#[test]
+fn mirrors_on_failing_disks_lose_nothing() {
+    run_seeds(2000, |seed| play(seed, true));
+}
