@@ -20,6 +20,7 @@ pub mod info;
 mod layout;
 pub mod live;
 pub mod mapping;
+pub mod measure;
 pub mod metadata;
 pub mod node;
 pub mod packed;

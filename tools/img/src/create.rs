@@ -203,20 +203,23 @@ fn number(name: &str, value: &str) -> Result<u64, Refused> {
 }
 
 /// What the options of a qcow2 image say.
-struct Wanted {
-    options: CreateOptions,
+pub struct Wanted {
+    /// What has been understood.
+    pub options: CreateOptions,
     size: Option<u64>,
     /// These are words that are looked at last.
-    compat: Option<String>,
-    preallocation: Option<String>,
+    pub compat: Option<String>,
+    /// See [`Wanted::compat`].
+    pub preallocation: Option<String>,
     compression: Option<String>,
 }
 
-fn wanted(request: &Request) -> Result<Wanted, Refused> {
+/// Reads the options of a qcow2 image, but for those of its backing file.
+pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
     let options = CreateOptions::new(0);
     let mut wanted = Wanted { options, size: None, compat: None, preallocation: None, compression: None };
     let options = &mut wanted.options;
-    for (name, value) in &request.options {
+    for (name, value) in list {
         match name.as_str() {
             "size" => wanted.size = Some(size_option(name, value)?),
             "cluster_size" => options.cluster_size = size_option(name, value)?,
@@ -262,7 +265,7 @@ impl Wanted {
 }
 
 async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
-    let mut wanted = wanted(&request)?;
+    let mut wanted = wanted(&request.options)?;
     let size = only_one(size, wanted.size)?;
     wanted.options.size =
         backing_and_size(name, size, &request, &mut wanted.options).await.map_err(Refused::Create)?;

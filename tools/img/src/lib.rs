@@ -6,9 +6,11 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 pub mod getopt;
 mod info;
 mod map;
+mod measure;
 pub mod open;
 mod option_help;
 mod progress;
@@ -76,8 +78,10 @@ Makes, checks, converts and resizes disk images.
   compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N] FILENAME [...] OUTPUT
   create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]
+  dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
   info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
   map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME
+  measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-U] FILENAME | --size SIZE
   rebase [-f FMT] [-b BACKING [-F FMT]] [-u] [-c] [-p] [-q] [-U] FILENAME
   resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
 
@@ -86,7 +90,7 @@ no -f. So is OUTPUT with --target-image-opts, which needs -n.
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 
-const LATER: [&str; 6] = ["amend", "bench", "bitmap", "dd", "measure", "snapshot"];
+const LATER: [&str; 4] = ["amend", "bench", "bitmap", "snapshot"];
 
 /// Most threads that copy.
 const MOST_THREADS: usize = 4;
@@ -144,8 +148,10 @@ fn run(command: &str, rest: &[String]) -> Outcome {
         "compare" => block_on(compare::run(rest)),
         "convert" => on_all_processors(rest),
         "create" => block_on(create::run(rest)),
+        "dd" => block_on(dd::run(rest)),
         "info" => block_on(info::run(rest)),
         "map" => block_on(map::run(rest)),
+        "measure" => block_on(measure::run(rest)),
         "rebase" => block_on(rebase::run(rest)),
         "resize" => block_on(resize::run(rest)),
         later if LATER.contains(&later) => {

@@ -66,11 +66,18 @@ pub fn parse(text: &str) -> Option<u64> {
 
 /// A number of a command line, at most `i64::MAX`; `what` names it.
 pub fn argument(text: &str, what: &str) -> Result<u64, Failure> {
-    let limit = i64::MAX.unsigned_abs();
+    argument_in(text, what, 0..=i64::MAX.unsigned_abs())
+}
+
+/// A number of a command line in a range.
+pub fn argument_in(text: &str, what: &str, range: std::ops::RangeInclusive<u64>) -> Result<u64, Failure> {
     match parse(text) {
-        Some(number) if number <= limit => Ok(number),
+        Some(number) if range.contains(&number) => Ok(number),
         None if !is_out_of_range(text) => Err(Failure::new(format!("Invalid {what} specified: '{text}'."))),
-        _ => Err(Failure::new(format!("Invalid {what} specified. Must be between 0 and {limit}."))),
+        _ => {
+            let (least, most) = (range.start(), range.end());
+            Err(Failure::new(format!("Invalid {what} specified. Must be between {least} and {most}.")))
+        }
     }
 }
 

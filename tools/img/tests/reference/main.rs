@@ -40,6 +40,32 @@ fn names() {
 }
 
 #[test]
+fn measure() {
+    compare(include_str!("../scripts/measure.txt"));
+}
+
+#[test]
+fn dd() {
+    compare(include_str!("../scripts/dd.txt"));
+}
+
+/// The reference makes the output first, and there is nothing left to read.
+#[test]
+fn dd_onto_itself() {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("a.raw"), [7; 1024]).expect("a file");
+    std::fs::create_dir(folder.path().join("sub")).expect("a folder");
+    for output in ["of=a.raw", "of=sub/../a.raw", "of=file:a.raw"] {
+        let mut program = std::process::Command::new(script::example("qemu-img"));
+        program.args(["dd", "-f", "raw", "if=a.raw", output]).current_dir(&folder);
+        let done = program.output().expect("our program");
+        assert_eq!(done.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&done.stderr).ends_with("input and output are the same file\n"));
+        assert_eq!(std::fs::read(folder.path().join("a.raw")).expect("a file"), [7; 1024]);
+    }
+}
+
+#[test]
 fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
 }
@@ -81,6 +107,9 @@ fn refused_options() {
         ("rebase --object secret,id=a,data=b x", 1, "--object"),
         ("commit --object secret,id=a,data=b x", 1, "--object"),
         ("convert -l snapshot.id=1 y x", 1, "-l"),
+        ("measure -l snapshot.id=1 x", 1, "-l"),
+        ("measure --object secret,id=a,data=b x", 1, "--object"),
+        ("dd --object secret,id=a,data=b if=x of=y", 1, "--object"),
         ("convert --bitmaps -O qcow2 y x", 1, "--bitmaps"),
         ("convert --bitmaps --skip-broken-bitmaps -O qcow2 y x", 1, "--bitmaps"),
     ] {
