@@ -34,7 +34,7 @@ pub fn measure(options: &CreateOptions) -> Result<Measure, CreateError> {
 
 /// Clusters of the refcount table and its blocks, which count `others` clusters and themselves.
 fn refcounts(others: u64, options: &CreateOptions) -> u64 {
-    let per_block = options.cluster_size * 8 / u64::from(options.refcount_bits.max(1));
+    let per_block = options.cluster_size * 8 / options.refcount_bits.max(1);
     let (mut table, mut blocks) = (0, 0);
     loop {
         let next = (others + table + blocks).div_ceil(per_block);
