@@ -82,7 +82,10 @@ pub async fn run(words: &[String]) -> Outcome {
     match (name, request.size) {
         (None, None) => Err(Failure::new("Either --size N or one filename must be specified.")),
         (Some(_), Some(_)) => Err(Failure::new("--size N cannot be used together with a filename.")),
-        (None, Some(size)) => Ok(show(&of_target(size, None, &request).await?, request.json)),
+        (None, Some(size)) => {
+            show(&of_target(size, None, &request).await?, request.json);
+            Ok(())
+        }
         (Some(name), None) => {
             let (format, image_opts) = (request.format.as_deref(), request.image_opts);
             let force_share = request.force_share;
@@ -92,7 +95,8 @@ pub async fn run(words: &[String]) -> Outcome {
                 Err(failure) => Err(failure),
             };
             opened.close().await?;
-            measured.map(|sizes| show(&sizes, request.json))
+            show(&measured?, request.json);
+            Ok(())
         }
     }
 }
