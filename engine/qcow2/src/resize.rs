@@ -105,7 +105,7 @@ impl Qcow2 {
         // memory from now on goes to the new table with the next commit.
         let _covered = self.commits.turn.lock().await;
         let old = self.header();
-        if let Err(error) = self.copy_l1(cx, &old, host, count * cluster).await {
+        if let Err(error) = self.copy_l1(cx, &old, host, entries * 8).await {
             self.free_unused(cx, host, count).await;
             return Err(context(error));
         }
@@ -314,8 +314,8 @@ impl Qcow2 {
     }
 }
 
-/// Cuts unused clusters off the end of the file of a closed image, as shrinking with QEMU does. The file is left as it is
-/// when the refcounts cannot be relied on.
+/// Cuts unused clusters off the end of the file of an image that nobody changes, as shrinking with QEMU does: the file then
+/// ends where the last cluster in use ends. It is left as it is when the refcounts cannot be relied on.
 pub async fn trim_file(file: &Cx<'_>) -> Result<()> {
     let header = Header::read(file).await.map_err(|error| IoError::EINVAL.with(error.to_string()))?;
     if header.has(features::DIRTY | features::CORRUPT) {
@@ -339,7 +339,7 @@ pub async fn trim_file(file: &Cx<'_>) -> Result<()> {
         let used = (0..per_block).rev().find(|i| refblocks::get(&block, *i, header.refcount_order) != 0);
         if let Some(used) = used {
             let end = index * per_block + used + 1;
-            if end < clusters {
+            if end <= clusters {
                 file.node().resize(file, end * cluster, Preallocation::Off).await?;
             }
             return Ok(());

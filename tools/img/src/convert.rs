@@ -98,7 +98,10 @@ pub async fn run(words: &[String]) -> Outcome {
     }
     request.check()?;
     if request.help {
-        return option_help::print(request.target_format(), others.last().map(String::as_str));
+        return option_help::print(
+            request.target_format(),
+            others.get(1..).and_then(<[_]>::last).map(String::as_str),
+        );
     }
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));

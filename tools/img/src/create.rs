@@ -139,16 +139,24 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
     if request.backing.as_deref() == Some("") {
         return Err(cannot("Expected backing file name, got empty string"));
     }
+    let known = matches!(request.format.as_str(), "qcow2" | "raw" | "file");
+    if known && let Err(failure) = option_help::stored_in_file(name) {
+        return Err(Refused::Option(failure));
+    }
     match request.format.as_str() {
         "qcow2" => make_qcow2(name, size, request).await,
-        "raw" => make_raw(name, size, request).await,
+        "raw" | "file" => make_raw(name, size, request).await,
+        "null-co" | "null-aio" => {
+            Err(bad_option(format!("Format driver '{}' does not support image creation", request.format)))
+        }
         other => Err(bad_option(format!("Unknown file format '{other}'"))),
     }
 }
 
 async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
     if request.backing.is_some() {
-        return Err(cannot("Backing file not supported for file format 'raw'"));
+        let text = format!("Backing file not supported for file format '{}'", request.format);
+        return Err(cannot(text));
     }
     let (mut wanted, mut mode) = (None, None);
     let mut shown = String::new();
@@ -165,7 +173,7 @@ async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(),
     let size = only_one(size, wanted)?;
     let size = size.ok_or_else(|| cannot("Image creation needs a size parameter"))?;
     if !request.quiet {
-        println!("Formatting '{name}', fmt=raw size={size}{shown}");
+        println!("Formatting '{name}', fmt={} size={size}{shown}", request.format);
     }
     let mode = mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode))?;
     create::raw(name, size.next_multiple_of(512), mode).await.map_err(failed)
@@ -212,20 +220,35 @@ pub struct Wanted {
     /// See [`Wanted::compat`].
     pub preallocation: Option<String>,
     compression: Option<String>,
+    /// As it was written.
+    flags: [Option<String>; 2],
 }
 
 /// Reads the options of a qcow2 image, but for those of its backing file.
 pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
     let options = CreateOptions::new(0);
-    let mut wanted = Wanted { options, size: None, compat: None, preallocation: None, compression: None };
+    let mut wanted = Wanted {
+        options,
+        size: None,
+        compat: None,
+        preallocation: None,
+        compression: None,
+        flags: [None, None],
+    };
     let options = &mut wanted.options;
     for (name, value) in list {
         match name.as_str() {
             "size" => wanted.size = Some(size_option(name, value)?),
             "cluster_size" => options.cluster_size = size_option(name, value)?,
             "refcount_bits" => options.refcount_bits = number(name, value)?,
-            "lazy_refcounts" => options.lazy_refcounts = flag(name, value)?,
-            "extended_l2" => options.extended_l2 = flag(name, value)?,
+            "lazy_refcounts" => {
+                options.lazy_refcounts = flag(name, value)?;
+                wanted.flags[0] = Some(value.clone());
+            }
+            "extended_l2" => {
+                options.extended_l2 = flag(name, value)?;
+                wanted.flags[1] = Some(value.clone());
+            }
             "compat" => wanted.compat = Some(value.clone()),
             "compression_type" => wanted.compression = Some(value.clone()),
             "preallocation" => wanted.preallocation = Some(value.clone()),
@@ -298,11 +321,10 @@ fn failed(error: underlay_drivers::OpenError) -> Refused {
 fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
     let options = &wanted.options;
     let compression = wanted.compression.as_deref().unwrap_or("zlib");
-    let on = |flag| if flag { "on" } else { "off" };
+    let [lazy, extended] = wanted.flags.each_ref().map(|flag| flag.as_deref().unwrap_or("off"));
     let mut line = format!(
-        "Formatting '{name}', fmt=qcow2 cluster_size={} extended_l2={}",
+        "Formatting '{name}', fmt=qcow2 cluster_size={} extended_l2={extended}",
         options.cluster_size,
-        on(options.extended_l2)
     );
     let mut say = |text: String| line.push_str(&text);
     if let Some(mode) = &wanted.preallocation {
@@ -318,7 +340,7 @@ fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
     if let Some(format) = &request.backing_format {
         say(format!(" backing_fmt={format}"));
     }
-    say(format!(" lazy_refcounts={} refcount_bits={}", on(options.lazy_refcounts), options.refcount_bits));
+    say(format!(" lazy_refcounts={lazy} refcount_bits={}", options.refcount_bits));
     line
 }
 

@@ -97,7 +97,7 @@ async fn copy(request: &Request) -> Outcome {
     let (Some(input), Some(output)) = (input, output) else {
         return Err(Failure::new("Must specify both input and output files"));
     };
-    if !matches!(request.target_format.as_str(), "raw" | "qcow2") {
+    if !matches!(request.target_format.as_str(), "raw" | "qcow2" | "file" | "null-co" | "null-aio") {
         return Err(Failure::new("Unknown file format"));
     }
     let how = How {
@@ -118,10 +118,12 @@ async fn copy(request: &Request) -> Outcome {
     }
     let range = ByteRange::between(start.min(end), end);
     let format = request.target_format.as_str();
-    create::target(output, range.len(), format, None, Vec::new()).await.map_err(|refused| {
-        let (Refused::Option(failure) | Refused::Create(failure)) = refused;
-        let text = failure.message.unwrap_or_default();
-        Failure::new(format!("{output}: error while creating output image: {text}"))
+    create::target(output, range.len(), format, None, Vec::new()).await.map_err(|refused| match refused {
+        Refused::Option(failure) => failure,
+        Refused::Create(failure) => {
+            let text = failure.message.unwrap_or_default();
+            Failure::new(format!("{output}: error while creating output image: {text}"))
+        }
     })?;
     let to = image(output, How { format: Some(format), write: true, ..How::default() }).await?;
     let copied = copy_range(&from, &to, range).await;

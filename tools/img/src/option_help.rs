@@ -61,7 +61,7 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
 }
 
 /// Whether a name is that of a local file; else it is that of an NBD export.
-fn stored_in_file(name: &str) -> Result<bool, Failure> {
+pub fn stored_in_file(name: &str) -> Result<bool, Failure> {
     match name.split(':').next().filter(|_| names::has_protocol(name)) {
         None | Some("file") => Ok(true),
         Some("nbd" | "nbd+tcp" | "nbd+unix") => Ok(false),

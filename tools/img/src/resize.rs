@@ -1,6 +1,8 @@
 //! `resize`: makes a disk larger, or smaller when that is asked for.
 
 use underlay_graph::Preallocation;
+use underlay_qcow2::Qcow2;
+use underlay_qcow2::resize::trim_file;
 
 use crate::getopt::Known;
 use crate::open::{How, image};
@@ -98,7 +100,6 @@ pub async fn run(words: &[String]) -> Outcome {
     {
         let inside = opened.root.enter().await.map_err(error)?;
         let cx = inside.cx();
-        let total = total.next_multiple_of(512);
         // Such a node would take a smaller size for as good as its own.
         let file = if opened.is_raw() { cx.below() } else { cx };
         if file.node().driver() == "nbd" && total != now {
@@ -106,6 +107,10 @@ pub async fn run(words: &[String]) -> Outcome {
         }
         cx.node().resize(&cx, total, mode).await.map_err(error)?;
         cx.flush().await.map_err(error)?;
+        if total < now && cx.node().as_any().is::<Qcow2>() {
+            // What was freed has been written, and nobody else allocates anything.
+            trim_file(&cx.below()).await.map_err(error)?;
+        }
     }
     opened.close().await?;
     if !quiet {
