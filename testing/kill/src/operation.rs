@@ -51,6 +51,9 @@ fn node(layer: usize) -> String {
     format!("layer{layer}")
 }
 
+/// The file that a mirror copies to.
+const COPY: &str = "copy.qcow2";
+
 /// The name of a layer's file.
 fn file(layer: usize) -> String {
     format!("layer{layer}.qcow2")
@@ -93,6 +96,7 @@ impl<'a> Stage<'a> {
             }
             Operation::Snapshot => self.snapshots(&mut killer, &mut random),
             Operation::Stream | Operation::Commit | Operation::Active => self.job(&mut killer, &mut random),
+            Operation::Mirror => self.mirror(&mut killer, &mut random),
             Operation::Resize => self.resizes(&mut killer, &mut random),
         };
         killer.finish()?;
@@ -197,7 +201,75 @@ impl<'a> Stage<'a> {
         self.follow(file(variant % 2), killer, random)
     }
 
-    /// Follows a job's events; an active commit goes to the image `base`.
+    /// A mirror of the guest's disk to a new image, which the daemon makes or we.
+    fn mirror(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        let (sync, is_ours, is_added) = match self.plan.variant {
+            0 => ("full", true, true),
+            1 => ("full", false, false),
+            2 => ("top", false, false),
+            3 => ("none", false, false),
+            4 => ("top", true, true),
+            _ => ("top", true, false),
+        };
+        if is_ours {
+            let below = BackingRef { file: file(2), format: Some("qcow2".to_owned()) };
+            let backing = Some(below).filter(|_| sync == "top");
+            let options = CreateOptions { backing, ..self.plan.create.clone() };
+            make(self.folder, COPY, &options).map_err(Failure::Lost)?;
+            self.expected.images.push(COPY.to_owned());
+        }
+        let mode = if self.plan.write_blocking[0] { "write-blocking" } else { "background" };
+        let mut arguments = Object::new()
+            .with("job-id", "job0")
+            .with("device", node(3))
+            .with("sync", sync)
+            .with("copy-mode", mode);
+        if self.plan.speed > 0 {
+            arguments.insert("speed", self.plan.speed);
+        }
+        let command = if is_added {
+            let backing = if sync == "top" { Value::from(node(2)) } else { Value::Null };
+            let added = blockdev(self.plan, COPY, "copy").with("backing", backing);
+            self.monitor.execute("blockdev-add", added)?;
+            arguments.insert("target", "copy");
+            "blockdev-mirror"
+        } else {
+            arguments.insert("target", COPY);
+            arguments.insert("format", "qcow2");
+            arguments.insert("mode", if is_ours { "existing" } else { "absolute-paths" });
+            "drive-mirror"
+        };
+        killer.reached(Moment::Issued);
+        self.monitor.execute(command, arguments)?;
+        if !is_ours {
+            self.expected.images.push(COPY.to_owned());
+        }
+        self.follow(COPY.to_owned(), killer, random)
+    }
+
+    /// The job is ready, and has been for a while: brings it to its end. An active commit goes to the image `base`, a
+    /// mirror too unless it is cancelled.
+    fn end(&mut self, base: &str, killer: &mut Killer) -> Result<(), Failure> {
+        let is_mirror = self.plan.operation == Operation::Mirror;
+        if is_mirror && self.plan.write_blocking[1] && !self.plan.write_blocking[0] {
+            let change = Object::new().with("id", "job0").with("type", "mirror");
+            self.monitor.execute("block-job-change", change.with("copy-mode", "write-blocking"))?;
+        }
+        let command = if self.is_cancelled() { "block-job-cancel" } else { "block-job-complete" };
+        if !self.is_cancelled() {
+            // From here on the guest's disk is in the base at some moment that only the daemon knows.
+            self.expected.tops = vec![base.to_owned(), file(3)];
+        }
+        killer.reached(Moment::Completing);
+        self.monitor.execute(command, Object::new().with("device", "job0"))?;
+        Ok(())
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.plan.operation == Operation::Mirror && self.plan.cancel
+    }
+
+    /// Follows a job's events; an active commit or a mirror goes to the image `base`.
     fn follow(&mut self, base: String, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
         loop {
             let event = self.monitor.next_event()?;
@@ -205,7 +277,7 @@ impl<'a> Stage<'a> {
             match event.get("event").and_then(Value::as_str) {
                 Some("JOB_STATUS_CHANGE") => {
                     let now = data.get("status").and_then(Value::as_str).unwrap_or_default();
-                    for status in ["waiting", "pending", "concluded"] {
+                    for status in ["ready", "waiting", "pending", "concluded"] {
                         if now == status {
                             killer.reached(Moment::Status(status));
                         }
@@ -213,16 +285,14 @@ impl<'a> Stage<'a> {
                 }
                 Some("BLOCK_JOB_READY") => {
                     std::thread::sleep(Duration::from_micros(random.below(15_000)));
-                    // From here on the guest's disk is in the base at some moment that only the daemon knows.
-                    self.expected.tops = vec![base.clone(), file(3)];
-                    killer.reached(Moment::Completing);
-                    self.monitor.execute("block-job-complete", Object::new().with("device", "job0"))?;
+                    self.end(&base, killer)?;
                 }
                 Some("BLOCK_JOB_COMPLETED") => {
                     if let Some(error) = data.get("error").and_then(Value::as_str) {
                         return Err(Failure::Refused("the job".to_owned(), error.to_owned()));
                     }
-                    if self.plan.operation == Operation::Active {
+                    let is_switched = matches!(self.plan.operation, Operation::Active | Operation::Mirror);
+                    if is_switched && !self.is_cancelled() {
                         self.expected.tops = vec![base];
                     }
                     return Ok(());

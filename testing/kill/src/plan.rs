@@ -24,6 +24,8 @@ pub enum Operation {
     Commit,
     /// block-commit of the guest's image, with block-job-complete.
     Active,
+    /// A mirror of the guest's disk, of all kinds, with block-job-complete or block-job-cancel.
+    Mirror,
     /// block_resize, back and forth.
     Resize,
 }
@@ -35,7 +37,7 @@ pub enum Moment {
     Issued,
     /// When the job is in this state.
     Status(&'static str),
-    /// When block-job-complete is sent.
+    /// When block-job-complete (or the cancel of a mirror that is ready) is sent.
     Completing,
 }
 
@@ -77,6 +79,10 @@ pub struct Plan {
     pub per_layer: u64,
     /// Speed limit of the job, in bytes per second; 0 is none.
     pub speed: u64,
+    /// A mirror writes to its target before a write is acknowledged: from the start, or from when it is ready.
+    pub write_blocking: [bool; 2],
+    /// A mirror that is ready is cancelled, and leaves a copy.
+    pub cancel: bool,
 }
 
 impl Plan {
@@ -100,6 +106,8 @@ impl Plan {
             depth: random.pick(&[1, 4, 16]),
             per_layer: 100 + random.below(300),
             speed: speed(operation, &mut random),
+            write_blocking: [random.one_in(2), random.one_in(3)],
+            cancel: random.one_in(5),
         }
     }
 }
@@ -111,18 +119,23 @@ fn moment(operation: Operation, random: &mut Rng) -> (Moment, u64) {
         Operation::Write | Operation::Snapshot | Operation::Resize => return (Moment::Issued, 120_000),
         Operation::Stream | Operation::Commit => [Moment::Issued, Moment::Issued, random.pick(&ends)],
         Operation::Active => [Moment::Issued, Moment::Completing, random.pick(&ends)],
+        Operation::Mirror => {
+            let late = [random.pick(&ends), Moment::Completing];
+            [Moment::Issued, random.pick(&[Moment::Completing, Moment::Status("ready")]), random.pick(&late)]
+        }
     };
     match random.pick(&at) {
         Moment::Issued => (Moment::Issued, 80_000),
         Moment::Completing => (Moment::Completing, 10_000),
+        ready @ Moment::Status("ready") => (ready, 15_000),
         end @ Moment::Status(_) => (end, 4_000),
     }
 }
 
 fn speed(operation: Operation, random: &mut Rng) -> u64 {
     match random.below(6) {
-        // An active commit would never catch up with the guest.
-        0 if operation != Operation::Active => 50 << 20,
+        // An active commit or a mirror would never catch up with the guest.
+        0 if !matches!(operation, Operation::Active | Operation::Mirror) => 50 << 20,
         1 => 400 << 20,
         _ => 0,
     }
