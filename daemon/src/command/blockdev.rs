@@ -40,7 +40,8 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         if plan.roots_of(id).any(|(_, root)| !root.pinned) {
             return Err(GraphError::InUse(node_name.to_owned()));
         }
-        if plan.parents(id).any(|(_, role)| role == Role::Target) {
+        let is_job = |parent| plan.node(parent).node.driver() == "mirror_top";
+        if plan.parents(id).any(|(parent, role)| role == Role::Target && is_job(parent)) {
             return Err(GraphError::new(format!("Node {node_name} is in use")));
         }
         lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;

@@ -1,6 +1,7 @@
 //! The one door for control: a checked request comes in, its handler's result goes out.
 
 pub mod arguments;
+pub mod backup;
 pub mod blockdev;
 pub mod create;
 pub mod export;
@@ -99,6 +100,8 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "block-commit" => job::commit(daemon, &mut arguments).await?,
         "blockdev-mirror" => mirror::blockdev_mirror(daemon, &mut arguments).await?,
         "drive-mirror" => mirror::drive_mirror(daemon, &mut arguments).await?,
+        "blockdev-backup" => backup::blockdev_backup(daemon, &mut arguments).await?,
+        "drive-backup" => backup::drive_backup(daemon, &mut arguments).await?,
         "block-job-change" => mirror::change(daemon, &mut arguments)?,
         "nbd-server-start" => export::server_start(daemon, &mut arguments)?,
         "nbd-server-stop" => export::server_stop(daemon).await?,

@@ -131,10 +131,9 @@ fn allocated_size(wires: &Wires, id: NodeId) -> Option<u64> {
     let mut id = id;
     loop {
         let node = wires.plan().node(id);
-        if node.node.kind() == Kind::Protocol {
-            return node.node.allocated_size();
-        }
-        id = node.child(Role::File).or(node.child(Role::Backing))?;
+        let below = node.child(Role::File).or(node.child(Role::Backing));
+        let Some(below) = below else { return node.node.allocated_size() };
+        id = below;
     }
 }
 

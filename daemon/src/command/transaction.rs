@@ -1,14 +1,26 @@
 //! transaction: several actions in one change of the graph, all or none of them.
 //!
-//! Each action is prepared in its turn (files are made and opened); then one change of the plan does what all of them
-//! want. If any of it is refused, nothing has happened but for files that were made, as with QEMU.
+//! Each action is prepared in its turn (files are made and opened, jobs are shown); then one change of the plan does what
+//! all of them want: it is the one moment of all snapshots and backups. If any of it is refused, nothing has happened
+//! but for files that were made, as with QEMU.
 
-use underlay_graph::Plan;
+use underlay_graph::{GraphError, NodeId, Plan};
+use underlay_jobs::BackupDraft;
+use underlay_jobs::backup::start_all;
 
 use super::arguments::Arguments;
 use super::snapshot::{self, Prepared, SnapshotSync};
+use super::{backup, job};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
+
+/// An action that is prepared.
+enum Action {
+    /// One edit of the plan.
+    Snapshot(Option<Prepared>),
+    /// A job to start.
+    Backup(BackupDraft),
+}
 
 /// transaction
 pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
@@ -16,33 +28,101 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
     let grouped = properties
         .and_then(|mut properties| properties.optional_text("completion-mode"))
         .is_some_and(|mode| mode == "grouped");
-    let mut prepared: Vec<Prepared> = Vec::new();
+    let mut actions: Vec<Action> = Vec::new();
+    let mut result = Ok(());
     for action in arguments.objects("actions") {
-        let taken: Vec<_> = prepared.iter().filter_map(|action| action.brings.clone()).collect();
-        prepared.push(prepare(daemon, action, &taken, grouped).await?);
+        let earlier = Earlier {
+            names: actions.iter().filter_map(Action::brings).collect(),
+            targets: actions.iter().filter_map(Action::target).collect(),
+        };
+        match prepare(daemon, action, earlier, grouped).await {
+            Ok(action) => actions.push(action),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
     }
-    let edit = |plan: &mut Plan| prepared.into_iter().try_for_each(|action| action.apply(plan));
-    Ok(daemon.graph.change(edit).await?)
+    if result.is_ok() {
+        let edit = |plan: &mut Plan| actions.iter_mut().try_for_each(|action| action.apply(plan));
+        result = daemon.graph.change(edit).await.map_err(CommandError::from);
+    }
+    let backups = actions.into_iter().filter_map(Action::into_backup);
+    match &result {
+        Ok(()) => start_all(backups.collect(), grouped).into_iter().for_each(|job| job::start(daemon, job)),
+        Err(_) => backups.rev().for_each(BackupDraft::withdraw),
+    }
+    result
+}
+
+/// What the actions before one will have changed.
+struct Earlier {
+    /// Names of nodes that they bring.
+    names: Vec<String>,
+    /// Nodes that backups write to.
+    targets: Vec<NodeId>,
+}
+
+impl Action {
+    fn apply(&mut self, plan: &mut Plan) -> Result<(), GraphError> {
+        match self {
+            Self::Snapshot(prepared) => prepared.take().map_or(Ok(()), |prepared| prepared.apply(plan)),
+            Self::Backup(draft) => draft.wire(plan),
+        }
+    }
+
+    fn into_backup(self) -> Option<BackupDraft> {
+        match self {
+            Self::Backup(draft) => Some(draft),
+            Self::Snapshot(_) => None,
+        }
+    }
+
+    /// The name of the node that it brings along.
+    fn brings(&self) -> Option<String> {
+        match self {
+            Self::Snapshot(Some(prepared)) => prepared.brings.clone(),
+            _ => None,
+        }
+    }
+
+    fn target(&self) -> Option<NodeId> {
+        match self {
+            Self::Backup(draft) => draft.target(),
+            Self::Snapshot(_) => None,
+        }
+    }
 }
 
 async fn prepare(
     daemon: &Daemon,
     mut action: Arguments,
-    taken: &[String],
+    earlier: Earlier,
     grouped: bool,
-) -> CommandResult<Prepared> {
+) -> CommandResult<Action> {
     let kind = action.text("type");
     let mut data = action.object("data").unwrap_or_else(|| Arguments::new(Default::default()));
+    let is_backup = matches!(kind.as_str(), "blockdev-backup" | "drive-backup");
     // Only jobs can be completed together.
-    if grouped {
+    if grouped && !is_backup {
         return Err(CommandError::new(format!(
             "Action '{kind}' does not support transaction property completion-mode = grouped"
         )));
     }
     match kind.as_str() {
-        "blockdev-snapshot-sync" => snapshot::prepare_sync(daemon, SnapshotSync::new(&mut data), taken).await,
-        "blockdev-snapshot" => snapshot::prepare(daemon, &data.text("node"), &data.text("overlay")),
+        "blockdev-snapshot-sync" => {
+            let arguments = SnapshotSync::new(&mut data);
+            let prepared = snapshot::prepare_sync(daemon, arguments, &earlier.names).await?;
+            Ok(Action::Snapshot(Some(prepared)))
+        }
+        "blockdev-snapshot" => {
+            let prepared = snapshot::prepare(daemon, &data.text("node"), &data.text("overlay"))?;
+            Ok(Action::Snapshot(Some(prepared)))
+        }
         "abort" => Err(CommandError::new("Transaction aborted using Abort action")),
+        _ if is_backup => {
+            Ok(Action::Backup(backup::draft(daemon, &kind, &mut data, &earlier.targets).await?))
+        }
         other => Err(CommandError::new(format!("Action '{other}' is not supported yet"))),
     }
 }

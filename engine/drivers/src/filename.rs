@@ -39,10 +39,12 @@ pub fn of_alone(view: &View) -> String {
     })
 }
 
-/// The name of a node: plain or `json:{…}`. A filter that a job has put in is called as what it filters.
+/// The name of a node: plain or `json:{…}`. A filter that a job has put in is called as what it filters, and
+/// snapshot-access as the disk.
 pub fn of(view: &View) -> String {
-    let own = view.node().as_any();
-    if view.node().kind() == Kind::Filter && !own.is::<Throttle>() && !own.is::<CopyOnRead>() {
+    let (kind, own) = (view.node().kind(), view.node().as_any());
+    let is_over_file = kind == Kind::Protocol && view.child(Role::File).is_some();
+    if is_over_file || kind == Kind::Filter && !own.is::<Throttle>() && !own.is::<CopyOnRead>() {
         let below = view.child(Role::File).or(view.child(Role::Backing));
         return below.map_or_else(String::new, |below| of(below));
     }

@@ -15,7 +15,9 @@ use underlay_graph::{
 use underlay_qcow2::{Corruption, Qcow2};
 
 use crate::error::OpenError;
+use crate::filter::copy_before_write::{CbwOptions, CopyBeforeWrite};
 use crate::filter::copy_on_read::CopyOnRead;
+use crate::filter::snapshot_access::SnapshotAccess;
 use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
@@ -67,6 +69,7 @@ struct Unbacked {
     read_only: bool,
     options: NodeOptions,
     file: Opened,
+    target: Option<Opened>,
 }
 
 impl Opener {
@@ -199,9 +202,20 @@ impl Opener {
                 let bottom = bottom.as_deref().map(|name| self.bottom(name, &file.view)).transpose()?;
                 (Arc::new(CopyOnRead::new(bottom)), file)
             }
+            DriverSpec::SnapshotAccess { file } => {
+                let file = self.open_child(file.clone(), for_file).await?;
+                (Arc::new(SnapshotAccess), file)
+            }
+            DriverSpec::CopyBeforeWrite { file, target, options: how } => {
+                let how = *how;
+                let file = self.open_child(file.clone(), for_file).await?;
+                let target = self.open_child(target.clone(), for_file).await?;
+                let node = copy_before_write(&file.view, &target.view, how)?;
+                return Ok(Unbacked { spec, node, read_only, options, file, target: Some(target) });
+            }
             DriverSpec::Probe { .. } => return Err(OpenError::text("The format is not known".to_owned())),
         };
-        Ok(Unbacked { spec, node, read_only, options, file })
+        Ok(Unbacked { spec, node, read_only, options, file, target: None })
     }
 
     /// The lowest image that a copy-on-read filter above `top` shall copy from.
@@ -244,7 +258,7 @@ impl Opener {
             }
             other => return Err(OpenError::UnknownDriver(other.to_owned())),
         };
-        Ok(Unbacked { spec, node, read_only, options, file })
+        Ok(Unbacked { spec, node, read_only, options, file, target: None })
     }
 
     async fn open_qcow2(&self, spec: &NodeSpec, file: &Opened) -> Result<Arc<dyn Node>, OpenError> {
@@ -268,6 +282,19 @@ impl Opener {
     }
 }
 
+fn copy_before_write(disk: &View, target: &View, how: CbwOptions) -> Result<Arc<dyn Node>, OpenError> {
+    let is_same = disk.id() == target.id() && disk.id() != underlay_graph::NodeId::DETACHED;
+    if is_same {
+        return Err(OpenError::text("Source and target cannot be the same".to_owned()));
+    }
+    if target.cx().length() < disk.cx().length() {
+        return Err(OpenError::text(
+            "The target is smaller than the disk that is to be copied there".to_owned(),
+        ));
+    }
+    Ok(CopyBeforeWrite::new(disk, target, how).map_err(OpenError::text)?)
+}
+
 fn inherit(options: &NodeOptions) -> Inherited {
     Inherited {
         cache_direct: options.cache_direct,
@@ -283,7 +310,7 @@ fn protocol(spec: NodeSpec, node: Arc<dyn Node>, read_only: bool, options: NodeO
     let filename = node.exact_filename();
     // The wiring of a protocol's `file` is never used: `assemble` knows protocols by having no file child.
     let file = Opened { wiring: Wiring::Existing(underlay_graph::NodeId::DETACHED), view, filename };
-    Unbacked { spec, node, read_only, options, file }
+    Unbacked { spec, node, read_only, options, file, target: None }
 }
 
 fn in_backing(error: OpenError, depth: usize) -> OpenError {
@@ -297,7 +324,7 @@ fn identity(name: &str) -> Option<PathBuf> {
 
 /// Wires an opened node with its children.
 fn assemble(image: Unbacked, backing: Option<Opened>) -> Result<Opened, OpenError> {
-    let Unbacked { spec, node, read_only, options, file } = image;
+    let Unbacked { spec, node, read_only, options, file, target } = image;
     let name = match &spec.node_name {
         None => None,
         Some(name) => {
@@ -314,6 +341,10 @@ fn assemble(image: Unbacked, backing: Option<Opened>) -> Result<Opened, OpenErro
     if !matches!(file.wiring, Wiring::Existing(underlay_graph::NodeId::DETACHED)) {
         views.push((Role::File, file.view));
         children.push((Role::File, file.wiring));
+    }
+    if let Some(target) = target {
+        views.push((Role::Target, target.view));
+        children.push((Role::Target, target.wiring));
     }
     if let Some(backing) = backing {
         views.push((Role::Backing, backing.view));

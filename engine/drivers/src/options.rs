@@ -9,6 +9,7 @@ use underlay_qcow2::OpenOptions as Qcow2Options;
 use underlay_qmp::json::{Object, Value};
 
 use crate::error::OpenError;
+use crate::filter::copy_before_write::{CbwOptions, OnCbwError};
 use crate::format::raw::RawOptions;
 use crate::protocol::file::{Aio, Locking};
 use crate::protocol::nbd::spec::{self, NbdSpec};
@@ -74,6 +75,20 @@ pub enum DriverSpec {
         file: Child,
         /// The lowest image that is copied from.
         bottom: Option<String>,
+    },
+    /// `copy-before-write`
+    CopyBeforeWrite {
+        /// The disk.
+        file: Child,
+        /// Where it is copied to.
+        target: Child,
+        /// How.
+        options: CbwOptions,
+    },
+    /// `snapshot-access`
+    SnapshotAccess {
+        /// A copy-before-write node.
+        file: Child,
     },
     /// The format is not known yet: look at the first bytes.
     Probe {
@@ -303,6 +318,8 @@ impl NodeSpec {
             DriverSpec::Qcow2 { .. } => "qcow2",
             DriverSpec::Throttle { .. } => "throttle",
             DriverSpec::CopyOnRead { .. } => "copy-on-read",
+            DriverSpec::CopyBeforeWrite { .. } => "copy-before-write",
+            DriverSpec::SnapshotAccess { .. } => "snapshot-access",
             DriverSpec::Probe { .. } => "",
         }
     }
@@ -475,6 +492,11 @@ fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSp
                 group,
             })
         }
+        "copy-before-write" => cbw_spec(fields, depth),
+        "snapshot-access" => {
+            let file = fields.child("file", depth)?.ok_or_else(|| missing("file"))?;
+            Ok(DriverSpec::SnapshotAccess { file })
+        }
         "" => Ok(DriverSpec::Probe { file: fields.child("file", depth)?.ok_or_else(|| missing("file"))? }),
         other => Err(OpenError::UnknownDriver(other.to_owned())),
     }
@@ -554,6 +576,35 @@ fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
     let export = fields.text("export")?.unwrap_or_default();
     let server = NbdSpec::server(&server)?;
     Ok(DriverSpec::Nbd(NbdSpec { server, export, reconnect_delay, open_timeout }))
+}
+
+fn cbw_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {
+    if let Some(bitmap) = fields.take("bitmap") {
+        let name = match &bitmap {
+            Value::Object(bitmap) => bitmap.get("name").and_then(Value::as_str).unwrap_or_default(),
+            _ => return Err(fields.wrong_type("bitmap", "object")),
+        };
+        return Err(OpenError::text(format!("Dirty bitmap '{name}' not found")));
+    }
+    let on_error = fields.choice(
+        "on-cbw-error",
+        &[("break-guest-write", OnCbwError::BreakGuestWrite), ("break-snapshot", OnCbwError::BreakSnapshot)],
+    )?;
+    let seconds = fields.size("cbw-timeout")?.unwrap_or(0);
+    if seconds > u64::from(u32::MAX) {
+        return Err(OpenError::text("Parameter 'cbw-timeout' expects uint32_t".to_owned()));
+    }
+    let options = CbwOptions {
+        on_error: on_error.unwrap_or_default(),
+        timeout: std::time::Duration::from_secs(seconds),
+        min_cluster: fields.size("min-cluster-size")?.unwrap_or(0),
+        ..CbwOptions::default()
+    };
+    let mut child = |name: &str| {
+        let missing = || OpenError::text(format!("A block device must be specified for \"{name}\""));
+        fields.child(name, depth)?.ok_or_else(missing)
+    };
+    Ok(DriverSpec::CopyBeforeWrite { file: child("file")?, target: child("target")?, options })
 }
 
 fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {

@@ -4,6 +4,7 @@
 //! undone. So every write to a node that has an alignment takes its blocks: whole-block writes share them, and
 //! a read-modify-write has them alone.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use underlay_sys::Iov;
@@ -23,11 +24,26 @@ pub struct Blocks {
     pub(crate) reliers: Reliers,
     /// Nobody needs what was written.
     pub(crate) given_up: AtomicBool,
+    /// Of a node that must not change under a reader; see [`Cx::overwrite`].
+    serialised: OnceLock<RangeLock>,
 }
 
 impl Blocks {
     pub(crate) async fn shared(&self, range: ByteRange) -> RangeGuard {
         self.lock.lock(range, Mode::Shared).await
+    }
+
+    /// From now on readers are known, and [`Cx::overwrite`] waits for them.
+    pub(crate) fn serialise(&self) -> &RangeLock {
+        self.serialised.get_or_init(RangeLock::default)
+    }
+
+    /// A reader's place, on a node where it matters.
+    pub(crate) async fn reading(&self, range: ByteRange) -> Option<RangeGuard> {
+        match self.serialised.get() {
+            Some(readers) => Some(readers.lock(range, Mode::Shared).await),
+            None => None,
+        }
     }
 
     /// Everything before `end` may have been written. Most writes change nothing here, and only look.

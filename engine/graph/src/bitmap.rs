@@ -36,24 +36,35 @@ impl Bits {
         Self { chunks: (0..chunks).map(|_| None).collect(), granules, set: 0 }
     }
 
-    fn put(&mut self, bit: u64, dirty: bool) {
-        let (chunk, word, mask) = split(bit);
+    fn put_all(&mut self, mut bits: std::ops::Range<u64>, dirty: bool) {
+        while bits.start < bits.end {
+            let (chunk, word, _) = split(bits.start);
+            let of_chunk = ((bits.start / CHUNK_BITS + 1) * CHUNK_BITS).min(bits.end);
+            if self.chunks[chunk].is_none() && !dirty {
+                bits.start = of_chunk;
+                continue;
+            }
+            let of_word = ((bits.start / 64 + 1) * 64).min(bits.end);
+            let below = |bit: u64| if bit.is_multiple_of(64) { u64::MAX } else { (1 << (bit % 64)) - 1 };
+            let first = (1_u64 << (bits.start % 64)).wrapping_neg();
+            self.put_word(chunk, word, first & below(of_word), dirty);
+            bits.start = of_word;
+        }
+    }
+
+    /// Sets or clears the bits of `mask`.
+    fn put_word(&mut self, chunk: usize, word: usize, mask: u64, dirty: bool) {
         let slot = &mut self.chunks[chunk];
         if slot.is_none() && !dirty {
             return;
         }
         let chunk = slot.get_or_insert_with(|| Chunk { set: 0, words: Box::new([0; CHUNK_WORDS]) });
-        if (chunk.words[word] & mask != 0) == dirty {
-            return;
-        }
-        chunk.words[word] ^= mask;
-        if dirty {
-            chunk.set += 1;
-            self.set += 1;
-            return;
-        }
-        chunk.set -= 1;
-        self.set -= 1;
+        let before = chunk.words[word];
+        let after = if dirty { before | mask } else { before & !mask };
+        chunk.words[word] = after;
+        let (had, has) = (u64::from(before.count_ones()), u64::from(after.count_ones()));
+        chunk.set = chunk.set + has - had;
+        self.set = self.set + has - had;
         if chunk.set == 0 {
             *slot = None;
         }
@@ -138,9 +149,22 @@ impl DirtyBitmap {
         }
         let mut bits = self.bits();
         let end = range.end().div_ceil(self.granularity).min(bits.granules);
-        for bit in range.start() / self.granularity..end {
-            bits.put(bit, dirty);
-        }
+        bits.put_all(range.start() / self.granularity..end, dirty);
+    }
+
+    /// Whether the first granule that `range` touches is dirty, and for how many bytes of `range` it stays so.
+    pub fn state(&self, range: ByteRange) -> (bool, u64) {
+        let bits = self.bits();
+        let first = range.start() / self.granularity;
+        let dirty = bits.next(first, true) == Some(first);
+        let change = bits.next(first, !dirty).map_or(u64::MAX, |bit| bit.saturating_mul(self.granularity));
+        (dirty, range.end().min(change) - range.start())
+    }
+
+    /// Whether any granule that `range` touches is dirty.
+    pub fn any(&self, range: ByteRange) -> bool {
+        let next = self.bits().next(range.start() / self.granularity, true);
+        !range.is_empty() && next.is_some_and(|bit| bit.saturating_mul(self.granularity) < range.end())
     }
 
     /// The first dirty run at or behind `from`, at most `max` bytes of it (at least a granule).
@@ -153,9 +177,7 @@ impl DirtyBitmap {
     pub fn take(&self, from: u64, max: u64) -> Option<ByteRange> {
         let mut bits = self.bits();
         let run = self.run(&bits, from, max)?;
-        for bit in run.clone() {
-            bits.put(bit, false);
-        }
+        bits.put_all(run.clone(), false);
         Some(ByteRange::between(run.start * self.granularity, (run.end * self.granularity).min(self.size)))
     }
 
@@ -214,6 +236,17 @@ mod tests {
             }
         }
         assert_eq!(bitmap.count(), model.len() as u64 * 512);
+        for start in (0..1 << 22).step_by(4711) {
+            let range = ByteRange::between(start, (start + 9000).min(1 << 22));
+            let is_dirty = |granule: &u64| model.contains(granule);
+            let mut granules = range.start() / 512..range.end().div_ceil(512);
+            assert_eq!(bitmap.any(range), granules.clone().any(|granule| is_dirty(&granule)));
+            let first = is_dirty(&granules.start);
+            let end = granules
+                .find(|granule| is_dirty(granule) != first)
+                .map_or(range.end(), |change| change * 512);
+            assert_eq!(bitmap.state(range), (first, end - range.start()));
+        }
         let mut taken = Vec::new();
         while let Some(range) = bitmap.take(0, 4096) {
             taken.extend(range.start() / 512..range.end() / 512);

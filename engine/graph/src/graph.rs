@@ -77,7 +77,8 @@ impl Graph {
     /// Rewires the graph in one step that no request sees half done:
     ///
     /// 1. `edit` changes a draft; on error nothing has happened. The draft is checked as a whole.
-    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry.
+    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry, and
+    ///    what they left behind ([`crate::Node::settle`]).
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
     /// 4. The last step runs. Any error up to here leaves the old wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
@@ -103,6 +104,9 @@ impl Graph {
         let mut gates = Vec::with_capacity(roots.len());
         for (_, root) in &roots {
             gates.push(root.door.view.write().await);
+        }
+        for node in &on_the_way {
+            node.settle().await;
         }
         let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access };
         let outcome = step.run(last_step).await;

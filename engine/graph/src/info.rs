@@ -30,7 +30,8 @@ pub enum InfoValue {
 /// The node whose word a node passes on where it has none of its own: what a filter filters, the file of a format.
 fn passed_on(view: &View) -> Option<&View> {
     let filtered = || view.child(Role::Backing).filter(|_| view.node().kind() == Kind::Filter);
-    view.child(Role::File).or_else(filtered).map(|below| &**below)
+    let file = view.child(Role::File).filter(|_| view.node().kind() != Kind::Protocol);
+    file.or_else(filtered).map(|below| &**below)
 }
 
 /// The `dirty-flag` of the image at `view`: what it says itself, or of a format without such a thing what its file says. `None`:

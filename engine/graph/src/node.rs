@@ -9,9 +9,9 @@ use underlay_sys::Iov;
 use crate::error::{IoError, Result};
 use crate::format::{Extent, Format, Place};
 use crate::info::ImageInfo;
-use crate::perm::Access;
+use crate::perm::{Access, Perms};
 use crate::units::{ByteRange, NodeName};
-use crate::view::Cx;
+use crate::view::{Cx, Role};
 
 /// What kind of layer a node is; decides how permissions pass through it and which children it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,13 +164,13 @@ pub trait Node: Debug + Send + Sync {
     fn keeps_metadata(&self) -> bool {
         self.kind() == Kind::Format
     }
-    /// Whether a filter keeps the needs of its users away from its child: above the top of a commit, whose images
-    /// below are not consistent by themselves.
-    fn shields_child(&self) -> bool {
-        false
+    /// What the node requires of its child in `role` and shares with the child's other users, where the rules for
+    /// its kind ([`crate::perm::for_child`]) do not suit it.
+    fn child_access(&self, _access: Access, _role: Role) -> Option<(Perms, Perms)> {
+        None
     }
-    /// Whether a filter writes to its child by itself what reads the same as before.
-    fn writes_unchanged(&self) -> bool {
+    /// Whether what is written to the target must not overtake the target's readers ([`Cx::overwrite`]).
+    fn serialises_target(&self) -> bool {
         false
     }
     /// The image down to which a filter relies on the chain below it: no link may change as far as that.
@@ -181,6 +181,9 @@ pub trait Node: Debug + Send + Sync {
     fn is_unusable(&self) -> bool {
         false
     }
+    /// Waits for work of the node's own that may outlive the request which began it. While it waits no request is inside
+    /// and none comes.
+    async fn settle(&self) {}
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {
         false

@@ -88,11 +88,13 @@ pub struct Access {
     pub required: Perms,
     /// What all users share.
     pub shared: Perms,
+    /// There are users at all.
+    pub used: bool,
 }
 
 impl Access {
     /// Of a node that nobody uses.
-    pub const UNUSED: Self = Self { writable: false, required: Perms::NONE, shared: Perms::ALL };
+    pub const UNUSED: Self = Self { writable: false, required: Perms::NONE, shared: Perms::ALL, used: false };
 
     /// Enough for both.
     pub fn both(self, other: Self) -> Self {
@@ -100,6 +102,7 @@ impl Access {
             writable: self.writable || other.writable,
             required: self.required | other.required,
             shared: self.shared & other.shared,
+            used: self.used || other.used,
         }
     }
 }
@@ -107,11 +110,12 @@ impl Access {
 /// What `node` with `access` requires of its child in `role`, and what it shares with the child's other users.
 pub fn for_child(node: &dyn Node, access: Access, role: Role) -> (Perms, Perms) {
     use Perms as P;
+    if let Some(own) = node.child_access(access, role) {
+        return own;
+    }
     match (node.kind(), role) {
         // What is copied there is for nobody to rely on yet.
         (_, Role::Target) => (P::WRITE, P::ALL.without(P::RESIZE)),
-        (Kind::Filter, _) if node.shields_child() => (P::NONE, P::ALL),
-        (Kind::Filter, _) if node.writes_unchanged() => (access.required | P::WRITE_UNCHANGED, access.shared),
         (Kind::Filter, _) => (access.required, access.shared),
         (_, Role::File) if !node.keeps_metadata() => (access.required | P::CONSISTENT_READ, access.shared),
         (_, Role::File) => {

@@ -69,6 +69,18 @@ pub struct NewNode {
     pub children: Vec<(Role, Wiring)>,
 }
 
+impl NewNode {
+    /// The node as it will be, over nodes of `wires`: to look at before it is in a plan.
+    pub fn view(&self, wires: &Wires) -> Arc<View> {
+        let child = |wiring: &Wiring| match wiring {
+            Wiring::Existing(id) => wires.view(*id),
+            Wiring::New(node) => node.view(wires),
+        };
+        let children: Vec<_> = self.children.iter().map(|(role, wiring)| (*role, child(wiring))).collect();
+        View::detached(self.node.clone(), children)
+    }
+}
+
 /// A child of a new node.
 #[derive(Debug)]
 pub enum Wiring {
@@ -291,6 +303,11 @@ impl Plan {
             touched: 0,
             blocks: Arc::default(),
         };
+        if let Some(target) = node.child(Role::Target).filter(|_| node.node.serialises_target()) {
+            // Who reads there now leaves before the new node is in force.
+            self.touch(target);
+            self.node(target).blocks.serialise();
+        }
         self.nodes.insert(id, node);
         for (role, wiring) in backing {
             let child = self.add_wiring(wiring)?;
@@ -466,7 +483,7 @@ impl Plan {
             let uses_here = uses.remove(&id).unwrap_or_default();
             self.check_uses(node, &uses_here)?;
             let writable = !node.read_only;
-            let mut access = Access { writable, ..Access::UNUSED };
+            let mut access = Access { writable, used: !uses_here.is_empty(), ..Access::UNUSED };
             for one in &uses_here {
                 access.required = access.required | one.required;
                 access.shared = access.shared & one.shared;

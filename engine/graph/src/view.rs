@@ -11,6 +11,7 @@ use crate::error::{IoError, Result};
 use crate::format::Extent;
 use crate::node::{Kind, Limits, Node, WriteFlags, ZeroFlags};
 use crate::plan::{DetectZeroes, NodeId, NodeOptions};
+use crate::range_lock::{Mode, RangeGuard};
 use crate::units::{ByteRange, NodeName};
 
 /// What a child is to its parent.
@@ -196,6 +197,7 @@ impl<'a> Cx<'a> {
     /// Fills `into`; bytes past the end of the node read as zeroes.
     pub async fn read(&self, range: ByteRange, into: Iov) -> Result<()> {
         debug_assert_eq!(range.len(), into.len() as u64);
+        let _place = self.view.blocks.reading(range).await;
         if !range.is_aligned(u64::from(self.view.limits.request_alignment)) {
             return align::read(self, range, into).await;
         }
@@ -217,6 +219,13 @@ impl<'a> Cx<'a> {
         self.touched(range);
         self.wrote(range, &result);
         result
+    }
+
+    /// Waits until nobody reads from `range`; readers who come later wait until the guard goes. For a target that is based
+    /// on what the caller is about to let change ([`Node::serialises_target`]): a reader who has found nothing in the
+    /// target, and is on his way below, must get there first.
+    pub async fn overwrite(&self, range: ByteRange) -> RangeGuard {
+        self.view.blocks.serialise().lock(range, Mode::Exclusive).await
     }
 
     /// Makes the range read as zeroes, by writing them where the node knows no better way.

@@ -21,12 +21,13 @@ use underlay_graph::{
     ByteRange, Cx, Graph, GraphError, IoError, NodeId, Perms, Plan, Root, RootId, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
+use underlay_sys::buffers::Buffers;
 
 use crate::chain::{self, Claim};
 use crate::commit::{
     CommitArgs, Note, Part, Push, base_needs, chunk_unit, grow, grows, overlays, reopen, still_so,
 };
-use crate::copy::{self, Buffers, CHUNK, Copier, Fault, Ignored, Step};
+use crate::copy::{self, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::Stop;
 use crate::filter::Pass;
 use crate::follow::{self, Follow, NAP};

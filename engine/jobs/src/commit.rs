@@ -20,11 +20,12 @@ use underlay_graph::{
     BackingRef, ByteRange, Cx, Graph, GraphError, NodeId, Perms, Plan, Preallocation, Role, Root, RootId,
     WriteFlags, ZeroFlags,
 };
+use underlay_sys::buffers::Buffers;
 
 use crate::BackingNames;
 use crate::active::Active;
 use crate::chain::{self, Claim, wrong};
-use crate::copy::{self, Buffers, CHUNK, Copier, Fault, Ignored, Step};
+use crate::copy::{self, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter::Pass;
 use crate::job::{HeldBack, Job, Kind, Settings};

@@ -7,13 +7,13 @@
 //! anything but that request.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 use underlay_graph::{ByteRange, IoError};
-use underlay_sys::{Iov, rt};
+use underlay_sys::rt;
 
 use crate::error::Stop;
 use crate::event::Action;
@@ -78,6 +78,14 @@ pub trait Copier: Send + Sync + 'static {
     /// Whether what need not be copied counts as done.
     fn counts_skipped(&self) -> bool {
         true
+    }
+    /// What the job's progress grows by once `range` is copied.
+    fn counts_copied(&self, range: ByteRange) -> u64 {
+        range.len()
+    }
+    /// Most copies in flight.
+    fn most_in_flight(&self) -> usize {
+        usize::MAX
     }
     /// Chunks should begin and end at multiples of this, a power of two.
     fn unit(&self) -> u64 {
@@ -245,6 +253,7 @@ impl<C: Copier> Walk<'_, C> {
     /// so gets fewer.
     async fn send(&mut self, piece: Piece) -> Result<(), Stop> {
         let most = if self.job.is_throttled() { 1 } else { PER_LANE * self.lanes.len() };
+        let most = most.min(self.copier.most_in_flight());
         let lane = loop {
             let least = self.lanes.iter().enumerate().min_by_key(|(_, in_flight)| **in_flight);
             match least {
@@ -273,7 +282,7 @@ impl<C: Copier> Walk<'_, C> {
         self.lanes[lane] -= 1;
         self.job.lands();
         match result {
-            Ok(()) => self.job.advance(piece.range.len()),
+            Ok(()) => self.job.advance(self.copier.counts_copied(piece.range)),
             Err(fault) => match self.failed(&fault).await? {
                 true => self.again.push_back(piece),
                 false => self.job.advance(piece.range.len()),
@@ -311,30 +320,5 @@ impl<C: Copier> Walk<'_, C> {
             result = result.and(received);
         }
         result
-    }
-}
-
-/// Buffers that are used again, so that a job does not fault fresh memory in for every chunk.
-#[derive(Debug, Default)]
-pub struct Buffers {
-    free: Mutex<Vec<Iov>>,
-}
-
-impl Buffers {
-    /// A buffer of `len` bytes with any content; give it back with [`Buffers::put`].
-    pub fn take(&self, len: usize) -> Iov {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        match free.iter().position(|buffer| buffer.len() >= len) {
-            Some(at) => free.swap_remove(at),
-            None => Iov::scratch(len),
-        }
-    }
-
-    /// The buffer as it was taken is not in use any more.
-    pub fn put(&self, buffer: Iov) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < PER_LANE * LANES {
-            free.push(buffer);
-        }
     }
 }

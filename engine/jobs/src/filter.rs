@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use underlay_graph::{
-    ByteRange, Cx, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, Plan, Result, Role, Wiring,
-    WriteFlags, ZeroFlags,
+    Access, ByteRange, Cx, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, Perms, Plan, Result,
+    Role, Wiring, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
 
@@ -45,8 +45,9 @@ impl Node for Pass {
     fn limits(&self, cx: &Cx<'_>) -> Limits {
         self.child(cx).limits()
     }
-    fn shields_child(&self) -> bool {
-        *self == Self::CommitTop
+    fn child_access(&self, _access: Access, _role: Role) -> Option<(Perms, Perms)> {
+        // The images below the top of a commit are not consistent by themselves.
+        (*self == Self::CommitTop).then_some((Perms::NONE, Perms::ALL))
     }
     async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.child(cx).read(range, into).await

@@ -5,7 +5,7 @@
 //! (`busy` tells whether something that it began before is still under way). A pause has two reasons that are
 //! counted apart: a user's, and changes of the graph that hold the job's requests back ([`Drained`]).
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub enum Kind {
     Mirror,
     /// blockdev-create
     Create,
+    /// blockdev-backup, drive-backup
+    Backup,
 }
 
 impl Kind {
@@ -40,6 +42,7 @@ impl Kind {
             Self::Commit => "commit",
             Self::Mirror => "mirror",
             Self::Create => "create",
+            Self::Backup => "backup",
         }
     }
 
@@ -204,6 +207,8 @@ pub struct Job {
     auto_dismiss: bool,
     /// Of a mirror: whether it writes to the target before a guest's write is acknowledged.
     write_blocking: OnceLock<Arc<AtomicBool>>,
+    /// Work that is done beside the task, by guests' writes say: it counts as the job's.
+    counter: OnceLock<Arc<AtomicU64>>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
@@ -250,6 +255,7 @@ impl Job {
             on_error: settings.on_error,
             on_target_error: settings.on_target_error,
             write_blocking: OnceLock::new(),
+            counter: OnceLock::new(),
             auto_finalize: settings.auto_finalize,
             auto_dismiss: settings.auto_dismiss,
             sink,
@@ -284,7 +290,7 @@ impl Job {
             id: self.id.clone(),
             kind: self.kind,
             status: state.status,
-            current: state.current,
+            current: self.current(&state),
             total: state.total,
             error: state.error.clone(),
             busy: state.in_flight > 0,
@@ -437,7 +443,7 @@ impl Job {
         self.drained_end();
     }
 
-    fn drained_begin(&self) {
+    pub(crate) fn drained_begin(&self) {
         let mut state = self.state();
         state.drained += 1;
         if !state.own_change {
@@ -445,7 +451,7 @@ impl Job {
         }
     }
 
-    fn drained_end(&self) {
+    pub(crate) fn drained_end(&self) {
         let mut state = self.state();
         state.drained -= 1;
         self.show_pause(&mut state);
@@ -491,8 +497,12 @@ impl Job {
         self.changed.notify_waiters();
     }
 
+    fn current(&self, state: &State) -> u64 {
+        state.current + self.counter.get().map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+
     fn progress(&self, state: &State) -> Progress {
-        Progress { kind: self.kind, len: state.total, offset: state.current, speed: state.speed }
+        Progress { kind: self.kind, len: state.total, offset: self.current(state), speed: state.speed }
     }
 
     /// Shows the new job.
@@ -607,7 +617,12 @@ impl Job {
     /// So many bytes are left to do.
     pub(crate) fn set_remaining(&self, bytes: u64) {
         let mut state = self.state();
-        state.total = state.current + bytes;
+        state.total = self.current(&state) + bytes;
+    }
+
+    /// Bytes that somebody else counts are done too.
+    pub(crate) fn set_counter(&self, counter: Arc<AtomicU64>) {
+        let _ = self.counter.set(counter);
     }
 
     /// What is done about a failed request: it sends the event, and pauses the job if that is the policy. An
@@ -681,16 +696,55 @@ impl Job {
         self.end_wanted().is_some()
     }
 
-    /// The work is done: through waiting to pending, and on from there once that is wanted.
-    pub(crate) async fn finish_work(&self) -> Result<(), Stop> {
-        self.move_on(Status::Waiting, |_| {}).await?;
-        self.move_on(Status::Pending, |_| {}).await?;
-        if self.auto_finalize {
-            return Ok(());
+    /// The work is done: waits for the others of its group.
+    pub(crate) async fn waits(&self) -> Result<(), Stop> {
+        self.move_on(Status::Waiting, |_| {}).await
+    }
+
+    /// All of the group are done.
+    pub(crate) fn becomes_pending(&self) {
+        self.enter(&mut self.state(), Status::Pending);
+    }
+
+    /// Whether nobody need ask for the end of a pending job.
+    pub(crate) fn finalizes_by_itself(&self) -> bool {
+        self.auto_finalize
+    }
+
+    /// Whether somebody has asked for it.
+    pub(crate) fn is_finalized(&self) -> bool {
+        self.state().finalize
+    }
+
+    /// Says that it is pending, if somebody is to ask for its end.
+    pub(crate) fn tell_pending(&self) {
+        if !self.auto_finalize {
+            self.sink.emit(JobEvent::Pending { id: self.id.clone(), kind: self.kind });
         }
-        self.sink.emit(JobEvent::Pending { id: self.id.clone(), kind: self.kind });
-        self.until(|state| state.finalize || state.cancel == Some(Cancel::Hard)).await;
-        if self.state().finalize { Ok(()) } else { Err(Stop::Cancelled) }
+    }
+
+    /// Something has changed that it may wait for in [`Job::until_group`].
+    pub(crate) fn poke(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// Waits for something about its group, told whether the job was cancelled.
+    pub(crate) async fn until_group(&self, done: impl Fn(bool) -> bool) {
+        loop {
+            let notified = self.changed.notified();
+            let mut notified = std::pin::pin!(notified);
+            notified.as_mut().enable();
+            let cancelled = self.state().cancel == Some(Cancel::Hard);
+            if done(cancelled) {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Another job of its group has failed.
+    pub(crate) fn cancel_with_group(&self) {
+        self.cancel_hard(&mut self.state());
     }
 
     /// It goes wrong: from now on the error shows.
@@ -705,13 +759,8 @@ impl Job {
         self.enter(&mut state, Status::Aborting);
     }
 
-    /// Whether it vanishes once concluded, without being dismissed.
-    pub(crate) fn vanishes_by_itself(&self) -> bool {
-        self.auto_dismiss
-    }
-
-    /// It is over.
-    pub(crate) fn conclude(&self, result: Result<(), Stop>) {
+    /// It is over, and vanishes if nobody is to dismiss it: whether it has.
+    pub(crate) fn conclude(&self, result: Result<(), Stop>) -> bool {
         let mut state = self.state();
         let (id, progress) = (self.id.clone(), self.progress(&state));
         if self.kind.is_block_job() {
@@ -722,6 +771,18 @@ impl Job {
             });
         }
         self.enter(&mut state, Status::Concluded);
+        if self.auto_dismiss {
+            self.enter(&mut state, Status::Null);
+        }
+        self.auto_dismiss
+    }
+
+    /// It never started: it goes without a word about its result.
+    pub(crate) fn withdraw(&self) {
+        self.abort(&Stop::Cancelled);
+        let mut state = self.state();
+        self.enter(&mut state, Status::Concluded);
+        self.enter(&mut state, Status::Null);
     }
 
     /// It vanishes.

@@ -9,6 +9,7 @@ use underlay_graph::units::is_well_formed_id;
 
 use crate::error::{JobError, Stop};
 use crate::event::EventSink;
+use crate::group::Group;
 use crate::job::{Job, JobInfo, Kind, Settings};
 use crate::status::Status;
 
@@ -40,7 +41,7 @@ pub(crate) trait Work: Send {
     async fn abandon(&mut self, job: &Arc<Job>);
 }
 
-/// All jobs, oldest first. (Groups of jobs will be lists of these that pass through `waiting` together.)
+/// All jobs, oldest first.
 pub struct Jobs {
     list: Mutex<Vec<Arc<Job>>>,
     sink: Arc<dyn EventSink>,
@@ -136,11 +137,24 @@ impl Jobs {
             work.abandon(&job).await;
             return Err(error);
         }
-        let (jobs, run) = (self.clone(), job.clone());
-        Ok(Started { job, task: Box::pin(async move { jobs.live(&run, work).await }) })
+        job.begin(Status::Running);
+        let group = Group::new(std::slice::from_ref(&job));
+        Ok(self.started(job, work, group))
     }
 
-    fn enlist(&self, job: &Arc<Job>, settings: &Settings) -> Result<(), JobError> {
+    /// The work of a job that runs.
+    pub(crate) fn started(
+        self: &Arc<Self>,
+        job: Arc<Job>,
+        work: Box<dyn Work>,
+        group: Arc<Group>,
+    ) -> Started {
+        let (jobs, run) = (self.clone(), job.clone());
+        Started { job, task: Box::pin(async move { jobs.live(&run, work, &group).await }) }
+    }
+
+    /// Shows a new job.
+    pub(crate) fn enlist(&self, job: &Arc<Job>, settings: &Settings) -> Result<(), JobError> {
         {
             let mut list = self.list();
             if list.iter().any(|other| other.id() == job.id()) {
@@ -151,34 +165,33 @@ impl Jobs {
         job.announce();
         if settings.speed < 0 {
             job.begin(Status::Null);
-            self.list().retain(|other| !Arc::ptr_eq(other, job));
+            self.forget(job);
             return Err(JobError::NegativeSpeed);
         }
-        job.begin(Status::Running);
         Ok(())
     }
 
+    /// A job that was shown and will not start after all.
+    pub(crate) fn withdraw(&self, job: &Arc<Job>) {
+        job.withdraw();
+        self.forget(job);
+    }
+
+    fn forget(&self, job: &Arc<Job>) {
+        self.list().retain(|other| !Arc::ptr_eq(other, job));
+    }
+
     /// The life of a job from running on.
-    async fn live(self: Arc<Self>, job: &Arc<Job>, mut work: Box<dyn Work>) {
-        let mut result = work.run(job).await;
-        if result.is_ok() {
-            result = job.finish_work().await;
-        }
-        if result.is_ok() {
-            result = work.prepare(job).await;
-        }
-        if let Err(stop) = &result {
-            job.abort(stop);
-            work.abandon(job).await;
-        }
-        // Who hears that the job is over and asks at once finds it concluded, or gone.
-        let mut list = self.list();
-        job.conclude(result);
-        if job.vanishes_by_itself() {
-            match job.vanish() {
-                Ok(()) => list.retain(|other| !Arc::ptr_eq(other, job)),
-                Err(error) => tracing::error!(?job, %error, "cannot vanish"),
+    async fn live(self: Arc<Self>, job: &Arc<Job>, mut work: Box<dyn Work>, group: &Group) {
+        let worked = work.run(job).await;
+        let result = group.finish(job, &mut *work, worked).await;
+        {
+            // Who hears that the job is over and asks at once finds it concluded, or gone.
+            let mut list = self.list();
+            if job.conclude(result) {
+                list.retain(|other| !Arc::ptr_eq(other, job));
             }
         }
+        group.concluded();
     }
 }

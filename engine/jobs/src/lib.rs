@@ -1,6 +1,7 @@
-//! Long work on disks: streaming a chain into its top, committing it into its base, mirroring it elsewhere.
+//! Long work on disks: streaming a chain into its top, committing it into its base, mirroring it elsewhere, backing it up.
 //!
-//! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`], [`mirror`]); they share the frame
+//! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`], [`mirror`],
+//! [`backup`]); they share the frame
 //! ([`job`]: states, verbs, pausing, speed, errors) and the one copy engine ([`copy`]). Jobs know nodes and their
 //! wiring, not formats; names and QMP are the caller's.
 //!
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod active;
+pub mod backup;
 pub mod chain;
 pub mod commit;
 pub mod copy;
@@ -20,6 +22,7 @@ pub mod error;
 pub mod event;
 pub mod filter;
 mod follow;
+mod group;
 pub mod job;
 pub mod jobs;
 pub mod mirror;
@@ -30,6 +33,7 @@ pub mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use backup::{BackupArgs, BackupDraft, BackupSync, BackupTarget};
 pub use commit::CommitArgs;
 pub use create::Creation;
 pub use error::JobError;

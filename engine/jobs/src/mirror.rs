@@ -20,10 +20,11 @@ use underlay_graph::{
     ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
     WriteFlags, ZeroFlags,
 };
+use underlay_sys::buffers::Buffers;
 
 use crate::chain::{self, Claim, wrong};
 use crate::commit::check_root;
-use crate::copy::{self, Buffers, Copier, Fault, Ignored, Step};
+use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter;
 use crate::follow::{self, Follow, NAP};

@@ -60,7 +60,7 @@ fn open(disk: Memory, base: Option<Memory>) -> (Arc<Memory>, Arc<Qcow2>, Arc<Vie
     let image = Arc::new(run(Qcow2::open(&file.cx(), OpenOptions::default())).unwrap());
     let backing = base.map(|base| (Role::Backing, base.view().1));
     let view = View::detached(image.clone(), [(Role::File, file)].into_iter().chain(backing));
-    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
     run(image.set_access(&view.cx(), access)).unwrap();
     (disk, image, view)
 }

@@ -29,7 +29,7 @@ impl Disk {
         let image = Arc::new(run(Qcow2::open(&file.cx(), OpenOptions::default())).unwrap());
         let backing = base.map(|bytes| (Role::Backing, Memory::from_bytes(bytes).view().1));
         let view = View::detached(image.clone(), [(Role::File, file.clone())].into_iter().chain(backing));
-        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
         run(image.set_access(&view.cx(), access)).unwrap();
         Self { memory, file, view }
     }

@@ -5,6 +5,7 @@
 
 mod background;
 pub mod buf;
+pub mod buffers;
 mod driver;
 mod exec;
 pub mod file;

@@ -11,7 +11,8 @@ use std::any::Any;
 use async_trait::async_trait;
 use underlay_graph::status::status;
 use underlay_graph::{
-    ByteRange, Cx, Kind, Limits, Node, NodeId, NodeName, Preallocation, Result, WriteFlags, ZeroFlags,
+    Access, ByteRange, Cx, Kind, Limits, Node, NodeId, NodeName, Perms, Preallocation, Result, Role,
+    WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
 
@@ -67,8 +68,8 @@ impl Node for CopyOnRead {
         self
     }
 
-    fn writes_unchanged(&self) -> bool {
-        true
+    fn child_access(&self, access: Access, _role: Role) -> Option<(Perms, Perms)> {
+        Some((access.required | Perms::WRITE_UNCHANGED, access.shared))
     }
 
     fn relies_down_to(&self) -> Option<&NodeName> {

@@ -51,7 +51,8 @@ const SECTOR: u64 = 512;
 const FILL: u64 = 2 << 20;
 
 /// What whoever makes an image asks of its file: nobody else may use it meanwhile.
-pub const EXCLUSIVE: Access = Access { writable: true, required: Perms::ALL, shared: Perms::CONSISTENT_READ };
+pub const EXCLUSIVE: Access =
+    Access { writable: true, required: Perms::ALL, shared: Perms::CONSISTENT_READ, used: true };
 
 /// The file as it is open now; replaced when the node becomes writable or stops being so.
 #[derive(Debug)]

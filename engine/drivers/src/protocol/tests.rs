@@ -107,8 +107,9 @@ fn two_writers_are_kept_apart() {
         writable: true,
         required: Perms::CONSISTENT_READ | Perms::WRITE,
         shared: Perms::CONSISTENT_READ | Perms::WRITE_UNCHANGED,
+        used: true,
     };
-    let reader = Access { writable: false, required: Perms::CONSISTENT_READ, shared: Perms::ALL };
+    let reader = Access { writable: false, required: Perms::CONSISTENT_READ, shared: Perms::ALL, used: true };
     block_on(async {
         let a = open(&path, false).await.expect("opened");
         let b = open(&path, false).await.expect("opened");
@@ -138,7 +139,7 @@ fn a_node_becomes_writable_and_stays_with_its_file() {
         node.write(&cx, range(0, 512), zeroes.clone(), WriteFlags::default()).await.expect_err("read-only");
         std::fs::rename(&path, &moved).expect("moved");
         std::fs::write(&path, [8; 512]).expect("another one");
-        let access = Access { writable: true, required: Perms::WRITE, shared: Perms::ALL };
+        let access = Access { writable: true, required: Perms::WRITE, shared: Perms::ALL, used: true };
         node.set_access(&cx, access).await.expect("writable");
         node.write(&cx, range(0, 512), zeroes, WriteFlags::default()).await.expect("written");
         assert_eq!(std::fs::read(&path).expect("read"), [8; 512]);

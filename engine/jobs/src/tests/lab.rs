@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use underlay_graph::plan::{NewRoot, NodeOptions};
 use underlay_graph::{
-    ByteRange, Graph, NewNode, NodeId, NodeName, Perms, Role, Root, View, Wiring, WriteFlags, ZeroFlags,
+    ByteRange, Graph, NewNode, NodeId, NodeName, Perms, Plan, Role, Root, View, Wiring, WriteFlags, ZeroFlags,
 };
 use underlay_sys::{Iov, rt};
 
 use super::disk::{CLUSTER, Cluster, Image};
 use super::world::Lot;
-use crate::{EventSink, JobEvent, Jobs};
+use crate::{EventSink, Job, JobEvent, Jobs};
 
 /// Events, written down.
 #[derive(Default)]
@@ -53,6 +53,9 @@ pub struct Lab {
 pub fn names() -> crate::BackingNames {
     Arc::new(|_: &View, base: &View| format!("{}.img", base.name()))
 }
+
+/// Of the disks of tests with [`Guests`].
+pub const SIZE: u64 = 3 << 20;
 
 const NAMES: [&str; 4] = ["A", "B", "C", "D"];
 
@@ -166,12 +169,14 @@ pub struct Model {
     pub bytes: Vec<u8>,
     /// What was not written since the last flush.
     pub settled: Vec<bool>,
+    /// Writes may fail, and then nothing has happened.
+    pub may_fail: bool,
 }
 
 pub async fn learn(root: &Root, part: ByteRange) -> Model {
     let into = Iov::scratch(part.buffer_len());
     root.read(part, into.clone()).await.unwrap();
-    Model { part, bytes: into.to_vec(), settled: vec![true; part.buffer_len() / 4096] }
+    Model { part, bytes: into.to_vec(), settled: vec![true; part.buffer_len() / 4096], may_fail: false }
 }
 
 /// Writes and checks at random until told to stop.
@@ -189,15 +194,25 @@ pub async fn guest(root: Root, mut model: Model, mut lot: Lot, stop: Arc<AtomicB
             0..3 => {
                 let byte = lot.below(256) as u8;
                 model.settled[touched].fill(false);
-                root.write(range, Iov::filled(range.buffer_len(), byte), WriteFlags::default())
-                    .await
-                    .unwrap();
-                model.bytes[here].fill(byte);
+                let from = Iov::filled(range.buffer_len(), byte);
+                match root.write(range, from, WriteFlags::default()).await {
+                    Err(_) if model.may_fail => {}
+                    result => {
+                        result.unwrap();
+                        model.bytes[here].fill(byte);
+                    }
+                }
             }
             3 => {
                 model.settled[touched].fill(false);
-                root.write_zeroes(range, ZeroFlags { may_unmap: true, no_fallback: false }).await.unwrap();
-                model.bytes[here].fill(0);
+                let flags = ZeroFlags { may_unmap: true, no_fallback: false };
+                match root.write_zeroes(range, flags).await {
+                    Err(_) if model.may_fail => {}
+                    result => {
+                        result.unwrap();
+                        model.bytes[here].fill(0);
+                    }
+                }
             }
             4 => {
                 root.flush().await.unwrap();
@@ -214,4 +229,75 @@ pub async fn guest(root: Root, mut model: Model, mut lot: Lot, stop: Arc<AtomicB
         }
     }
     model
+}
+
+/// Somebody who reads a node.
+pub async fn add_root(lab: &Lab, node: NodeId) -> Root {
+    let (user, role, shared) = ("reader".into(), "root", Perms::ALL);
+    let required = Perms::CONSISTENT_READ;
+    let new = NewRoot { user, role, node, required, shared, pinned: false, drained: None };
+    let id = lab.graph.change(|plan| Ok(plan.add_root(new))).await.unwrap();
+    lab.graph.root(id).unwrap()
+}
+
+/// He goes.
+pub async fn remove_root(lab: &Lab, root: &Root) {
+    let gone = lab.graph.change(|plan| {
+        plan.remove_root(root.id());
+        Ok(())
+    });
+    gone.await.unwrap();
+}
+
+/// What somebody reads who uses the target alone.
+pub async fn content(lab: &Lab, node: NodeId) -> Vec<u8> {
+    let root = add_root(lab, node).await;
+    let bytes = learn(&root, ByteRange::between(0, SIZE)).await.bytes;
+    remove_root(lab, &root).await;
+    bytes
+}
+
+/// Two guests with half of the disk each.
+pub struct Guests {
+    stop: Arc<AtomicBool>,
+    running: Vec<rt::JoinHandle<Model>>,
+    pub models: Vec<Model>,
+}
+
+impl Guests {
+    /// `may_fail`: their writes may, and then nothing has happened.
+    pub async fn start(lab: &Lab, seed: u64, may_fail: bool) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut running = Vec::new();
+        for half in 0..2 {
+            let part = ByteRange::between(half * SIZE / 2, (half + 1) * SIZE / 2);
+            let model = Model { may_fail, ..learn(&lab.guest, part).await };
+            let lot = Lot::new(seed ^ (half + 1) << 32);
+            running.push(rt::spawn(guest(lab.guest.clone(), model, lot, stop.clone())));
+        }
+        Self { stop, running, models: Vec::new() }
+    }
+
+    pub async fn rest(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        for guest in self.running.drain(..) {
+            self.models.push(guest.await);
+        }
+    }
+}
+
+pub async fn meddle(lab: &Lab, job: &Job, lot: &mut Lot) {
+    match lot.below(8) {
+        0 => drop(job.pause()),
+        1 => drop(job.set_speed([0, 4 << 20][lot.below(2) as usize])),
+        2 => {
+            let id = lab.nodes[lot.below(4) as usize];
+            let touch = |plan: &mut Plan| {
+                plan.touch(id);
+                Ok(())
+            };
+            lab.graph.change(touch).await.unwrap();
+        }
+        _ => {}
+    }
 }

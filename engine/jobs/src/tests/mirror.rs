@@ -3,19 +3,16 @@
 //! mirror that was ready the target is the disk of that moment; after anything else the guest has noticed nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use underlay_graph::plan::{NewRoot, NodeOptions};
-use underlay_graph::{ByteRange, NewNode, NodeId, NodeName, Perms, Plan, Role, Root, Wiring};
+use underlay_graph::plan::NodeOptions;
+use underlay_graph::{ByteRange, NewNode, NodeName, Role, Wiring};
 use underlay_sys::rt;
 
 use super::disk::{CLUSTER, Cluster, Faults, Image};
-use super::lab::{Lab, Model, guest, learn};
+use super::lab::{Guests, Lab, Model, SIZE, content, learn, meddle};
 use super::world::{Lot, run};
 use crate::{Job, MirrorArgs, OnError, Settings, Status, SyncMode, Target};
-
-const SIZE: u64 = 3 << 20;
 
 /// How the client ends it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,65 +107,6 @@ async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, Target) {
     (image, Target::Existing(add.await.unwrap()))
 }
 
-/// What somebody reads who uses the target alone.
-async fn content(lab: &Lab, node: NodeId) -> Vec<u8> {
-    let (user, role, shared) = ("reader".into(), "root", Perms::ALL);
-    let required = Perms::CONSISTENT_READ;
-    let new = NewRoot { user, role, node, required, shared, pinned: false, drained: None };
-    let id = lab.graph.change(|plan| Ok(plan.add_root(new))).await.unwrap();
-    let root: Root = lab.graph.root(id).unwrap();
-    let bytes = learn(&root, ByteRange::between(0, SIZE)).await.bytes;
-    let gone = lab.graph.change(|plan| {
-        plan.remove_root(id);
-        Ok(())
-    });
-    gone.await.unwrap();
-    bytes
-}
-
-struct Guests {
-    stop: Arc<AtomicBool>,
-    running: Vec<rt::JoinHandle<Model>>,
-    models: Vec<Model>,
-}
-
-impl Guests {
-    async fn start(lab: &Lab, seed: u64) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut running = Vec::new();
-        for half in 0..2 {
-            let part = ByteRange::between(half * SIZE / 2, (half + 1) * SIZE / 2);
-            let model = learn(&lab.guest, part).await;
-            let lot = Lot::new(seed ^ (half + 1) << 32);
-            running.push(rt::spawn(guest(lab.guest.clone(), model, lot, stop.clone())));
-        }
-        Self { stop, running, models: Vec::new() }
-    }
-
-    async fn rest(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        for guest in self.running.drain(..) {
-            self.models.push(guest.await);
-        }
-    }
-}
-
-async fn meddle(lab: &Lab, job: &Job, lot: &mut Lot) {
-    match lot.below(8) {
-        0 => drop(job.pause()),
-        1 => drop(job.set_speed([0, 4 << 20][lot.below(2) as usize])),
-        2 => {
-            let id = lab.nodes[lot.below(4) as usize];
-            let touch = |plan: &mut Plan| {
-                plan.touch(id);
-                Ok(())
-            };
-            lab.graph.change(touch).await.unwrap();
-        }
-        _ => {}
-    }
-}
-
 async fn client(lab: &Lab, case: &Case, job: &Arc<Job>, lot: &mut Lot, guests: &mut Guests) {
     let mut patience = lot.below(30);
     while !matches!(job.status(), Status::Concluded | Status::Null) {
@@ -213,7 +151,7 @@ async fn play(seed: u64) {
     // Only with sync=none the target must have what was written before.
     let early = match case.sync {
         SyncMode::None => None,
-        _ => Some(Guests::start(&lab, seed).await),
+        _ => Some(Guests::start(&lab, seed, false).await),
     };
     let args = MirrorArgs {
         settings: case.settings.clone(),
@@ -233,7 +171,7 @@ async fn play(seed: u64) {
     drop(rt::spawn(started.task));
     let mut guests = match early {
         Some(guests) => guests,
-        None => Guests::start(&lab, seed).await,
+        None => Guests::start(&lab, seed, false).await,
     };
     client(&lab, &case, &job, &mut lot, &mut guests).await;
     guests.rest().await;

@@ -1,6 +1,7 @@
 //! Jobs on disks in memory, under a seeded executor, beside guests that write and check every byte.
 #![allow(clippy::cast_possible_truncation)] // numbers by lot, below what they index
 
+mod backup;
 mod disk;
 mod frame;
 mod lab;

@@ -103,7 +103,7 @@ fn tables_that_point_at_each_other_are_never_written_through() {
                 }
                 let setup = open(disk.clone(), None, OpenOptions::default(), false);
                 let cx = setup.view.cx();
-                let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+                let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
                 if run(setup.image.set_access(&cx, access)).is_ok() {
                     for guest in [0, 1 << 16, 2 << 20, 3 << 20] {
                         let _ = read(&setup, guest);

@@ -323,7 +323,7 @@ pub fn open(disk: Arc<Disk>, backing: Option<Arc<View>>, options: OpenOptions, w
     let children = [(Role::File, file)].into_iter().chain(backing.map(|view| (Role::Backing, view)));
     let view = View::detached(image.clone(), children);
     if write {
-        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
         run(image.set_access(&view.cx(), access)).unwrap();
     }
     Setup { image, view }

@@ -47,7 +47,7 @@ async fn exercise(data: &[u8], seed: u64) {
     let cx = view.cx();
     let places = places(image.size(), &mut rng);
     let before = read(&cx, &places).await;
-    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
     if image.set_access(&cx, access).await.is_err() {
         return;
     }
@@ -171,7 +171,7 @@ fn filled(options: &CreateOptions, seed: u64) -> Vec<u8> {
         let image = Qcow2::open(&file.cx(), OpenOptions::default()).await.expect("our own image");
         let image = Arc::new(image);
         let view = View::detached(image.clone(), [(Role::File, file.clone())]);
-        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+        let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
         image.set_access(&view.cx(), access).await.expect("our own image");
         let mut rng = Rng::new(seed);
         let places = places(options.size, &mut rng);

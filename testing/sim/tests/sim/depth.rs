@@ -35,7 +35,7 @@ async fn add_layer(graph: &Graph, rng: &mut Rng, power: &Arc<Power>, below: Opti
     let storage = NewNode { name: None, node: disk, read_only: false, options, children: Vec::new() };
     let mut children = vec![(Role::File, Wiring::New(Box::new(storage)))];
     children.extend(below.map(|id| (Role::Backing, Wiring::Existing(id))));
-    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
     let view = View::detached(image.clone(), [(Role::File, file)]);
     image.set_access(&view.cx(), access).await.unwrap();
     let new = NewNode { name: None, node: image, read_only: false, options, children };

@@ -71,7 +71,7 @@ pub fn open_options(rng: &mut Rng) -> OpenOptions {
 pub async fn writable(image: Arc<dyn Node>, file: Arc<View>, below: Option<Arc<View>>) -> Arc<View> {
     let backing = below.map(|view| (Role::Backing, view));
     let view = View::detached(image.clone(), [(Role::File, file)].into_iter().chain(backing));
-    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL };
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
     image.set_access(&view.cx(), access).await.unwrap();
     view
 }

@@ -4,6 +4,7 @@
 //! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them, so what
 //! is accepted and what is announced cannot differ.
 
+use super::backup::*;
 use super::create::*;
 use super::defs::*;
 use super::jobs::*;
@@ -66,6 +67,8 @@ pub static COMMANDS: &[Command] = &[
     Command { name: "block-commit", arguments: &BLOCK_COMMIT_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "drive-mirror", arguments: &DRIVE_MIRROR_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-mirror", arguments: &BLOCKDEV_MIRROR_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "drive-backup", arguments: &DRIVE_BACKUP_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "blockdev-backup", arguments: &BLOCKDEV_BACKUP_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "block-job-change", arguments: &BLOCK_JOB_CHANGE_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "block-job-set-speed",

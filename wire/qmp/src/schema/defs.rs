@@ -4,6 +4,7 @@
 //! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them, so what
 //! is accepted and what is announced cannot differ.
 
+use super::backup::*;
 use super::jobs::{JOB_STATUS, JOB_TYPE};
 use super::ty::{Alternate, Enum, Object, Type, opt, req};
 
@@ -44,6 +45,7 @@ pub(super) static QUERY_QMP_SCHEMA_RET: Object = Object {
 
 pub(super) static BLOCKDEV_DRIVER: Enum = Enum {
     values: &[
+        "copy-before-write",
         "copy-on-read",
         "file",
         "host_device",
@@ -52,6 +54,7 @@ pub(super) static BLOCKDEV_DRIVER: Enum = Enum {
         "null-co",
         "qcow2",
         "raw",
+        "snapshot-access",
         "throttle",
     ],
 };
@@ -208,6 +211,7 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
     ],
     tag: Some("driver"),
     cases: &[
+        ("copy-before-write", &BLOCKDEV_OPTIONS_CBW),
         ("copy-on-read", &BLOCKDEV_OPTIONS_COPY_ON_READ),
         ("file", &BLOCKDEV_OPTIONS_FILE),
         ("host_device", &BLOCKDEV_OPTIONS_FILE),
@@ -216,6 +220,7 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
         ("null-co", &BLOCKDEV_OPTIONS_NULL_AIO),
         ("qcow2", &BLOCKDEV_OPTIONS_QCOW2),
         ("raw", &BLOCKDEV_OPTIONS_RAW),
+        ("snapshot-access", &BLOCKDEV_OPTIONS_SNAPSHOT_ACCESS),
         ("throttle", &BLOCKDEV_OPTIONS_THROTTLE),
     ],
 };
@@ -225,16 +230,19 @@ pub(super) static BLOCKDEV_DEL_ARG: Object =
 
 pub(super) static BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE: Enum = Enum { values: &["existing", "absolute-paths"] };
 
-pub(super) static TRANSACTION_ACTION_KIND: Enum =
-    Enum { values: &["abort", "blockdev-snapshot", "blockdev-snapshot-sync"] };
+pub(super) static TRANSACTION_ACTION_KIND: Enum = Enum {
+    values: &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync", "drive-backup"],
+};
 
 pub(super) static TRANSACTION_ACTION: Object = Object {
     members: &[req("type", Type::Enum(&TRANSACTION_ACTION_KIND))],
     tag: Some("type"),
     cases: &[
         ("abort", &TRANSACTION_ABORT),
+        ("blockdev-backup", &TRANSACTION_BLOCKDEV_BACKUP),
         ("blockdev-snapshot", &TRANSACTION_SNAPSHOT),
         ("blockdev-snapshot-sync", &TRANSACTION_SNAPSHOT_SYNC),
+        ("drive-backup", &TRANSACTION_DRIVE_BACKUP),
     ],
 };
 
@@ -506,6 +514,7 @@ pub(super) static BLOCK_STATS_DRIVER_SPECIFIC: Object = Object {
     members: &[req("driver", Type::Enum(&BLOCKDEV_DRIVER))],
     tag: Some("driver"),
     cases: &[
+        ("copy-before-write", &NOTHING),
         ("file", &BLOCK_STATS_DRIVER_SPECIFIC_FILE),
         ("host_device", &BLOCK_STATS_DRIVER_SPECIFIC_FILE),
         ("nbd", &NOTHING),
@@ -513,6 +522,7 @@ pub(super) static BLOCK_STATS_DRIVER_SPECIFIC: Object = Object {
         ("null-co", &NOTHING),
         ("qcow2", &NOTHING),
         ("raw", &NOTHING),
+        ("snapshot-access", &NOTHING),
     ],
 };
 

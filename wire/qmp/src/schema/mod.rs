@@ -1,6 +1,7 @@
 //! What may be said over QMP: one description of every command and event, from which arguments are checked and
 //! `query-qmp-schema` is answered.
 
+mod backup;
 pub mod check;
 mod commands;
 mod create;

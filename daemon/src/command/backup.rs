@@ -1,0 +1,160 @@
+//! blockdev-backup and drive-backup.
+
+use underlay_drivers::filter::copy_before_write::{CbwOptions, OnCbwError};
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
+use underlay_graph::plan::DetectZeroes;
+use underlay_graph::{NewNode, NodeId, Plan, Role, Wiring};
+use underlay_jobs::{BackupArgs, BackupDraft, BackupSync, BackupTarget};
+
+use super::arguments::Arguments;
+use super::{job, lookup, snapshot};
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// blockdev-backup
+pub async fn blockdev_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let args = blockdev_args(&daemon.graph.plan(), arguments)?;
+    job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
+    Ok(())
+}
+
+/// drive-backup: the target is a file, made for it unless the mode is `existing`.
+pub async fn drive_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+    let args = drive_args(daemon, arguments).await?;
+    job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
+    Ok(())
+}
+
+/// Either command as an action of a transaction, shown but not started. `taken` are the targets of those before it.
+pub async fn draft(
+    daemon: &Daemon,
+    kind: &str,
+    arguments: &mut Arguments,
+    taken: &[NodeId],
+) -> CommandResult<BackupDraft> {
+    let args = match kind {
+        "drive-backup" => drive_args(daemon, arguments).await?,
+        _ => blockdev_args(&daemon.graph.plan(), arguments)?,
+    };
+    let draft = daemon.jobs.draft_backup(&daemon.graph, args, taken)?;
+    draft.enlist()?;
+    Ok(draft)
+}
+
+fn blockdev_args(plan: &Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+    let source = lookup::either(plan, &arguments.text("device"))?;
+    let target = lookup::either(plan, &arguments.text("target"))?;
+    args(arguments, source, BackupTarget::Existing(target))
+}
+
+async fn drive_args(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+    let plan = daemon.graph.plan();
+    let source = lookup::either(&plan, &arguments.text("device"))?;
+    underlay_jobs::commit::check_root(&plan, source)?;
+    let file = arguments.text("target");
+    let existing = arguments.optional_text("mode").as_deref() == Some("existing");
+    let format = arguments.optional_text("format");
+    let mut args = args(arguments, source, BackupTarget::Existing(source))?;
+    let wires = daemon.graph.wires();
+    let own = plan.skip_filters(source);
+    let format = format.or_else(|| (!existing).then(|| wires.view(own).node().driver().to_owned()));
+    // What the copy leaves out is below it.
+    let below = match args.sync {
+        BackupSync::Full => None,
+        BackupSync::Top => plan.backing(own),
+        BackupSync::None => Some(own),
+    };
+    if !existing {
+        let view = below.map(|below| wires.view(plan.skip_filters(below)));
+        let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
+        snapshot::create_image(&file, format, size, view.as_deref()).await?;
+    }
+    let based_on = (args.sync == BackupSync::None).then_some(source);
+    let target = open_target(daemon, source, &file, format.as_deref(), based_on).await?;
+    args.target = BackupTarget::New(Box::new(target));
+    Ok(args)
+}
+
+/// Opens the target, over `based_on` if that is given: then it shows the disk as it was all the time.
+async fn open_target(
+    daemon: &Daemon,
+    source: NodeId,
+    file: &str,
+    format: Option<&str>,
+    based_on: Option<NodeId>,
+) -> CommandResult<NewNode> {
+    let plan = daemon.graph.plan();
+    let like = plan.get(source).map(|node| node.options).unwrap_or_default();
+    let mut spec = NodeSpec::image(file, format)?;
+    spec.cache_direct = Some(like.cache_direct);
+    spec.cache_no_flush = Some(like.cache_no_flush);
+    spec.discard = Some(true);
+    spec.detect_zeroes = DetectZeroes::Unmap;
+    spec.read_only = Some(false);
+    let policy = if based_on.is_some() { BackingPolicy::Ignore } else { BackingPolicy::Follow };
+    let mut target = Opener::new(&daemon.graph, policy, Some(daemon.on_corrupt())).open(spec).await?;
+    if let Some(source) = based_on.filter(|_| target.node.supports_backing()) {
+        target.children.push((Role::Backing, Wiring::Existing(source)));
+    }
+    Ok(target)
+}
+
+/// What both commands say alike.
+fn args(arguments: &mut Arguments, source: NodeId, target: BackupTarget) -> CommandResult<BackupArgs> {
+    let sync = sync_mode(arguments)?;
+    let mut perf = arguments.object("x-perf").unwrap_or_else(|| Arguments::new(Default::default()));
+    // `use-copy-range` is a hint: our copies go through memory either way.
+    let workers = perf.number("max-workers", 64);
+    let workers = i32::try_from(workers).ok().filter(|workers| *workers > 0);
+    let workers = workers.ok_or_else(|| CommandError::new("max-workers must be between 1 and 2147483647"))?;
+    let max_chunk = u64::try_from(perf.number("max-chunk", 0))
+        .map_err(|_| CommandError::new("max-chunk must be zero (which means no limit) or positive"))?;
+    let on_error = match arguments.optional_text("on-cbw-error").as_deref() {
+        Some("break-snapshot") => OnCbwError::BreakSnapshot,
+        _ => OnCbwError::BreakGuestWrite,
+    };
+    let how = CbwOptions {
+        on_error,
+        min_cluster: u64::try_from(perf.number("min-cluster-size", 0)).unwrap_or(u64::MAX),
+        max_chunk,
+        compress: arguments.flag("compress", false),
+        discard_source: arguments.flag("discard-source", false),
+        ..CbwOptions::default()
+    };
+    Ok(BackupArgs {
+        settings: job::settings(arguments),
+        source,
+        target,
+        sync,
+        how,
+        most_in_flight: usize::try_from(workers).unwrap_or(usize::MAX),
+        filter_node_name: arguments.optional_text("filter-node-name"),
+    })
+}
+
+fn sync_mode(arguments: &mut Arguments) -> CommandResult<BackupSync> {
+    let sync = arguments.text("sync");
+    let (bitmap, mode) = (arguments.optional_text("bitmap"), arguments.optional_text("bitmap-mode"));
+    let wants_bitmap = matches!(sync.as_str(), "incremental" | "bitmap");
+    match (bitmap, mode) {
+        (None, _) if wants_bitmap => {
+            let text = format!("must provide a valid bitmap name for '{sync}' sync mode");
+            return Err(CommandError::new(text));
+        }
+        (None, Some(_)) => return Err(CommandError::new("Cannot specify bitmap sync mode without a bitmap")),
+        (Some(_), Some(mode)) if sync == "incremental" && mode != "on-success" => {
+            let text = "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
+            return Err(CommandError::new(text));
+        }
+        // No node has a bitmap yet.
+        (Some(bitmap), _) => {
+            return Err(CommandError::new(format!("Bitmap '{bitmap}' could not be found")));
+        }
+        (None, None) => {}
+    }
+    Ok(match sync.as_str() {
+        "top" => BackupSync::Top,
+        "none" => BackupSync::None,
+        _ => BackupSync::Full,
+    })
+}

@@ -1,0 +1,285 @@
+//! A disk as it was at some moment, while it is written to: what has been copied away, what has not yet, and the copying.
+//!
+//! Every cluster of the disk is in one of three states:
+//!
+//! ```text
+//!   to be copied     still as it was; the disk itself shows it       `todo` and `visible`
+//!   copied           the disk may have changed; the target shows it  `visible` only
+//!   not wanted       nobody keeps it                                 neither
+//! ```
+//!
+//! A cluster leaves the first state once and for ever. Who copies a cluster has it alone, and who reads a cluster that is to
+//! be copied shares it with other readers, so it is not copied, and so not overwritten, under them. A write to clusters
+//! that are not to be copied has nothing to wait for.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::range_lock::{Mode, RangeGuard, RangeLock};
+use underlay_graph::status::status;
+use underlay_graph::{ByteRange, Cx, Extent, IoError, Place, Result, WriteFlags, ZeroFlags};
+use underlay_sys::Iov;
+use underlay_sys::buffers::Buffers;
+
+/// Bytes in one copy, if nobody wants it smaller.
+pub const CHUNK: u64 = 1 << 20;
+
+/// The smallest cluster. Source: `design/qemu-surface.md` 3.
+pub const LEAST_CLUSTER: u64 = 64 << 10;
+
+/// How to copy.
+#[derive(Clone, Copy, Debug)]
+pub struct HowToCopy {
+    /// Bytes that are copied as a whole, a power of two; at least the target's cluster size.
+    pub cluster: u64,
+    /// Most bytes in one copy, at least a cluster.
+    pub chunk: u64,
+    /// Store the copies compressed.
+    pub compress: bool,
+    /// Discard on the disk what has been copied.
+    pub discard_source: bool,
+}
+
+/// A copy that failed.
+#[derive(Clone, Debug)]
+pub struct CopyError {
+    /// Why.
+    pub error: IoError,
+    /// Reading the disk failed, else writing the copy.
+    pub is_read: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Copies {
+    how: HowToCopy,
+    /// Clusters to be copied.
+    todo: DirtyBitmap,
+    /// Clusters that can be read as they were.
+    visible: DirtyBitmap,
+    turns: RangeLock,
+    /// Bytes copied so far.
+    copied: Arc<AtomicU64>,
+    /// Why the moment is lost: something was overwritten that could not be copied.
+    lost: OnceLock<IoError>,
+    buffers: Buffers,
+}
+
+/// The disk and where it is copied to.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends<'a> {
+    /// The disk.
+    pub source: Cx<'a>,
+    /// Where it is copied to.
+    pub target: Cx<'a>,
+}
+
+impl Copies {
+    /// Of a disk of `size` bytes that is to be copied whole.
+    pub fn new(size: u64, how: HowToCopy) -> Arc<Self> {
+        let all = || {
+            let bitmap = DirtyBitmap::new(size, how.cluster);
+            bitmap.set(ByteRange::between(0, size));
+            bitmap
+        };
+        let (todo, visible) = (all(), all());
+        let (turns, copied, lost) = (RangeLock::default(), Arc::default(), OnceLock::new());
+        Arc::new(Self { how, todo, visible, turns, copied, lost, buffers: Buffers::default() })
+    }
+
+    /// How it is copied.
+    pub fn how(&self) -> HowToCopy {
+        self.how
+    }
+
+    /// Bytes copied so far, by anybody.
+    pub fn copied(&self) -> &Arc<AtomicU64> {
+        &self.copied
+    }
+
+    /// Bytes still to be copied, in whole clusters.
+    pub fn left(&self) -> u64 {
+        self.todo.count()
+    }
+
+    /// The first clusters at or behind the start of `range` that are to be copied, as far as they touch it.
+    pub fn next(&self, range: ByteRange) -> Option<ByteRange> {
+        let run = self.todo.peek(range.start(), range.len().max(self.how.cluster))?;
+        Some(run.intersect(range)).filter(|run| !run.is_empty())
+    }
+
+    /// Nobody wants these clusters (whole ones, or the end of the disk) unless they are copied already.
+    pub async fn leave_out(&self, clusters: ByteRange) {
+        let _turn = self.turns.lock(clusters, Mode::Exclusive).await;
+        let mut rest = clusters;
+        while !rest.is_empty() {
+            let (todo, len) = self.todo.state(rest);
+            let (run, later) = rest.split(len);
+            if todo {
+                self.visible.clear(run);
+                self.todo.clear(run);
+            }
+            rest = later;
+        }
+    }
+
+    /// Why the disk as it was cannot be had any more.
+    pub fn lost(&self) -> Option<&IoError> {
+        self.lost.get()
+    }
+
+    /// From now on nothing is copied any more, and nothing can be read as it was.
+    pub fn lose(&self, error: IoError) {
+        let _ = self.lost.set(error);
+    }
+
+    /// Whether a write to `range` has to wait for a copy.
+    pub fn is_wanted(&self, range: ByteRange) -> bool {
+        self.lost.get().is_none() && self.todo.any(range)
+    }
+
+    /// The clusters that `range` touches, in a disk of `length` bytes.
+    pub fn clusters(&self, range: ByteRange, length: u64) -> ByteRange {
+        range.align_out(self.how.cluster).before(length.max(range.end()))
+    }
+
+    /// Copies what of `clusters` (whole ones, or the end of the disk) is to be copied. After an error the rest still is.
+    pub async fn copy(&self, ends: Ends<'_>, clusters: ByteRange) -> std::result::Result<(), CopyError> {
+        let _turn = self.turns.lock(clusters, Mode::Exclusive).await;
+        let mut rest = clusters;
+        while !rest.is_empty() {
+            if let Some(error) = self.lost.get() {
+                return Err(CopyError { error: error.clone(), is_read: false });
+            }
+            let (todo, len) = self.todo.state(rest);
+            let (run, later) = rest.split(len);
+            if !todo {
+                rest = later;
+                continue;
+            }
+            let done = self.copy_first(ends, run).await?;
+            self.todo.clear(done);
+            self.copied.fetch_add(done.len(), Ordering::Relaxed);
+            if self.how.discard_source {
+                // It only frees space.
+                let _ = ends.source.discard(done).await;
+            }
+            rest = rest.split(done.len()).1;
+        }
+        Ok(())
+    }
+
+    /// Copies the first clusters of `run`, which are the caller's alone: those that it returns.
+    async fn copy_first(&self, ends: Ends<'_>, run: ByteRange) -> std::result::Result<ByteRange, CopyError> {
+        let of_read = |error| CopyError { error, is_read: true };
+        let of_write = |error| CopyError { error, is_read: false };
+        let found = status(&ends.source, run, None).await.map_err(of_read)?;
+        let whole = if found.len == run.len() { run.len() } else { found.len - found.len % self.how.cluster };
+        if found.zero && whole > 0 {
+            let zeroes = run.split(whole).0;
+            self.zero(ends.target, zeroes).await.map_err(of_write)?;
+            return Ok(zeroes);
+        }
+        let piece = run.split(found.len.next_multiple_of(self.how.cluster).min(self.how.chunk)).0;
+        let buffer = self.buffers.take(piece.buffer_len());
+        let bytes = buffer.slice(0, piece.buffer_len());
+        let result = match ends.source.read(piece, bytes.clone()).await {
+            Ok(()) => {
+                let _readers = ends.target.overwrite(piece).await;
+                let flags = WriteFlags { compressed: self.how.compress };
+                ends.target.write(piece, bytes, flags).await.map_err(of_write)
+            }
+            Err(error) => Err(of_read(error)),
+        };
+        self.buffers.put(buffer);
+        result.map(|()| piece)
+    }
+
+    /// Makes the target hold zeroes itself: what it shows from below may be the very disk that is about to change.
+    async fn zero(&self, target: Cx<'_>, range: ByteRange) -> Result<()> {
+        let _readers = target.overwrite(range).await;
+        let is_based = target.skip_filters().backing().is_some();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let found = status(&target, rest, None).await?;
+            let (run, later) = rest.split(found.len);
+            let holds = found.zero && (!is_based || found.allocated && found.depth == 0);
+            if !holds {
+                target.write_zeroes(run, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fills `into` with what `range` was.
+    pub async fn read(&self, ends: Ends<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        let (mut rest, mut done) = (range, 0);
+        while !rest.is_empty() {
+            let found = self.find(ends, rest.split(CHUNK).0).await?;
+            let part = into.slice(done, found.run.buffer_len());
+            let result = found.at.read(found.run, part).await;
+            self.left_alone(&found)?;
+            result?;
+            done += found.run.buffer_len();
+            rest = rest.split(found.run.len()).1;
+        }
+        Ok(())
+    }
+
+    /// What the first bytes of `range` were: data or zeroes.
+    pub async fn map(&self, ends: Ends<'_>, range: ByteRange) -> Result<Extent> {
+        let found = self.find(ends, range).await?;
+        let what = status(&found.at, found.run, None).await;
+        self.left_alone(&found)?;
+        let what = what?;
+        let place = if what.zero { Place::Zero } else { Place::Data(range.start()) };
+        Ok(Extent::new(place, what.len))
+    }
+
+    /// Nobody wants the clusters inside `range` any more: they cannot be read as they were from now on.
+    pub async fn forget(&self, ends: Ends<'_>, range: ByteRange, length: u64) -> Result<()> {
+        let inner = match range.end() == length {
+            true => ByteRange::between(range.start().next_multiple_of(self.how.cluster).min(length), length),
+            false => range.align_in(self.how.cluster),
+        };
+        if inner.is_empty() {
+            return Ok(());
+        }
+        let _turn = self.turns.lock(inner, Mode::Exclusive).await;
+        self.visible.clear(inner);
+        self.todo.clear(inner);
+        ends.target.discard(inner).await
+    }
+
+    /// Where the first bytes of `range` are as they were.
+    async fn find<'a>(&self, ends: Ends<'a>, range: ByteRange) -> Result<Found<'a>> {
+        let (visible, len) = self.visible.state(range);
+        if !visible || self.lost.get().is_some() {
+            return Err(IoError::EACCES);
+        }
+        let run = range.split(len).0;
+        let turn = self.turns.lock(run, Mode::Shared).await;
+        let (todo, len) = self.todo.state(run);
+        let run = run.split(len).0;
+        // What is copied stays so.
+        let (at, turn) = if todo { (ends.source, Some(turn)) } else { (ends.target, None) };
+        Ok(Found { run, at, turn })
+    }
+
+    /// To be asked after reading there: a write for which nobody could copy does not wait for readers.
+    fn left_alone(&self, found: &Found<'_>) -> Result<()> {
+        match self.lost.get() {
+            Some(_) if found.turn.is_some() => Err(IoError::EACCES),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A place to read from as long as it lives.
+struct Found<'a> {
+    run: ByteRange,
+    at: Cx<'a>,
+    turn: Option<RangeGuard>,
+}

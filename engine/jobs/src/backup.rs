@@ -1,0 +1,433 @@
+//! blockdev-backup: copies a disk as it is at the moment of the command, whatever the guest writes meanwhile.
+//! Source: `design/qemu-surface.md` 6.4, 5.4.
+//!
+//! A copy-before-write filter above the source sees to it that nothing is overwritten before it is copied
+//! ([`CopyBeforeWrite`]); the job copies the rest. What is copied and what is not they keep in one place
+//! ([`Copies`]). With `sync=none` there is no rest: the job only holds the filter.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use underlay_drivers::filter::copies::{Copies, CopyError};
+use underlay_drivers::filter::copy_before_write::{CbwOptions, CopyBeforeWrite, cluster_for};
+use underlay_graph::plan::NewRoot;
+use underlay_graph::status::status;
+use underlay_graph::{
+    ByteRange, Graph, GraphError, IoError, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
+};
+
+use crate::chain::{self, Claim, wrong};
+use crate::copy::{self, Copier, Fault, Ignored, Step};
+use crate::error::{JobError, Stop};
+use crate::filter;
+use crate::follow::NAP;
+use crate::group::Group;
+use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::jobs::{Jobs, Started, Work};
+use crate::status::Status;
+
+/// The source is looked at in steps of so many bytes, as the job may be cancelled.
+const STRIDE: u64 = 1 << 40;
+
+/// What is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackupSync {
+    /// The whole disk.
+    Full,
+    /// What the source's own layer has.
+    Top,
+    /// What is overwritten, until the job is cancelled.
+    None,
+}
+
+/// Where to copy to.
+#[derive(Debug)]
+pub enum BackupTarget {
+    /// A node of the graph.
+    Existing(NodeId),
+    /// A node that comes with the job.
+    New(Box<NewNode>),
+}
+
+/// What blockdev-backup and drive-backup ask for, with their names resolved.
+#[derive(Debug)]
+pub struct BackupArgs {
+    /// What all jobs have.
+    pub settings: Settings,
+    /// `device`: the disk that is copied.
+    pub source: NodeId,
+    /// `target`
+    pub target: BackupTarget,
+    /// `sync`
+    pub sync: BackupSync,
+    /// `compress`, `on-cbw-error`, `discard-source`, and `min-cluster-size` and `max-chunk` of `x-perf`.
+    pub how: CbwOptions,
+    /// `max-workers` of `x-perf`: most copies in flight.
+    pub most_in_flight: usize,
+    /// `filter-node-name`
+    pub filter_node_name: Option<String>,
+}
+
+/// A backup that is checked and may start: in a transaction several start at the same moment.
+///
+/// In this order: [`BackupDraft::enlist`], [`BackupDraft::wire`] in the change of the graph that is the moment,
+/// [`start_all`]; or [`BackupDraft::withdraw`] after the first if it comes to nothing.
+pub struct BackupDraft {
+    jobs: Arc<Jobs>,
+    job: Arc<Job>,
+    settings: Settings,
+    source: NodeId,
+    target: Option<BackupTarget>,
+    filter_node_name: Option<String>,
+    filter: Arc<CopyBeforeWrite>,
+    work: Backup,
+}
+
+impl std::fmt::Debug for BackupDraft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.job.fmt(f)
+    }
+}
+
+impl Jobs {
+    /// Starts a backup.
+    pub async fn backup(self: &Arc<Self>, graph: &Arc<Graph>, args: BackupArgs) -> Result<Started, JobError> {
+        let mut draft = self.draft_backup(graph, args, &[])?;
+        graph.change(|plan| draft.wire(plan)).await?;
+        if let Err(error) = draft.enlist() {
+            let job = draft.job.clone();
+            draft.work.abandon(&job).await;
+            return Err(error);
+        }
+        let mut started = start_all(vec![draft], false);
+        started.pop().ok_or_else(|| wrong("No job".to_owned()))
+    }
+
+    /// Checks a backup. `taken` are the targets of backups that will start with it.
+    pub fn draft_backup(
+        self: &Arc<Self>,
+        graph: &Arc<Graph>,
+        args: BackupArgs,
+        taken: &[NodeId],
+    ) -> Result<BackupDraft, JobError> {
+        let plan = graph.plan();
+        let filter = check(graph, &plan, &args, taken)?;
+        let id = match (&args.settings.id, args.settings.default_id.is_empty()) {
+            // What the reference says here is not what it says for other jobs.
+            (None, true) => return Err(JobError::InvalidId(String::new())),
+            _ => self.choose_id(&args.settings)?,
+        };
+        let job = self.draft(id, Kind::Backup, &args.settings);
+        job.set_counter(filter.copies().copied().clone());
+        let BackupArgs { settings, source, target, sync, most_in_flight, filter_node_name, .. } = args;
+        let copies = filter.copies().clone();
+        let work = Backup { graph: graph.clone(), sync, most_in_flight, copies, source, wiring: None };
+        let (jobs, target) = (self.clone(), Some(target));
+        Ok(BackupDraft { jobs, job, settings, source, target, filter_node_name, filter, work })
+    }
+}
+
+/// What is wrong with the arguments, or else the filter.
+fn check(
+    graph: &Graph,
+    plan: &Plan,
+    args: &BackupArgs,
+    taken: &[NodeId],
+) -> Result<Arc<CopyBeforeWrite>, JobError> {
+    let wires = graph.wires();
+    if plan.get(args.source).is_none() {
+        return Err(wrong("The node was removed in the meantime".into()));
+    }
+    let target = match &args.target {
+        BackupTarget::Existing(node) if *node == args.source => {
+            return Err(wrong("Source and target cannot be the same".into()));
+        }
+        BackupTarget::Existing(node) => {
+            chain::check_free(plan, &[*node])?;
+            if taken.contains(node) {
+                let (node, job) = (plan.node(*node).name.to_string(), Kind::Backup.as_str());
+                return Err(GraphError::Busy { node, job }.into());
+            }
+            wires.view(*node)
+        }
+        BackupTarget::New(node) => node.view(&wires),
+    };
+    chain::check_free(plan, &[args.source])?;
+    if args.how.compress && target.cx().skip_filters().node().driver() != "qcow2" {
+        // The reference names a drive here, which no node has.
+        return Err(wrong("Compression is not supported for this drive ".into()));
+    }
+    let source = wires.view(args.source);
+    if source.cx().length() != target.cx().length() {
+        return Err(wrong("Source and target image have different sizes".into()));
+    }
+    let filter = CopyBeforeWrite::new(&source, &target, args.how)
+        .map_err(|why| wrong(format!("Could not create node: {why}")))?;
+    let cluster = cluster_for(&target, args.how.min_cluster).map_err(wrong)?;
+    if args.how.max_chunk != 0 && args.how.max_chunk < cluster {
+        let chunk = args.how.max_chunk;
+        return Err(wrong(format!(
+            "Required max-chunk ({chunk}) is less than backup cluster size ({cluster})"
+        )));
+    }
+    Ok(filter)
+}
+
+impl BackupDraft {
+    /// Shows the job.
+    pub fn enlist(&self) -> Result<(), JobError> {
+        self.jobs.enlist(&self.job, &self.settings)
+    }
+
+    /// The target, if it is in the graph already.
+    pub fn target(&self) -> Option<NodeId> {
+        match &self.target {
+            Some(BackupTarget::Existing(node)) => Some(*node),
+            _ => None,
+        }
+    }
+
+    /// Puts the filter into the plan: when it is in force the moment has come.
+    pub fn wire(&mut self, plan: &mut Plan) -> Result<(), GraphError> {
+        let target = match self.target.take() {
+            Some(BackupTarget::Existing(node)) => node,
+            Some(BackupTarget::New(node)) => plan.add(*node)?,
+            None => return Err(GraphError::new("A backup has one target")),
+        };
+        plan.get(self.source).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
+        chain::check_free(plan, &[self.source, target])?;
+        let children = [(Role::File, self.source), (Role::Target, target)];
+        // A target that is based on the source goes on showing the source itself.
+        let of_target = plan.reachable(target);
+        let name = self.filter_node_name.as_deref();
+        let keep = |parent| of_target.contains(&parent);
+        let filter = filter::insert(plan, self.filter.clone(), &children, name, |error| error, keep)?;
+        let claim = Claim::take(plan, Kind::Backup, vec![filter, target], Vec::new())?;
+        let mut root = |role, node, drained| {
+            let user = chain::user(Kind::Backup, self.job.id());
+            let (required, shared) = (Perms::NONE, Perms::ALL);
+            plan.add_root(NewRoot { user, role, node, required, shared, pinned: true, drained })
+        };
+        let main = root("main node", filter, Some(Arc::new(HeldBack(self.job.clone()))));
+        let roots = [main, root("target", target, None)];
+        self.work.wiring = Some(Wiring { claim, target, filter, roots });
+        Ok(())
+    }
+
+    /// A job that was shown does not start after all.
+    pub fn withdraw(self) {
+        self.jobs.withdraw(&self.job);
+    }
+}
+
+/// Starts backups that are wired; with `grouped` they finish together. The newest starts first, as in QEMU.
+pub fn start_all(drafts: Vec<BackupDraft>, grouped: bool) -> Vec<Started> {
+    let all: Vec<_> = drafts.iter().map(|draft| draft.job.clone()).collect();
+    let group = grouped.then(|| Group::new(&all));
+    for job in all.iter().rev() {
+        job.begin(Status::Running);
+        // The reference holds the source back for a moment.
+        job.drained_begin();
+    }
+    all.iter().rev().for_each(|job| job.drained_end());
+    let mut started = Vec::new();
+    for draft in drafts.into_iter().rev() {
+        let BackupDraft { jobs, job, work, .. } = draft;
+        let group = group.clone().unwrap_or_else(|| Group::new(std::slice::from_ref(&job)));
+        started.push(jobs.started(job, Box::new(work), group));
+    }
+    started
+}
+
+/// What the job has put into the graph.
+#[derive(Clone, Debug)]
+struct Wiring {
+    claim: Claim,
+    target: NodeId,
+    filter: NodeId,
+    /// The way in, at the filter, and the mark on the target.
+    roots: [RootId; 2],
+}
+
+/// The work of a backup.
+struct Backup {
+    graph: Arc<Graph>,
+    sync: BackupSync,
+    most_in_flight: usize,
+    copies: Arc<Copies>,
+    source: NodeId,
+    wiring: Option<Wiring>,
+}
+
+impl Backup {
+    fn root(&self) -> Result<Root, Stop> {
+        let main = self.wiring.as_ref().map(|wiring| wiring.roots[0]);
+        main.and_then(|main| self.graph.root(main)).ok_or(Stop::Cancelled)
+    }
+
+    /// Only holds the filter, until somebody cancels the job.
+    async fn hold(&self, job: &Job, length: u64) -> Result<(), Stop> {
+        job.set_total(length);
+        loop {
+            self.check_lost()?;
+            job.doze(10 * NAP).await?;
+        }
+    }
+
+    fn check_lost(&self) -> Result<(), Stop> {
+        self.copies.lost().map_or(Ok(()), |error| Err(error.clone().into()))
+    }
+
+    /// Leaves out what the source's own layer does not have.
+    async fn leave_out_below(&self, job: &Job, root: &Root, length: u64) -> Result<(), Stop> {
+        let mut rest = ByteRange::between(0, length);
+        while !rest.is_empty() {
+            job.checkpoint().await?;
+            match self.own_layer(root, rest.split(STRIDE).0).await {
+                Ok((own, len)) => {
+                    let (range, later) = rest.split(len);
+                    let whole = range.align_in(self.copies.how().cluster);
+                    let whole =
+                        if later.is_empty() { whole.start()..length } else { whole.start()..whole.end() };
+                    let whole = ByteRange::between(whole.start, whole.end);
+                    if !own && !whole.is_empty() && whole.start() >= range.start() {
+                        self.copies.leave_out(whole).await;
+                        job.set_remaining(self.copies.left());
+                    }
+                    rest = later;
+                }
+                Err(error) => {
+                    job.on_error(&error, true)?;
+                    job.doze(NAP).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the source's own layer has the first bytes of `range`, and for how many of them that is so.
+    async fn own_layer(&self, root: &Root, range: ByteRange) -> Result<(bool, u64), IoError> {
+        let inside = root.enter().await?;
+        let source = CopyBeforeWrite::ends(&inside.cx()).source;
+        let below = source.skip_filters().backing().map(|below| below.view().id());
+        let found = status(&source, range, below).await?;
+        Ok((found.allocated, found.len))
+    }
+
+    async fn flush(&self, job: &Job, root: &Root) -> Result<(), Stop> {
+        loop {
+            let result = {
+                let inside = root.enter().await?;
+                CopyBeforeWrite::ends(&inside.cx()).target.flush().await
+            };
+            let Err(error) = result else { return Ok(()) };
+            job.on_error(&error, false)?;
+            job.doze(NAP).await?;
+        }
+    }
+
+    async fn unwire(&self, job: &Job, give_up: bool) -> Result<(), GraphError> {
+        let Some(wiring) = &self.wiring else { return Ok(()) };
+        let edit = |plan: &mut Plan| {
+            wiring.roots.iter().for_each(|root| plan.remove_root(*root));
+            wiring.claim.release(plan);
+            if give_up && plan.get(wiring.target).is_some() {
+                plan.give_up_content(wiring.target);
+            }
+            if plan.get(wiring.filter).is_some() {
+                plan.replace(wiring.filter, self.source, |_| false)?;
+            }
+            Ok(((), None))
+        };
+        job.change(&self.graph, edit).await
+    }
+}
+
+#[async_trait]
+impl Work for Backup {
+    async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
+        let root = self.root()?;
+        let length = root.length().await?;
+        if self.sync == BackupSync::None {
+            return self.hold(job, length).await;
+        }
+        job.set_remaining(self.copies.left());
+        if self.sync == BackupSync::Top && self.graph.plan().backing(self.source).is_some() {
+            self.leave_out_below(job, &root, length).await?;
+        }
+        let (copies, most) = (self.copies.clone(), self.most_in_flight);
+        let copying = Arc::new(Copying { root: root.clone(), copies, most });
+        copy::walk(job, &copying, ByteRange::between(0, length), Ignored::TryAgain).await?;
+        self.check_lost()?;
+        self.flush(job, &root).await
+    }
+
+    async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
+        self.check_lost()?;
+        Ok(self.unwire(job, false).await?)
+    }
+
+    async fn abandon(&mut self, job: &Arc<Job>) {
+        if let Err(error) = self.unwire(job, true).await {
+            tracing::error!(?job, %error, "the graph cannot be given back as it was");
+        }
+    }
+}
+
+/// Copies what nobody has copied yet.
+struct Copying {
+    root: Root,
+    copies: Arc<Copies>,
+    most: usize,
+}
+
+impl From<CopyError> for Fault {
+    fn from(failed: CopyError) -> Self {
+        Self { error: failed.error, is_read: failed.is_read }
+    }
+}
+
+#[async_trait]
+impl Copier for Copying {
+    async fn look(&self, range: ByteRange) -> Result<(Step, u64), Fault> {
+        let next = self.copies.next(range).filter(|_| self.copies.lost().is_none());
+        let Some(run) = next else { return Ok((Step::Skip, range.len())) };
+        let done = range.before(run.start());
+        if !done.is_empty() {
+            return Ok((Step::Skip, done.len()));
+        }
+        let inside = self.root.enter().await.map_err(Fault::read)?;
+        let source = CopyBeforeWrite::ends(&inside.cx()).source;
+        let found = status(&source, run, None).await.map_err(Fault::read)?;
+        // Whole clusters; the copy looks again.
+        let len = found.len.next_multiple_of(self.copies.how().cluster).min(run.len());
+        Ok((if found.zero { Step::Zero } else { Step::Copy }, len))
+    }
+
+    async fn copy(&self, range: ByteRange, _: Step) -> Result<(), Fault> {
+        let inside = self.root.enter().await.map_err(Fault::read)?;
+        let ends = CopyBeforeWrite::ends(&inside.cx());
+        match self.copies.copy(ends, range).await {
+            // Not to be tried again: the job finds it at the end of the walk.
+            Err(_) if self.copies.lost().is_some() => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn counts_skipped(&self) -> bool {
+        false
+    }
+
+    fn counts_copied(&self, _range: ByteRange) -> u64 {
+        // It is counted where it is done, by whom ever.
+        0
+    }
+
+    fn most_in_flight(&self) -> usize {
+        self.most
+    }
+
+    fn unit(&self) -> u64 {
+        1 << self.copies.how().chunk.ilog2()
+    }
+}
