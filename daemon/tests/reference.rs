@@ -60,7 +60,9 @@ impl Client {
     /// A message, and its line as it came: the order of members counts.
     fn line(&mut self) -> Option<(Object, String)> {
         let mut line = String::new();
-        self.reader.read_line(&mut line).expect("the daemon answers in time");
+        let read = self.reader.read_line(&mut line);
+        let last = self.heard.replies.last();
+        read.unwrap_or_else(|error| panic!("{error}: the daemon does not answer, last {last:?}"));
         match json::parse(line.as_bytes()) {
             Ok(Value::Object(object)) => Some((object, line.trim_end().to_owned())),
             _ if line.is_empty() => None,
@@ -262,4 +264,24 @@ fn arguments() {
 #[test]
 fn corrupt() {
     compare("corrupt");
+}
+
+#[test]
+fn backup() {
+    compare("backup");
+}
+
+#[test]
+fn drive_backup() {
+    compare("drive_backup");
+}
+
+#[test]
+fn fleecing() {
+    compare("fleecing");
+}
+
+#[test]
+fn backup_transaction() {
+    compare("backup_transaction");
 }

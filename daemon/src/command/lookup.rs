@@ -41,9 +41,10 @@ pub fn not_busy(plan: &Plan, id: NodeId) -> CommandResult<()> {
 }
 
 /// The topmost implicit filter above a node: what the users of the node are really wired to while a job has put
-/// one in.
+/// one in. (Where the job copies to is below the filter too, but not what the filter shows.)
 pub fn above_implicit_filters(plan: &Plan, mut id: NodeId) -> NodeId {
-    while let Some((parent, _)) = plan.parents(id).find(|(parent, _)| plan.node(*parent).implicit) {
+    let is_filter = |(parent, role): &(NodeId, Role)| *role != Role::Target && plan.node(*parent).implicit;
+    while let Some((parent, _)) = plan.parents(id).find(is_filter) {
         id = parent;
     }
     id

@@ -28,14 +28,22 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
     let grouped = properties
         .and_then(|mut properties| properties.optional_text("completion-mode"))
         .is_some_and(|mode| mode == "grouped");
+    let with_kind = |mut action: Arguments| (action.text("type"), action);
+    let wanted: Vec<_> = arguments.objects("actions").into_iter().map(with_kind).collect();
+    if let Some((kind, _)) = wanted.iter().find(|(kind, _)| grouped && !is_backup(kind)) {
+        // Only jobs can be completed together.
+        return Err(CommandError::new(format!(
+            "Action '{kind}' does not support transaction property completion-mode = grouped"
+        )));
+    }
     let mut actions: Vec<Action> = Vec::new();
     let mut result = Ok(());
-    for action in arguments.objects("actions") {
+    for (kind, action) in wanted {
         let earlier = Earlier {
             names: actions.iter().filter_map(Action::brings).collect(),
             targets: actions.iter().filter_map(Action::target).collect(),
         };
-        match prepare(daemon, action, earlier, grouped).await {
+        match prepare(daemon, &kind, action, earlier).await {
             Ok(action) => actions.push(action),
             Err(error) => {
                 result = Err(error);
@@ -94,22 +102,18 @@ impl Action {
     }
 }
 
+fn is_backup(kind: &str) -> bool {
+    matches!(kind, "blockdev-backup" | "drive-backup")
+}
+
 async fn prepare(
     daemon: &Daemon,
+    kind: &str,
     mut action: Arguments,
     earlier: Earlier,
-    grouped: bool,
 ) -> CommandResult<Action> {
-    let kind = action.text("type");
     let mut data = action.object("data").unwrap_or_else(|| Arguments::new(Default::default()));
-    let is_backup = matches!(kind.as_str(), "blockdev-backup" | "drive-backup");
-    // Only jobs can be completed together.
-    if grouped && !is_backup {
-        return Err(CommandError::new(format!(
-            "Action '{kind}' does not support transaction property completion-mode = grouped"
-        )));
-    }
-    match kind.as_str() {
+    match kind {
         "blockdev-snapshot-sync" => {
             let arguments = SnapshotSync::new(&mut data);
             let prepared = snapshot::prepare_sync(daemon, arguments, &earlier.names).await?;
@@ -120,8 +124,8 @@ async fn prepare(
             Ok(Action::Snapshot(Some(prepared)))
         }
         "abort" => Err(CommandError::new("Transaction aborted using Abort action")),
-        _ if is_backup => {
-            Ok(Action::Backup(backup::draft(daemon, &kind, &mut data, &earlier.targets).await?))
+        _ if is_backup(kind) => {
+            Ok(Action::Backup(backup::draft(daemon, kind, &mut data, &earlier.targets).await?))
         }
         other => Err(CommandError::new(format!("Action '{other}' is not supported yet"))),
     }

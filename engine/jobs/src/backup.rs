@@ -119,6 +119,7 @@ impl Jobs {
         };
         let job = self.draft(id, Kind::Backup, &args.settings);
         job.set_counter(filter.copies().copied().clone());
+        job.set_total(filter.copies().left());
         let BackupArgs { settings, source, target, sync, most_in_flight, filter_node_name, .. } = args;
         let copies = filter.copies().clone();
         let work = Backup { graph: graph.clone(), sync, most_in_flight, copies, source, wiring: None };
@@ -201,7 +202,10 @@ impl BackupDraft {
         let of_target = plan.reachable(target);
         let name = self.filter_node_name.as_deref();
         let keep = |parent| of_target.contains(&parent);
-        let filter = filter::insert(plan, self.filter.clone(), &children, name, |error| error, keep)?;
+        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
+        let filter = filter::insert(plan, self.filter.clone(), &children, name, failed, keep)?;
+        // New users of the source's node get to the source itself, as with QEMU: to write there is refused.
+        plan.node_mut(filter).implicit = false;
         let claim = Claim::take(plan, Kind::Backup, vec![filter, target], Vec::new())?;
         let mut root = |role, node, drained| {
             let user = chain::user(Kind::Backup, self.job.id());
@@ -266,8 +270,7 @@ impl Backup {
     }
 
     /// Only holds the filter, until somebody cancels the job.
-    async fn hold(&self, job: &Job, length: u64) -> Result<(), Stop> {
-        job.set_total(length);
+    async fn hold(&self, job: &Job) -> Result<(), Stop> {
         loop {
             self.check_lost()?;
             job.doze(10 * NAP).await?;
@@ -349,9 +352,8 @@ impl Work for Backup {
         let root = self.root()?;
         let length = root.length().await?;
         if self.sync == BackupSync::None {
-            return self.hold(job, length).await;
+            return self.hold(job).await;
         }
-        job.set_remaining(self.copies.left());
         if self.sync == BackupSync::Top && self.graph.plan().backing(self.source).is_some() {
             self.leave_out_below(job, &root, length).await?;
         }

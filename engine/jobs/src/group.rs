@@ -40,7 +40,16 @@ pub(crate) struct Group {
 impl Group {
     /// Of jobs in the order in which they were made.
     pub(crate) fn new(jobs: &[Arc<Job>]) -> Arc<Self> {
-        Arc::new(Self { members: jobs.iter().rev().cloned().collect(), state: Mutex::default() })
+        let group = Arc::new(Self { members: jobs.iter().rev().cloned().collect(), state: Mutex::default() });
+        group.members.iter().for_each(|job| job.set_group(&group));
+        group
+    }
+
+    /// Waits until all of its jobs are over.
+    pub(crate) async fn all_concluded(&self) {
+        for job in &self.members {
+            job.concluded().await;
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -146,10 +155,14 @@ impl Group {
         let all = self.members.len();
         let first = self.change(|state| {
             state.outcome = Some(false);
-            *state.culprit.get_or_insert(place) == place
+            let first = *state.culprit.get_or_insert(place) == place;
+            if first {
+                // Before the others can hear of it.
+                job.abort(stop);
+            }
+            first
         });
         if first {
-            job.abort(stop);
             let others = self.members.iter().filter(|member| !Arc::ptr_eq(member, job));
             others.for_each(|member| member.cancel_with_group());
         }

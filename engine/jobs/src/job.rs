@@ -6,7 +6,7 @@
 //! counted apart: a user's, and changes of the graph that hold the job's requests back ([`Drained`]).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -16,6 +16,7 @@ use underlay_sys::rt;
 
 use crate::error::{JobError, Stop};
 use crate::event::{Action, EventSink, JobEvent, Progress};
+use crate::group::Group;
 use crate::pace::Pace;
 use crate::status::{Status, Verb};
 
@@ -209,6 +210,8 @@ pub struct Job {
     write_blocking: OnceLock<Arc<AtomicBool>>,
     /// Work that is done beside the task, by guests' writes say: it counts as the job's.
     counter: OnceLock<Arc<AtomicU64>>,
+    /// Those with which it ends.
+    group: OnceLock<Weak<Group>>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
@@ -256,6 +259,7 @@ impl Job {
             on_target_error: settings.on_target_error,
             write_blocking: OnceLock::new(),
             counter: OnceLock::new(),
+            group: OnceLock::new(),
             auto_finalize: settings.auto_finalize,
             auto_dismiss: settings.auto_dismiss,
             sink,
@@ -395,8 +399,12 @@ impl Job {
             // QEMU's mirrors first wait for their target.
             state.cancel == Some(Cancel::Hard) && state.in_flight == 0 && self.kind != Kind::Mirror
         };
-        if over_soon {
-            self.concluded().await;
+        if !over_soon {
+            return;
+        }
+        match self.group.get().and_then(Weak::upgrade) {
+            Some(group) => group.all_concluded().await,
+            None => self.concluded().await,
         }
     }
 
@@ -618,6 +626,11 @@ impl Job {
     pub(crate) fn set_remaining(&self, bytes: u64) {
         let mut state = self.state();
         state.total = self.current(&state) + bytes;
+    }
+
+    /// The jobs that it ends with.
+    pub(crate) fn set_group(&self, group: &Arc<Group>) {
+        let _ = self.group.set(Arc::downgrade(group));
     }
 
     /// Bytes that somebody else counts are done too.

@@ -220,7 +220,7 @@ impl Copies {
             let found = self.find(ends, rest.split(CHUNK).0).await?;
             let part = into.slice(done, found.run.buffer_len());
             let result = found.at.read(found.run, part).await;
-            self.left_alone(&found)?;
+            self.still_there()?;
             result?;
             done += found.run.buffer_len();
             rest = rest.split(found.run.len()).1;
@@ -232,7 +232,7 @@ impl Copies {
     pub async fn map(&self, ends: Ends<'_>, range: ByteRange) -> Result<Extent> {
         let found = self.find(ends, range).await?;
         let what = status(&found.at, found.run, None).await;
-        self.left_alone(&found)?;
+        self.still_there()?;
         let what = what?;
         let place = if what.zero { Place::Zero } else { Place::Data(range.start()) };
         Ok(Extent::new(place, what.len))
@@ -265,15 +265,13 @@ impl Copies {
         let run = run.split(len).0;
         // What is copied stays so.
         let (at, turn) = if todo { (ends.source, Some(turn)) } else { (ends.target, None) };
-        Ok(Found { run, at, turn })
+        Ok(Found { run, at, _turn: turn })
     }
 
-    /// To be asked after reading there: a write for which nobody could copy does not wait for readers.
-    fn left_alone(&self, found: &Found<'_>) -> Result<()> {
-        match self.lost.get() {
-            Some(_) if found.turn.is_some() => Err(IoError::EACCES),
-            _ => Ok(()),
-        }
+    /// To be asked after reading: a write for which nobody could copy in time does not wait for readers, and a copy that was too
+    /// slow may have copied what that write left.
+    fn still_there(&self) -> Result<()> {
+        self.lost.get().map_or(Ok(()), |_| Err(IoError::EACCES))
     }
 }
 
@@ -281,5 +279,6 @@ impl Copies {
 struct Found<'a> {
     run: ByteRange,
     at: Cx<'a>,
-    turn: Option<RangeGuard>,
+    /// Holds off who would copy what is read from the disk.
+    _turn: Option<RangeGuard>,
 }

@@ -216,7 +216,7 @@ async fn check(lab: &Lab, case: &Case, guests: &Guests, start: &[u8]) {
 
 #[test]
 fn backups_beside_guests_are_of_the_moment() {
-    let count = std::env::var("UNDERLAY_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(200);
+    let count = std::env::var("UNDERLAY_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
     let first = std::env::var("UNDERLAY_FIRST_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
     let fails = |seed: &u64| std::panic::catch_unwind(|| run(*seed, play(*seed))).is_err();
     let failed: Vec<_> = (first..first + count).filter(fails).take(10).collect();
