@@ -19,7 +19,7 @@ enum Action {
     /// One edit of the plan.
     Snapshot(Option<Prepared>),
     /// A job to start.
-    Backup(BackupDraft),
+    Backup(Box<BackupDraft>),
 }
 
 /// transaction
@@ -81,7 +81,7 @@ impl Action {
 
     fn into_backup(self) -> Option<BackupDraft> {
         match self {
-            Self::Backup(draft) => Some(draft),
+            Self::Backup(draft) => Some(*draft),
             Self::Snapshot(_) => None,
         }
     }
@@ -125,7 +125,8 @@ async fn prepare(
         }
         "abort" => Err(CommandError::new("Transaction aborted using Abort action")),
         _ if is_backup(kind) => {
-            Ok(Action::Backup(backup::draft(daemon, kind, &mut data, &earlier.targets).await?))
+            let draft = backup::draft(daemon, kind, &mut data, &earlier.targets).await?;
+            Ok(Action::Backup(Box::new(draft)))
         }
         other => Err(CommandError::new(format!("Action '{other}' is not supported yet"))),
     }
