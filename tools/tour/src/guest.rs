@@ -19,8 +19,35 @@ pub struct Account {
     pub errors: u64,
 }
 
+/// What the guest's disk holds at a moment, block by block: how often each was written.
+#[derive(Clone, Debug)]
+pub struct Moment(Vec<u64>);
+
+impl Moment {
+    /// Blocks of an export that are not what they were at this moment.
+    pub fn differences(&self, socket: &Path, export: &str) -> Result<u64, String> {
+        let said = |error: std::io::Error| format!("{export}: {error}");
+        let client = Client::connect(&Server::unix(socket), export, &[]).map_err(said)?;
+        let mut disk = Disk { client, versions: self.0.clone(), random: 1, errors: 0 };
+        for block in 0..disk.versions.len() {
+            disk.verify(block).map_err(said)?;
+        }
+        disk.client.disconnect().map_err(said)?;
+        Ok(disk.errors)
+    }
+}
+
+/// What the guest is told.
+enum Order {
+    /// To make no request until the next order, and to say what its disk holds.
+    Rest(mpsc::Sender<Moment>),
+    /// To go on, on this connection from now on if there is one.
+    GoOn(Option<Box<Client>>),
+}
+
 /// A running guest.
 pub struct Guest {
+    orders: mpsc::Sender<Order>,
     stop: Arc<AtomicBool>,
     requests: Arc<AtomicU64>,
     thread: JoinHandle<Result<Account, String>>,
@@ -35,12 +62,13 @@ impl Guest {
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(AtomicU64::new(0));
         let (alive, failed) = mpsc::channel();
+        let (orders, to_obey) = mpsc::channel();
         let (stop_too, requests_too) = (stop.clone(), requests.clone());
         let thread = std::thread::spawn(move || {
             let _alive = alive;
-            Disk::new(client, seed).live(&stop_too, &requests_too)
+            Disk::new(client, seed).live(&stop_too, &requests_too, &to_obey)
         });
-        Ok(Self { stop, requests, thread, failed })
+        Ok(Self { orders, stop, requests, thread, failed })
     }
 
     /// Requests served so far.
@@ -54,6 +82,23 @@ impl Guest {
         while self.requests() < until && self.failed.try_recv() != Err(mpsc::TryRecvError::Disconnected) {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+    }
+
+    /// Has the guest rest: what its disk holds then.
+    pub fn rest(&self) -> Result<Moment, String> {
+        let (answer, moment) = mpsc::channel();
+        let gone = "the guest has gone";
+        self.orders.send(Order::Rest(answer)).map_err(|_| gone)?;
+        moment.recv().map_err(|_| gone.to_owned())
+    }
+
+    /// Has it go on, at another server's export if one is named.
+    pub fn go_on(&self, elsewhere: Option<(&Path, &str)>) -> Result<(), String> {
+        let connect = |(socket, export): (&Path, &str)| {
+            Client::connect(&Server::unix(socket), export, &[]).map_err(|error| format!("guest: {error}"))
+        };
+        let client = elsewhere.map(connect).transpose()?.map(Box::new);
+        self.orders.send(Order::GoOn(client)).map_err(|_| "the guest has gone".to_owned())
     }
 
     /// Has the guest verify its whole disk and leave.
@@ -85,9 +130,26 @@ impl Disk {
         usize::try_from(self.random % below.max(1) as u64).unwrap_or(0)
     }
 
-    fn live(mut self, stop: &AtomicBool, requests: &AtomicU64) -> Result<Account, String> {
+    /// Does what it is told, if it is told anything.
+    fn obey(&mut self, orders: &mpsc::Receiver<Order>) -> std::io::Result<()> {
+        let Ok(Order::Rest(answer)) = orders.try_recv() else { return Ok(()) };
+        // Nobody may be there to hear it any more; then nobody gives orders either.
+        let _ = answer.send(Moment(self.versions.clone()));
+        if let Ok(Order::GoOn(Some(client))) = orders.recv() {
+            std::mem::replace(&mut self.client, *client).disconnect()?;
+        }
+        Ok(())
+    }
+
+    fn live(
+        mut self,
+        stop: &AtomicBool,
+        requests: &AtomicU64,
+        orders: &mpsc::Receiver<Order>,
+    ) -> Result<Account, String> {
         let said = |error: std::io::Error| format!("guest: {error}");
         while !stop.load(Ordering::Relaxed) {
+            self.obey(orders).map_err(said)?;
             let block = self.random(self.versions.len());
             match self.random(8) {
                 0..4 => self.write(block).map_err(said)?,

@@ -1,9 +1,11 @@
 //! The tour: a daemon, a guest that never stops writing and verifying, and a chain of images that is made,
-//! streamed, committed and mirrored under it, case by case as in "Live Block Device Operations".
+//! streamed, committed, mirrored, backed up and moved to another daemon under it, case by case as in "Live Block Device
+//! Operations".
 #![forbid(unsafe_code)]
 
 mod cases;
 mod guest;
+mod moments;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,14 +17,16 @@ use underlay_qmp::blocking::Monitor;
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::thread::block_on;
 
-use cases::{CASES, Case};
+use cases::{CASES, Case, End};
 use guest::{Account, Guest};
+use moments::{Copied, Far};
 
 const HELP: &str = "\
 Usage: underlay tour
 
-Makes a chain of disk images live in a temporary folder, streams and commits it in eight ways and mirrors it in two while a
-guest keeps writing and verifying over NBD, and verifies every byte. Exit status 1 if anything differs.
+Makes a chain of disk images live in a temporary folder, streams and commits it in eight ways, mirrors it in three, backs
+it up in two and moves it to a second daemon, while a guest keeps writing and verifying over NBD, and verifies every byte.
+Exit status 1 if anything differs.
 ";
 
 /// Size of the guest's disk, in bytes.
@@ -59,12 +63,14 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(folder: &Path) -> Result<Self, String> {
+    /// Its sockets are called NAMEqmp.sock and NAMEnbd.sock.
+    fn start(folder: &Path, name: &str) -> Result<Self, String> {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let mut command = Command::new(program);
         command.arg("storage-daemon").current_dir(folder).stdout(Stdio::null());
-        command.args(["--chardev", "socket,id=m,path=qmp.sock,server=on,wait=off", "--monitor", "m"]);
-        command.args(["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
+        let monitor = format!("socket,id=m,path={name}qmp.sock,server=on,wait=off");
+        command.args(["--chardev", &monitor, "--monitor", "m"]);
+        command.args(["--nbd-server", &format!("addr.type=unix,addr.path={name}nbd.sock")]);
         Ok(Self { child: command.spawn().map_err(|error| format!("cannot start the daemon: {error}"))? })
     }
 }
@@ -88,7 +94,7 @@ fn tour() -> Result<bool, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
     println!("Underlay's tour, in {}", folder.path().display());
     let begun = Instant::now();
-    let mut daemon = Daemon::start(folder.path())?;
+    let mut daemon = Daemon::start(folder.path(), "")?;
     let mut monitor = Monitor::connect(&folder.path().join("qmp.sock"))?;
     let mut summary = Summary::default();
     for (number, case) in CASES.iter().enumerate() {
@@ -126,18 +132,25 @@ impl Stop {
         let guest = self.make_chain(monitor)?;
         println!("   before  {}", show(&self.chain(monitor)?));
         let (begun, served) = (Instant::now(), guest.requests());
-        let copied = self.run_job(monitor, case)?;
+        let Copied { bytes: copied, wrong, far } = match case.end {
+            End::Itself | End::Complete => {
+                Copied { bytes: self.run_job(monitor, case)?, ..Copied::default() }
+            }
+            _ => self.copy_a_moment(monitor, case, &guest)?,
+        };
         let (took, served) = (begun.elapsed().as_secs_f64(), guest.requests() - served);
         let chain = self.chain(monitor)?;
         println!("   after   {}", show(&chain));
         guest.work(PER_LAYER / 4);
         let account = guest.finish()?;
+        let ended = far.map_or(Ok(true), Far::end)?;
         let wanted: Vec<String> = case.result.chars().map(|letter| letter.to_string()).collect();
-        let right = chain == wanted;
-        let verdict = if right && account.errors == 0 { "every byte as it must be" } else { "DIFFERENT" };
+        let right = chain == wanted && ended;
+        let verdict =
+            if right && account.errors + wrong == 0 { "every byte as it must be" } else { "DIFFERENT" };
         println!("   {} in {took:.2} s, {served} guest requests meanwhile; {verdict}", HumanBytes(copied));
         summary.guest.requests += account.requests;
-        summary.guest.errors += account.errors;
+        summary.guest.errors += account.errors + wrong;
         summary.copied += copied;
         summary.wrong_chains += u32::from(!right);
         // The guest has said goodbye, but the server may not have heard it yet.
@@ -173,38 +186,45 @@ impl Stop {
 
     /// Runs the case's job to its end; the bytes it went through.
     fn run_job(&self, monitor: &mut Monitor, case: &Case) -> Result<u64, String> {
+        self.start_job(monitor, case)?;
+        if self.watch_job(monitor, case.end == End::Complete)? {
+            monitor.execute("block-job-complete", Object::new().with("device", "job0"))?;
+        }
+        job_end(monitor, case)
+    }
+
+    fn start_job(&self, monitor: &mut Monitor, case: &Case) -> Result<(), String> {
         let mut arguments = Object::new().with("job-id", "job0");
         for (name, value) in case.arguments {
             let value = match *name {
-                "target" => self.file(value),
-                "sync" | "copy-mode" => (*value).to_owned(),
-                _ => self.node(value),
+                "target" if value.len() == 1 => self.file(value),
+                "device" | "node-name" | "base-node" | "top-node" => self.node(value),
+                _ => (*value).to_owned(),
             };
             arguments.insert(name, value);
         }
         monitor.execute(case.command, arguments)?;
+        Ok(())
+    }
+
+    /// Shows how far the job is, until it is over or, if it gets ready, that: whether it is ready.
+    fn watch_job(&self, monitor: &mut Monitor, gets_ready: bool) -> Result<bool, String> {
         let bar = ProgressBar::new(DISK);
         let style = ProgressStyle::with_template("   {bar:40} {bytes}/{total_bytes}");
         bar.set_style(style.map_err(|error| error.to_string())?);
         loop {
             let jobs = monitor.execute("query-block-jobs", Object::new())?;
-            let Some(job) = jobs.as_list().and_then(|jobs| jobs.first()?.as_object()) else { break };
-            let number = |name: &str| job.get(name).and_then(Value::as_u64).unwrap_or(0);
+            let job = jobs.as_list().and_then(|jobs| jobs.first()?.as_object());
+            let number = |name: &str| job.and_then(|job| job.get(name)?.as_u64()).unwrap_or(0);
             bar.set_length(number("len"));
             bar.set_position(number("offset"));
-            if case.active && job.get("ready") == Some(&Value::Bool(true)) {
-                monitor.execute("block-job-complete", Object::new().with("device", "job0"))?;
-                break;
+            let ready = gets_ready && job.and_then(|job| job.get("ready")) == Some(&Value::Bool(true));
+            if ready || job.is_none() {
+                bar.finish_and_clear();
+                return Ok(ready);
             }
             std::thread::sleep(std::time::Duration::from_millis(2));
         }
-        let done = monitor.event("BLOCK_JOB_COMPLETED", "device", "job0")?;
-        bar.finish_and_clear();
-        if let Some(error) = done.get("error").and_then(Value::as_str) {
-            return Err(format!("{}: {error}", case.command));
-        }
-        monitor.event("JOB_STATUS_CHANGE", "status", "null")?;
-        Ok(done.get("offset").and_then(Value::as_u64).unwrap_or(0))
     }
 
     /// The letters of the chain below the guest's export, base first.
@@ -232,6 +252,16 @@ impl Stop {
         chain.reverse();
         Ok(chain)
     }
+}
+
+/// Waits for the end of the job; the bytes it went through.
+fn job_end(monitor: &mut Monitor, case: &Case) -> Result<u64, String> {
+    let done = monitor.event("BLOCK_JOB_COMPLETED", "device", "job0")?;
+    if let Some(error) = done.get("error").and_then(Value::as_str) {
+        return Err(format!("{}: {error}", case.command));
+    }
+    monitor.event("JOB_STATUS_CHANGE", "status", "null")?;
+    Ok(done.get("offset").and_then(Value::as_u64).unwrap_or(0))
 }
 
 fn show(chain: &[String]) -> String {
