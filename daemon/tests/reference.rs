@@ -285,3 +285,8 @@ fn fleecing() {
 fn backup_transaction() {
     compare("backup_transaction");
 }
+
+#[test]
+fn concluded() {
+    compare("concluded");
+}

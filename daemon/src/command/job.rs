@@ -162,7 +162,7 @@ pub async fn verb(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> 
         (_, "cancel") => job.cancel(),
         (_, "complete") => job.complete(),
         (_, "finalize") => job.finalize().await,
-        (_, "dismiss") => daemon.jobs.dismiss(&job),
+        (_, "dismiss") => daemon.jobs.dismiss(&job).await,
         _ => return None,
     };
     if done.is_ok() && verb == "cancel" {

@@ -1,10 +1,13 @@
 //! What jobs have to know about chains: which images lie between two, who works on them, and the marks that keep
 //! everybody else's hands off.
 
-use underlay_graph::{GraphError, Kind as NodeKind, NodeId, Plan, Role};
+use std::sync::Arc;
+
+use underlay_graph::plan::NewRoot;
+use underlay_graph::{Graph, GraphError, Kind as NodeKind, NodeId, Perms, Plan, Role, RootId};
 
 use crate::error::JobError;
-use crate::job::Kind;
+use crate::job::{Job, Kind};
 
 /// The images from `top` down to (not including) `base`; to the lowest one without a base. `None` when `base` is not
 /// below `top`. Filters are left out.
@@ -101,6 +104,51 @@ impl Claim {
             if plan.get(*id).is_some() {
                 plan.set_read_only(*id, true);
             }
+        }
+    }
+}
+
+/// What a job that is over keeps of the graph until it is dismissed: QEMU's still count as users of their images, and
+/// nobody else may work on these.
+#[derive(Debug)]
+pub(crate) struct Afterlife {
+    graph: Arc<Graph>,
+    nodes: Vec<NodeId>,
+    roots: Vec<RootId>,
+}
+
+impl Afterlife {
+    /// Keeps hold of the nodes of a claim that was released. Nothing for a job that vanishes by itself.
+    pub(crate) fn begin(plan: &mut Plan, graph: &Arc<Graph>, claim: &Claim, job: &Job) -> Option<Self> {
+        if job.vanishes_by_itself() {
+            return None;
+        }
+        let nodes: Vec<_> = claim.nodes.iter().copied().filter(|id| plan.get(*id).is_some()).collect();
+        let hold = |id: &NodeId| {
+            plan.node_mut(*id).busy = Some(job.kind().as_str());
+            plan.add_root(NewRoot {
+                user: user(job.kind(), job.id()),
+                role: "intermediate node",
+                node: *id,
+                required: Perms::NONE,
+                shared: Perms::ALL,
+                pinned: true,
+                drained: None,
+            })
+        };
+        let roots = nodes.iter().map(hold).collect();
+        Some(Self { graph: graph.clone(), nodes, roots })
+    }
+
+    /// Lets go of everything.
+    pub(crate) async fn end(self) {
+        let edit = |plan: &mut Plan| {
+            self.roots.iter().for_each(|root| plan.remove_root(*root));
+            self.nodes.iter().for_each(|id| plan.node_mut(*id).busy = None);
+            Ok(())
+        };
+        if let Err(error) = self.graph.change(edit).await {
+            tracing::error!(%error, "the images of a dismissed job cannot be let go of");
         }
     }
 }

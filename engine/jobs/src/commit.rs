@@ -24,7 +24,7 @@ use underlay_sys::buffers::Buffers;
 
 use crate::BackingNames;
 use crate::active::Active;
-use crate::chain::{self, Claim, wrong};
+use crate::chain::{self, Afterlife, Claim, wrong};
 use crate::copy::{self, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter::Pass;
@@ -245,9 +245,11 @@ impl Work for Commit {
         let edit = |plan: &mut Plan| {
             wiring.unwire(plan, part.base)?;
             let note = Note::new(args, part, overlays.clone());
-            Ok(((), Some(Box::new(note) as Box<dyn LastStep>)))
+            let kept = Afterlife::begin(plan, &self.graph, &wiring.claim, job);
+            Ok((kept, Some(Box::new(note) as Box<dyn LastStep>)))
         };
-        Ok(job.change(&self.graph, edit).await?)
+        job.keep(job.change(&self.graph, edit).await?);
+        Ok(())
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {

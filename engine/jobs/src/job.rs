@@ -14,6 +14,7 @@ use underlay_graph::root::Drained;
 use underlay_graph::{Graph, GraphError, IoError, Plan};
 use underlay_sys::rt;
 
+use crate::chain::Afterlife;
 use crate::error::{JobError, Stop};
 use crate::event::{Action, EventSink, JobEvent, Progress};
 use crate::group::Group;
@@ -215,6 +216,8 @@ pub struct Job {
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
+    /// What it keeps of the graph when it is over.
+    afterlife: Mutex<Option<Afterlife>>,
 }
 
 impl std::fmt::Debug for Job {
@@ -265,6 +268,7 @@ impl Job {
             sink,
             state: Mutex::new(state),
             changed: Notify::new(),
+            afterlife: Mutex::default(),
         })
     }
 
@@ -796,6 +800,21 @@ impl Job {
         let mut state = self.state();
         self.enter(&mut state, Status::Concluded);
         self.enter(&mut state, Status::Null);
+    }
+
+    /// What it keeps of the graph from now on, until it is dismissed.
+    pub(crate) fn keep(&self, afterlife: Option<Afterlife>) {
+        *self.afterlife.lock().unwrap_or_else(PoisonError::into_inner) = afterlife;
+    }
+
+    /// It is about to be dismissed: lets go of what it has kept.
+    pub(crate) async fn let_go(&self) -> Result<(), JobError> {
+        self.check(&self.state(), Verb::Dismiss)?;
+        let kept = self.afterlife.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(kept) = kept {
+            kept.end().await;
+        }
+        Ok(())
     }
 
     /// It vanishes.

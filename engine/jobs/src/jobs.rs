@@ -83,8 +83,9 @@ impl Jobs {
         self.list().iter().rev().map(|job| job.info()).collect()
     }
 
-    /// job-dismiss: a concluded job vanishes.
-    pub fn dismiss(&self, job: &Job) -> Result<(), JobError> {
+    /// job-dismiss: a concluded job lets go of its images and vanishes.
+    pub async fn dismiss(&self, job: &Job) -> Result<(), JobError> {
+        job.let_go().await?;
         let mut list = self.list();
         job.vanish()?;
         list.retain(|other| !std::ptr::eq(&**other, job));
@@ -102,6 +103,10 @@ impl Jobs {
         }
         for job in jobs {
             job.concluded().await;
+            if !job.vanishes_by_itself() {
+                // Refused only for one that somebody else has just dismissed.
+                let _ = self.dismiss(&job).await;
+            }
         }
     }
 

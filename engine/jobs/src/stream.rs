@@ -20,7 +20,7 @@ use underlay_graph::{
 };
 
 use crate::BackingNames;
-use crate::chain::{self, Claim, wrong};
+use crate::chain::{self, Afterlife, Claim, wrong};
 use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter::Pass;
@@ -211,17 +211,22 @@ impl Work for Stream {
                 names: args.names.clone(),
             };
             let last: Option<Box<dyn LastStep>> = if had_one { Some(Box::new(note)) } else { None };
-            Ok(((), last))
+            Ok((Afterlife::begin(plan, &self.graph, &wiring.claim, job), last))
         };
-        Ok(job.change(&self.graph, edit).await?)
+        job.keep(job.change(&self.graph, edit).await?);
+        Ok(())
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
         // Going back to read-only flushes, and may fail for it. Then it stays writable.
         for _ in 0..2 {
             let wiring = &self.wiring;
-            match job.change(&self.graph, |plan| Ok((wiring.unwire(plan)?, None))).await {
-                Ok(()) => return,
+            let edit = |plan: &mut Plan| {
+                wiring.unwire(plan)?;
+                Ok((Afterlife::begin(plan, &self.graph, &wiring.claim, job), None))
+            };
+            match job.change(&self.graph, edit).await {
+                Ok(kept) => return job.keep(kept),
                 Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
             }
             self.wiring.claim.leave_all_writable();

@@ -87,8 +87,15 @@ fn pending_waits_for_finalize_and_concluded_for_dismiss() {
         assert_eq!(lab.chain(), "DA");
         assert_eq!(lab.jobs.query()[0].status, Status::Concluded);
         assert!(matches!(job.cancel(), Err(JobError::WrongState { .. })));
-        lab.jobs.dismiss(&job).unwrap();
+        // Until then its images count as in use.
+        let plan = lab.graph.plan();
+        let busy: String =
+            plan.nodes().filter(|(_, node)| node.busy.is_some()).map(|(_, n)| n.name.to_string()).collect();
+        assert_eq!(busy, "BCD");
+        drop(plan);
+        lab.jobs.dismiss(&job).await.unwrap();
         assert_eq!(lab.record.take(), "null");
+        lab.assert_tidy();
         // Cancelled while pending: nothing happens to the chain.
         let args = stream_args(&lab, 3, StreamEnd::Whole, manual);
         let job = spawn(lab.jobs.stream(&lab.graph, args).await.unwrap());
@@ -98,6 +105,7 @@ fn pending_waits_for_finalize_and_concluded_for_dismiss() {
         assert_eq!(lab.record.take(), "created running waiting pending PENDING aborting CANCELLED concluded");
         assert_eq!(job.info().error.as_deref(), Some("Operation canceled"));
         assert_eq!(lab.chain(), "DA");
+        lab.jobs.dismiss(&job).await.unwrap();
         lab.assert_tidy();
     });
 }
