@@ -723,6 +723,11 @@ impl Job {
         self.enter(&mut self.state(), Status::Pending);
     }
 
+    /// Whether it vanishes once concluded, without being dismissed.
+    pub(crate) fn vanishes_by_itself(&self) -> bool {
+        self.auto_dismiss
+    }
+
     /// Whether nobody need ask for the end of a pending job.
     pub(crate) fn finalizes_by_itself(&self) -> bool {
         self.auto_finalize
