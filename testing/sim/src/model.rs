@@ -75,8 +75,16 @@ fn at(sector: u64) -> usize {
 impl Model {
     /// A disk of zeroes.
     pub fn new(sectors: u64) -> Self {
+        let mut model =
+            Self { sectors: Vec::new(), moment: 0, in_flight: BTreeSet::new(), history: Vec::new() };
+        model.resize(sectors);
+        model
+    }
+
+    /// The disk has another length from now on: what is behind it is gone, and what is new is zeroes.
+    pub fn resize(&mut self, sectors: u64) {
         let zero = Sector { now: [0].into(), cut: [0].into(), begun: Vec::new() };
-        Self { sectors: vec![zero; at(sectors)], moment: 0, in_flight: BTreeSet::new(), history: Vec::new() }
+        self.sectors.resize(at(sectors), zero);
     }
 
     /// A write of `value` (0: zeroes) begins; `write` is a number of its own.

@@ -38,7 +38,7 @@ async fn borrows(setup: &Setup, bottom: Option<usize>) -> bool {
     let mut rest = ByteRange::between(0, setup.sectors * SECTOR);
     while !rest.is_empty() {
         let found = status(&inside.cx(), rest, until).await.unwrap();
-        if found.allocated && found.depth > 0 {
+        if found.allocated && found.depth > 0 && !found.past_end {
             return true;
         }
         rest = rest.split(found.len).1;

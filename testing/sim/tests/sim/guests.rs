@@ -34,7 +34,7 @@ impl Guests {
             numbers: Arc::new(AtomicU64::new(setup.numbers)),
             stop: Arc::default(),
             errors,
-            compress: true,
+            compress: setup.layers.iter().all(|layer| !layer.raw),
             cluster: setup.cluster,
             sectors: setup.sectors,
         }
@@ -66,7 +66,7 @@ impl Guests {
         let action = rng.below(16);
         if action == 8 {
             first -= first % (self.cluster / SECTOR);
-            count = self.cluster / SECTOR;
+            count = (self.cluster / SECTOR).min(self.sectors - first);
         }
         let range = ByteRange::between(first * SECTOR, (first + count) * SECTOR);
         let number = self.numbers.fetch_add(1, Ordering::SeqCst);

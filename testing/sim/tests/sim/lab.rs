@@ -76,17 +76,18 @@ pub async fn writable(image: Arc<dyn Node>, file: Arc<View>, below: Option<Arc<V
     view
 }
 
+/// An image that lies in `file`.
+pub async fn open_image(file: &Arc<View>, raw: bool, options: OpenOptions) -> Arc<dyn Node> {
+    if raw {
+        return Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap());
+    }
+    Arc::new(Qcow2::open(&file.cx(), options).await.unwrap())
+}
+
 /// Writes something into a new layer, so that jobs have work, and leaves it flushed.
-async fn fill(
-    rng: &mut Rng,
-    file: &Arc<View>,
-    below: Option<Arc<View>>,
-    model: &mut Model,
-    numbers: &mut u64,
-) -> Arc<View> {
-    let image = Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap());
-    let view = writable(image.clone(), file.clone(), below).await;
+async fn fill(rng: &mut Rng, view: &View, model: &mut Model, numbers: &mut u64) {
     let sectors = view.cx().length() / SECTOR;
+    model.resize(sectors);
     for _ in 0..rng.below(4) {
         let first = rng.below(sectors);
         let count = (1 + rng.below(sectors / 3)).min(sectors - first);
@@ -98,9 +99,8 @@ async fn fill(
         *numbers += 1;
     }
     let flush = model.begin_flush();
-    image.close(&view.cx()).await.unwrap();
+    view.node().close(&view.cx()).await.unwrap();
     model.end_flush(&flush);
-    view
 }
 
 /// An image as a node for a graph, on its disk.
@@ -138,27 +138,41 @@ pub async fn add_user(graph: &Graph, node: NodeId, required: Perms) -> Root {
     graph.root(id).unwrap()
 }
 
-/// A chain of `length` images, with something in each, and a guest on top.
+/// A chain of `length` images, with something in each, and a guest on top. The lowest may be raw, and each may be longer
+/// or shorter than the one below it.
 pub async fn build(rng: &mut Rng, length: usize) -> Setup {
     let cluster = rng.pick(&[512, 1024, 4096, 16384, 65536]);
-    let size = (cluster * 24).max(48 << 10);
+    let usual = (cluster * 24).max(48 << 10);
+    let (is_even, has_raw) = (rng.one_in(2), rng.one_in(4));
     let power = Power::until(u64::MAX);
     let graph = Graph::new();
-    let mut model = Model::new(size / SECTOR);
+    let mut model = Model::new(0);
     let mut below: Option<Arc<View>> = None;
     let mut numbers = 1;
     let mut layers: Vec<Layer> = Vec::new();
+    let mut size = usual;
     for (at, name) in NAMES.into_iter().enumerate().take(length) {
-        let disk = Disk::new(Vec::new(), rng.number(), power.clone());
+        if !is_even {
+            size = usual / 2 + rng.below(usual / SECTOR) * SECTOR;
+        }
+        let raw = has_raw && at == 0;
+        let content = if raw { vec![0; usize::try_from(size).unwrap()] } else { Vec::new() };
+        let disk = Disk::new(content, rng.number(), power.clone());
         let file = View::detached(disk.clone(), []);
-        let mut options = create_options(rng, cluster, size);
-        options.backing = layers.last().map(|below| called(below.name));
-        create(&file.cx(), &options).await.unwrap();
-        below = Some(fill(rng, &file, below, &mut model, &mut numbers).await);
-        let image = Arc::new(Qcow2::open(&file.cx(), open_options(rng)).await.unwrap());
+        if !raw {
+            let backing = layers.last().map(called);
+            create(&file.cx(), &CreateOptions { backing, ..create_options(rng, cluster, size) })
+                .await
+                .unwrap();
+        }
+        let image = open_image(&file, raw, OpenOptions::default()).await;
+        let view = writable(image, file.clone(), below).await;
+        fill(rng, &view, &mut model, &mut numbers).await;
+        below = Some(view);
+        let image = open_image(&file, raw, open_options(rng)).await;
         let new = new_node(name, &disk, image, layers.last().map(|layer| layer.node), at + 1 < length);
         let node = add_node(&graph, new).await;
-        layers.push(Layer { name, disk, node, raw: false });
+        layers.push(Layer { name, disk, node, raw });
     }
     let top = layers.last().unwrap().node;
     let guest = add_user(&graph, top, Perms::CONSISTENT_READ | Perms::WRITE).await;
@@ -166,19 +180,20 @@ pub async fn build(rng: &mut Rng, length: usize) -> Setup {
 }
 
 /// How a header names a layer.
-pub fn called(name: &str) -> BackingRef {
-    BackingRef { file: name.into(), format: Some("qcow2".into()) }
+pub fn called(layer: &Layer) -> BackingRef {
+    let format = if layer.raw { "raw" } else { "qcow2" };
+    BackingRef { file: layer.name.into(), format: Some(format.into()) }
 }
 
 /// What a power cut left of an image: opened, repaired if it says that it needs it, and checked.
 async fn open_left(layer: &Layer, seed: u64) -> (Arc<dyn Node>, Arc<View>, Option<String>) {
     let left = layer.disk.after_power_cut(seed);
     let file = View::detached(Disk::new(left, seed, Power::until(u64::MAX)), []);
-    if layer.raw {
-        return (Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap()), file, None);
-    }
-    let image = Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap());
+    let image = open_image(&file, layer.raw, OpenOptions::default()).await;
     writable(image.clone(), file.clone(), None).await;
+    if layer.raw {
+        return (image, file, None);
+    }
     let mut findings = Vec::new();
     let outcome = check(&file.cx(), Fix::None, &mut |finding| findings.push(finding)).await.unwrap();
     let errors = outcome.corruptions + outcome.check_errors;

@@ -6,18 +6,18 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use underlay_drivers::format::raw::{Raw, RawOptions};
-use underlay_graph::{ByteRange, NewNode, Node, NodeId, Perms, View, WriteFlags};
+use underlay_graph::{ByteRange, NewNode, NodeId, Perms, View, WriteFlags};
 use underlay_jobs::{
     EventSink, Job, JobEvent, Jobs, MirrorArgs, OnError, Settings, Status, SyncMode, Target,
 };
-use underlay_qcow2::{OpenOptions, Qcow2, create};
+use underlay_qcow2::{OpenOptions, create};
 use underlay_sim::{Disk, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
 
 use crate::guests::{Guests, Running};
 use crate::lab::{
-    Layer, Setup, add_node, add_user, build, called, create_options, new_node, open_options, writable,
+    Layer, Setup, add_node, add_user, build, called, create_options, new_node, open_image, open_options,
+    writable,
 };
 
 /// How the client ends it.
@@ -109,17 +109,15 @@ async fn make(setup: &Setup, case: &Case, rng: &mut Rng) -> Arc<Disk> {
     let content = if case.raw { vec![0; usize::try_from(size).unwrap()] } else { Vec::new() };
     let disk = Disk::new(content, rng.number(), setup.power.clone());
     let file = View::detached(disk.clone(), []);
-    let format: Arc<dyn Node> = if case.raw {
-        Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap())
-    } else {
+    if !case.raw {
         let mut options = create_options(rng, case.cluster, size);
-        options.backing = case.ground.backing().map(|at| called(setup.layers[at].name));
+        options.backing = case.ground.backing().map(|at| called(&setup.layers[at]));
         create(&file.cx(), &options).await.unwrap();
-        Arc::new(Qcow2::open(&file.cx(), OpenOptions::default()).await.unwrap())
-    };
+    }
+    let format = open_image(&file, case.raw, OpenOptions::default()).await;
     let view = writable(format.clone(), file.clone(), None).await;
-    for at in 0..size / setup.cluster {
-        let range = ByteRange::between(at * setup.cluster, (at + 1) * setup.cluster);
+    for start in (0..size).step_by(1 << 12) {
+        let range = ByteRange::between(start, size.min(start + (1 << 12)));
         let into = match case.ground {
             Ground::Rubbish if rng.one_in(2) => Iov::filled(range.buffer_len(), 0xbb),
             Ground::Copy => {
@@ -138,11 +136,7 @@ async fn make(setup: &Setup, case: &Case, rng: &mut Rng) -> Arc<Disk> {
 /// The target's node, not in the graph yet.
 async fn open(setup: &Setup, case: &Case, disk: &Arc<Disk>, rng: &mut Rng) -> NewNode {
     let file = View::detached(disk.clone(), []);
-    let format: Arc<dyn Node> = if case.raw {
-        Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap())
-    } else {
-        Arc::new(Qcow2::open(&file.cx(), open_options(rng)).await.unwrap())
-    };
+    let format = open_image(&file, case.raw, open_options(rng)).await;
     let below = match case.ground {
         Ground::Layer(at) => Some(setup.layers[at].node),
         _ => None,
@@ -273,7 +267,7 @@ async fn play(seed: u64, faults: bool) {
     println!("seed {seed}: {case:?}");
     let source = setup.layers[length - 1].node;
     let mut guests = Guests::new(&setup, case.is_troubled());
-    guests.compress = !case.raw && setup.cluster % case.cluster == 0;
+    guests.compress &= !case.raw && setup.cluster % case.cluster == 0;
     let disk = make(&setup, &case, &mut rng).await;
     // What is written before the job must be in a copy of before already.
     let is_early = case.ground != Ground::Copy;
