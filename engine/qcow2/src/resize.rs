@@ -12,7 +12,7 @@ use underlay_graph::range_lock::Mode;
 use underlay_graph::{ByteRange, Cx, IoError, Place, Preallocation, Result, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
 
-use crate::check::words;
+use crate::check::{Fix, check, words};
 use crate::entry::{Entry, OFFSET};
 use crate::features;
 use crate::header::{Header, MAX_L1_BYTES};
@@ -320,6 +320,11 @@ pub async fn trim_file(file: &Cx<'_>) -> Result<()> {
     let header = Header::read(file).await.map_err(|error| IoError::EINVAL.with(error.to_string()))?;
     if header.has(features::DIRTY | features::CORRUPT) {
         return Ok(());
+    }
+    // A cluster that is in use and not counted would be lost.
+    match check(file, Fix::None, &mut |_| ()).await {
+        Ok(found) if found.corruptions == 0 && found.check_errors == 0 => {}
+        _ => return Ok(()),
     }
     let cluster = header.cluster_size();
     let read = async |at: u64, len: u64| {

@@ -147,6 +147,19 @@ fn a_shrunk_file_loses_its_end() {
 }
 
 #[test]
+fn clusters_in_use_that_are_not_counted_stay() {
+    let disk = Disk::new(&CreateOptions::new(8 << 20), None);
+    disk.write(5, 0, 8 << 20);
+    run(disk.view.node().close(&disk.view.cx())).unwrap();
+    // The refcounts behind the first eight clusters are lost.
+    let block = ByteRange::between((2 << 16) + 16, 3 << 16);
+    run(disk.file.cx().write(block, Iov::zeroed(block.buffer_len()), WriteFlags::default())).unwrap();
+    let before = disk.memory.to_vec();
+    run(trim_file(&disk.file.cx())).unwrap();
+    assert_eq!(disk.memory.to_vec(), before);
+}
+
+#[test]
 fn impossible_sizes_are_refused_in_the_words_of_qemu() {
     let disk = Disk::new(&CreateOptions { cluster_size: 512, ..CreateOptions::new(1 << 20) }, None);
     let text = |size, how| disk.resize(size, how).unwrap_err().to_string();
