@@ -181,7 +181,8 @@ impl Copy {
         let mut running: VecDeque<rt::JoinHandle<Outcome>> = VecDeque::new();
         while !rest.is_empty() {
             progress.show(rest.start() as f64 * 100.0 / length as f64);
-            let (own, len) = self.look(rest, below).await.map_err(failed)?;
+            let looked = self.look(rest, below).await.map_err(failed)?;
+            let (own, len) = if self.compressed { self.in_clusters(rest, looked) } else { looked };
             // What both say to be zero is not read.
             let (found, later) = rest.split(if own { len } else { len.min(CHUNK) });
             rest = later;
@@ -202,6 +203,21 @@ impl Copy {
         progress.show(100.0);
         progress.end();
         Ok(())
+    }
+
+    fn cluster(&self) -> u64 {
+        self.image.wires().view(self.image.node()).node().image_info().cluster_size.unwrap_or(65536)
+    }
+
+    /// The same of whole clusters, as only these are written compressed: one of which a part may have to be copied is
+    /// copied. `rest` begins with a cluster.
+    fn in_clusters(&self, rest: ByteRange, (own, len): (bool, u64)) -> (bool, u64) {
+        let cluster = self.cluster();
+        let whole = if len == rest.len() { len } else { len - len % cluster };
+        match own && whole > 0 {
+            true => (true, whole),
+            false => (false, len.next_multiple_of(cluster).min(rest.len())),
+        }
     }
 
     /// Whether the first bytes of `range` are the image's own, or the same anyway; and how many.
@@ -244,8 +260,7 @@ impl Copy {
         let old = Iov::scratch(range.buffer_len());
         self.image.root.read(range, old.clone()).await.map_err(reading)?;
         let new = self.read_new(range).await?;
-        let cluster =
-            self.image.wires().view(self.image.node()).node().image_info().cluster_size.unwrap_or(65536);
+        let cluster = self.cluster();
         let mut rest = range;
         while !rest.is_empty() {
             let (unit, later) = rest.split(cluster - rest.start() % cluster);
