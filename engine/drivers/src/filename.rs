@@ -4,7 +4,7 @@
 //! that matter for its content. Source: `design/qemu-surface.md` 4.1, "File names".
 
 use underlay_graph::plan::Wires;
-use underlay_graph::{Kind, NodeId, Role, View};
+use underlay_graph::{BackingRef, Kind, NodeId, Role, View};
 use underlay_qmp::json::{Object, Value};
 
 use crate::filter::copy_on_read::CopyOnRead;
@@ -71,9 +71,14 @@ pub fn find_in_chain(wires: &Wires, top: NodeId, file: &str) -> Option<NodeId> {
         if of(&view) == file || called || same_file {
             return Some(id);
         }
-        let below = view.node().backing_ref().map(|backing| backing.file);
         let image = of_file(&view).unwrap_or_default();
-        called = below.is_some_and(|below| below == file || names::resolve_backing(&image, &below) == file);
+        let from_here = |name: &str| names::resolve_backing(&image, name);
+        called = view.node().backing_ref().is_some_and(|BackingRef { file: below, .. }| {
+            let below_is = absolute(&from_here(&below));
+            below == file
+                || from_here(&below) == file
+                || below_is.is_some() && below_is == absolute(&from_here(file))
+        });
     }
     None
 }
