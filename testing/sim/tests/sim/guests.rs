@@ -55,6 +55,11 @@ impl Guests {
         Self { errors: false, stop: Arc::default(), ..self.clone() }
     }
 
+    /// Others who use the same disk another way.
+    pub fn through(&self, root: Root) -> Self {
+        Self { root, ..self.clone() }
+    }
+
     fn settle(&self, result: underlay_graph::Result<()>) -> bool {
         assert!(result.is_ok() || self.errors, "{result:?}");
         result.is_ok()
