@@ -57,6 +57,12 @@ impl Bare {
         }
     }
 
+    /// As many clusters as it can take up anywhere in front of `far`: there the refcount table is shorter, but two more blocks
+    /// may be touched.
+    fn longest(header: &Header, far: u64) -> Option<u64> {
+        Some(Self::at(header, far)?.len() + 2)
+    }
+
     fn len(&self) -> u64 {
         self.table + self.blocks.len() as u64 + self.l1
     }
@@ -155,9 +161,9 @@ impl Qcow2 {
     /// Free clusters for everything, behind those of `end`; they are taken, for this image as it still is. `None` if there
     /// are none.
     async fn place_on_the_way(&self, cx: &Cx<'_>, header: &Header, end: &Bare) -> Result<Option<Bare>> {
-        // The farther away, the longer the refcount table. It will not be farther than that.
+        // It will not be farther away than that.
         let far = self.refcounts.end().saturating_mul(2).max(end.end());
-        let Some(longest) = Bare::at(header, far).map(|bare| bare.len()) else { return Ok(None) };
+        let Some(longest) = Bare::longest(header, far) else { return Ok(None) };
         let mut in_the_way = Vec::new();
         let found = loop {
             match self.alloc_clusters(cx, longest).await {
@@ -174,9 +180,34 @@ impl Qcow2 {
             Err(error) if error.is_no_space() => return Ok(None),
             Err(error) => return Err(error),
         };
-        let bare = Bare::at(header, host >> self.layout.cluster_bits);
-        let used = bare.as_ref().map_or(0, Bare::len).min(longest);
+        let bare = Bare::at(header, host >> self.layout.cluster_bits).filter(|bare| bare.len() <= longest);
+        let used = bare.as_ref().map_or(0, Bare::len);
         self.free_unused(cx, host + (used << self.layout.cluster_bits), longest - used).await;
         Ok(bare)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::Shape;
+
+    #[test]
+    fn it_is_never_longer_than_expected_and_counts_itself() {
+        for (bits, order, l1_entries) in [(9, 6, 32), (9, 6, 6400), (9, 4, 20_000), (12, 6, 1000)] {
+            let shape = Shape { bits, order, extended: false, v3: true, zstd: false, size: 1 << 20 };
+            let header = Header::parse(&shape.image(false)).expect("a header");
+            let header = Header { l1_entries, ..header };
+            for far in [400, 4000, 40_000] {
+                let longest = Bare::longest(&header, far).expect("not too far");
+                for start in (1..far).step_by(1 + usize::try_from(far / 400).expect("small")) {
+                    let bare = Bare::at(&header, start).expect("not too far");
+                    assert!(bare.len() <= longest, "{shape:?} {start} {far}: {bare:?} {longest}");
+                    let per_block = header.refcounts_per_block();
+                    let counted = (bare.start..bare.end()).all(|at| bare.blocks.contains(&(at / per_block)));
+                    assert!(counted && bare.blocks[0] == 0, "{bare:?}");
+                }
+            }
+        }
     }
 }

@@ -84,8 +84,8 @@ pub async fn run(words: &[String]) -> Outcome {
     opened.warn_if_guessed();
     let base = find_base(&opened, name, request.base.as_deref())?;
     let done = commit_and_empty(&mut opened, base, &request).await;
-    opened.close().await?;
-    done?;
+    let closed = opened.close().await;
+    done.and(closed)?;
     if !request.quiet {
         println!("Image committed.");
     }

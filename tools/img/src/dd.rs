@@ -127,9 +127,8 @@ async fn copy(request: &Request) -> Outcome {
     })?;
     let to = image(output, How { format: Some(format), write: true, ..How::default() }).await?;
     let copied = copy_range(&from, &to, range).await;
-    from.close().await?;
-    to.close().await?;
-    copied
+    let (from, to) = (from.close().await, to.close().await);
+    copied.and(from).and(to)
 }
 
 /// Whether making the output would destroy the input.
