@@ -247,6 +247,11 @@ fn verbs() {
 }
 
 #[test]
+fn reopen() {
+    compare("reopen");
+}
+
+#[test]
 fn copy_on_read() {
     compare("copy_on_read");
 }

@@ -1,12 +1,14 @@
 //! Nodes come, go and change: blockdev-add, blockdev-del, change-backing-file, block_resize.
 
 use async_trait::async_trait;
+use underlay_drivers::reopen::{self, Reopening};
 use underlay_drivers::{BackingPolicy, NodeSpec};
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation, Role};
 use underlay_qmp::json::Object;
 
+use super::arguments::Arguments;
 use super::lookup;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
@@ -55,6 +57,26 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         Ok(())
     };
     Ok(daemon.graph.change(edit).await?)
+}
+
+/// blockdev-reopen: other options for several nodes, for all or for none.
+pub async fn reopen(daemon: &Daemon, nodes: Vec<Arguments>) -> CommandResult<()> {
+    let mut closing = Vec::new();
+    let edit = |plan: &mut Plan| {
+        let mut reopening = Reopening::new(plan, &daemon.groups);
+        for options in nodes {
+            reopening.reopen(&options.rest())?;
+        }
+        closing.extend_from_slice(reopening.closing());
+        Ok(((), Some(reopening.finish())))
+    };
+    match daemon.graph.change_with(edit).await {
+        Err(GraphError::ReadOnly) => {
+            let error = reopen::read_write_users(&daemon.graph, &closing);
+            Err(error.unwrap_or(GraphError::ReadOnly).into())
+        }
+        result => Ok(result?),
+    }
 }
 
 /// A node's own method called between two wirings, while no request is inside.

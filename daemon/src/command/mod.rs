@@ -78,6 +78,7 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "object-del" => object::del(daemon, &arguments.text("id"))?,
         "qom-set" => object::qom_set(daemon, &mut arguments)?,
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
+        "blockdev-reopen" => blockdev::reopen(daemon, arguments.objects("options")).await?,
         "blockdev-create" => create::blockdev_create(daemon, &mut arguments).await?,
         "blockdev-snapshot-sync" => {
             snapshot::snapshot_sync(daemon, SnapshotSync::new(&mut arguments)).await?

@@ -11,6 +11,7 @@ pub mod open;
 pub mod options;
 pub mod probe;
 pub mod protocol;
+pub mod reopen;
 pub mod throttle;
 
 pub use error::OpenError;

@@ -309,7 +309,7 @@ impl NodeSpec {
         }
     }
 
-    fn driver_name(&self) -> &'static str {
+    pub(crate) fn driver_name(&self) -> &'static str {
         match &self.driver {
             DriverSpec::File(file) => file.driver,
             DriverSpec::Nbd(_) => "nbd",

@@ -111,8 +111,10 @@ impl Graph {
         let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access };
         let outcome = step.run(last_step).await;
         if outcome.is_ok() {
+            // Nodes may want to be asked in another way after the last step.
+            let now = Wires::new(Arc::new(new.plan().clone()));
             for ((id, _), gate) in roots.iter().zip(&mut gates) {
-                **gate = new.plan().root(*id).map(|root| new.view(root.node));
+                **gate = now.plan().root(*id).map(|root| now.view(root.node));
             }
             let plan = Arc::new(new.plan().clone());
             let access = Arc::new(new_access.clone());

@@ -246,6 +246,11 @@ impl Qcow2 {
         self.header.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The options it was opened with.
+    pub fn options(&self) -> &OpenOptions {
+        &self.options
+    }
+
     /// The header as it is now.
     pub fn header(&self) -> Header {
         self.header_mut().clone()

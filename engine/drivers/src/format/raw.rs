@@ -61,6 +61,11 @@ impl Raw {
         Ok(Self { offset, size: options.size, given: options.given, guessed: false })
     }
 
+    /// Whether it is as these options would make it.
+    pub fn has_options(&self, options: &RawOptions) -> bool {
+        self.offset == options.offset.unwrap_or(0) && self.size == options.size
+    }
+
     /// Nobody said that this is raw. Whoever may write to it could make it look like an image that names other
     /// files, and get at these when it is opened the next time: no such first sector is written.
     pub fn guessed(self) -> Self {

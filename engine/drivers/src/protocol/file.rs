@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -65,17 +65,16 @@ struct Open {
 /// See the module.
 #[derive(Debug)]
 pub struct FileNode {
-    driver: &'static str,
-    filename: String,
+    spec: FileSpec,
     open: Mutex<Open>,
     /// The same file, for requests.
     current: std::sync::RwLock<Arc<File>>,
-    direct: bool,
-    no_flush: bool,
+    direct: AtomicBool,
+    no_flush: AtomicBool,
     locking: bool,
     force_share: bool,
     read_only: bool,
-    alignment: u32,
+    alignment: AtomicU32,
     grows: bool,
     length: AtomicU64,
     /// Requests that write behind the end share it; whoever sets the length has it alone, or else it could cut off
@@ -182,16 +181,15 @@ impl FileNode {
         };
         let file = Arc::new(file);
         Ok(Self {
-            driver: spec.driver,
-            filename: spec.filename.clone(),
+            spec: spec.clone(),
             open: Mutex::new(Open { file: file.clone(), writable: !read_only, held: Held::default() }),
             current: std::sync::RwLock::new(file),
-            direct,
-            no_flush: options.cache_no_flush,
+            direct: AtomicBool::new(direct),
+            no_flush: AtomicBool::new(options.cache_no_flush),
             locking,
             force_share: options.force_share,
             read_only,
-            alignment,
+            alignment: AtomicU32::new(alignment),
             grows,
             length: AtomicU64::new(length),
             growth: RwLock::new(()),
@@ -246,12 +244,37 @@ impl FileNode {
         }
     }
 
+    /// Its options.
+    pub fn spec(&self) -> &FileSpec {
+        &self.spec
+    }
+
+    /// Past the page cache or through it from now on, with flushes or without; tells how it was before. To be called while no request
+    /// is inside.
+    pub fn set_cache(&self, direct: bool, no_flush: bool) -> Result<(bool, bool)> {
+        let mut open = self.open_state();
+        let was_direct = self.direct.swap(direct, Ordering::Relaxed);
+        if direct != was_direct {
+            let writable = open.writable;
+            if let Err(error) = self.reopen(&mut open, writable) {
+                self.direct.store(was_direct, Ordering::Relaxed);
+                return Err(error);
+            }
+            self.alignment.store(open.file.request_alignment(), Ordering::Relaxed);
+        }
+        Ok((was_direct, self.no_flush.swap(no_flush, Ordering::Relaxed)))
+    }
+
     /// Opens the file anew for `writable`, with the locks carried over before the old one goes.
     fn reopen(&self, open: &mut Open, writable: bool) -> Result<()> {
         // By its descriptor, not by its name: the name may lead elsewhere by now.
-        let options = OpenOptions { write: writable, direct: self.direct, ..OpenOptions::default() };
+        let options = OpenOptions {
+            write: writable,
+            direct: self.direct.load(Ordering::Relaxed),
+            ..OpenOptions::default()
+        };
         let file =
-            Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.filename, error))?);
+            Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.spec.filename, error))?);
         let mut held = Held::default();
         if self.locking {
             locks::carry_over(&file, &mut held, open.held)?;
@@ -289,7 +312,7 @@ fn unsupported(error: std::io::Error) -> IoError {
 #[async_trait]
 impl Node for FileNode {
     fn driver(&self) -> &'static str {
-        self.driver
+        self.spec.driver
     }
 
     fn kind(&self) -> Kind {
@@ -306,8 +329,8 @@ impl Node for FileNode {
     }
 
     fn limits(&self, _cx: &Cx<'_>) -> Limits {
-        let memory_alignment = self.alignment;
-        Limits { request_alignment: self.alignment, memory_alignment, ..Limits::default() }
+        let memory_alignment = self.alignment.load(Ordering::Relaxed);
+        Limits { request_alignment: memory_alignment, memory_alignment, ..Limits::default() }
     }
 
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
@@ -358,7 +381,7 @@ impl Node for FileNode {
     }
 
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
-        if self.no_flush {
+        if self.no_flush.load(Ordering::Relaxed) {
             return Ok(());
         }
         if self.lost_writes.load(Ordering::Acquire) {
@@ -459,7 +482,7 @@ impl Node for FileNode {
         }
         let wanted = Held::wanted(access, self.force_share);
         let open = &mut *open;
-        locks::gain(&open.file, &self.filename, &mut open.held, wanted)?;
+        locks::gain(&open.file, &self.spec.filename, &mut open.held, wanted)?;
         locks::give_up(&open.file, &mut open.held, wanted);
         let others_may_write = self.force_share || access.shared.has(Perms::WRITE);
         self.holes_stay.store(!access.writable && !others_may_write, Ordering::Release);
@@ -476,7 +499,7 @@ impl Node for FileNode {
     }
 
     fn exact_filename(&self) -> Option<String> {
-        Some(self.filename.clone())
+        Some(self.spec.filename.clone())
     }
 
     fn allocated_size(&self) -> Option<u64> {
@@ -485,7 +508,7 @@ impl Node for FileNode {
 
     fn image_info(&self) -> ImageInfo {
         let format_specific =
-            (self.driver == "file").then(|| FormatInfo { kind: "file", fields: Vec::new() });
+            (self.spec.driver == "file").then(|| FormatInfo { kind: "file", fields: Vec::new() });
         ImageInfo { format_specific, dirty: Some(false), ..ImageInfo::default() }
     }
 }

@@ -23,6 +23,11 @@ impl NullNode {
         Self { spec: spec.clone() }
     }
 
+    /// Its options.
+    pub fn spec(&self) -> &NullSpec {
+        &self.spec
+    }
+
     /// The options that matter for its content, for its file name.
     pub fn filename_options(&self) -> Given {
         self.spec.given.clone()

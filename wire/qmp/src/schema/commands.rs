@@ -36,6 +36,7 @@ pub static COMMANDS: &[Command] = &[
     Command { name: "qom-set", arguments: &QOM_SET_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "quit", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-add", arguments: &BLOCKDEV_OPTIONS, returns: Type::Object(&NOTHING) },
+    Command { name: "blockdev-reopen", arguments: &BLOCKDEV_REOPEN_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-create", arguments: &BLOCKDEV_CREATE_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-del", arguments: &BLOCKDEV_DEL_ARG, returns: Type::Object(&NOTHING) },
     Command {

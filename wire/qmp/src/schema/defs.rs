@@ -225,6 +225,12 @@ pub(super) static BLOCKDEV_OPTIONS: Object = Object {
     ],
 };
 
+pub(super) static BLOCKDEV_REOPEN_ARG: Object = Object {
+    members: &[req("options", Type::List(&Type::Object(&BLOCKDEV_OPTIONS)))],
+    tag: None,
+    cases: &[],
+};
+
 pub(super) static BLOCKDEV_DEL_ARG: Object =
     Object { members: &[req("node-name", Type::Str)], tag: None, cases: &[] };
 
