@@ -81,6 +81,10 @@ impl Bits {
                 bit = (bit / CHUNK_BITS + 1) * CHUNK_BITS;
                 continue;
             };
+            if !dirty && chunk.set == CHUNK_BITS {
+                bit = (bit / CHUNK_BITS + 1) * CHUNK_BITS;
+                continue;
+            }
             let bits = if dirty { chunk.words[word] } else { !chunk.words[word] };
             let rest = bits >> (bit % 64);
             if rest != 0 {
