@@ -70,6 +70,11 @@ impl Daemon {
         Ok(Client::connect(&Server::unix(&self.socket), "disk", &[])?)
     }
 
+    /// Where its images are.
+    pub fn folder(&self) -> &Path {
+        self.socket.parent().unwrap_or(Path::new("."))
+    }
+
     fn proc(&self, file: &str) -> Outcome<String> {
         Ok(std::fs::read_to_string(Path::new("/proc").join(self.child.id().to_string()).join(file))?)
     }

@@ -40,8 +40,8 @@ fn both(daemon: &mut Daemon, job: Job) -> Outcome<(Served, f64)> {
 
 fn sample(bench: &Bench, side: Side, job: Job) -> Outcome<Vec<Sample>> {
     let alone = job_alone(bench, side, job)?;
-    for name in ["a", "b", "c"] {
-        // Not all jobs have all three.
+    for name in ["a", "b", "c", "t"] {
+        // Not all jobs have all of them.
         let _ = std::fs::remove_file(bench.path(name));
     }
     let chain = job.chain(bench, Data::Dense, bench.size(COPIED))?;
@@ -82,5 +82,7 @@ pub fn rows() -> Vec<Row> {
     vec![
         row("during-stream", "guest 50/50, depth 8, during an unthrottled stream", Job::Stream),
         row("during-commit", "guest 50/50, depth 8, during an unthrottled commit", Job::Commit),
+        row("during-mirror", "guest 50/50, depth 8, during an unthrottled mirror", Job::Mirror),
+        row("during-backup", "guest 50/50, depth 8, during an unthrottled backup", Job::Backup),
     ]
 }

@@ -18,6 +18,9 @@ pub enum Job {
     Commit,
     /// Of the active image.
     ActiveCommit,
+    /// Until it is ready.
+    Mirror,
+    Backup,
 }
 
 /// How the data lies.
@@ -26,20 +29,28 @@ pub enum Data {
     Dense,
     /// 1 MiB in each GiB.
     Sparse,
+    /// 1 MiB in each 16 GiB.
+    Thin,
 }
 
 impl Job {
     /// A chain with `bytes` of data in the image that the job copies from.
     pub fn chain(self, bench: &Bench, data: Data, bytes: u64) -> Outcome<Vec<PathBuf>> {
         let paths: Vec<_> = ["a", "b", "c"].map(|name| bench.path(name)).into();
-        let size = if data == Data::Dense { bytes } else { bytes / MIB * GIB };
+        let (run, every) = match data {
+            Data::Dense => (4 * MIB, 4 * MIB),
+            Data::Sparse => (MIB, GIB),
+            Data::Thin => (MIB, 16 * GIB),
+        };
+        let size = bytes / run * every;
         image::qcow2(&paths[0], size, None)?;
+        if matches!(self, Self::Mirror | Self::Backup) {
+            image::fill(&paths[0], run, every, bytes)?;
+            return Ok(paths[..1].to_vec());
+        }
         image::qcow2(&paths[1], size, Some(&paths[0]))?;
         let from = if self == Self::Stream { &paths[0] } else { &paths[1] };
-        match data {
-            Data::Dense => image::fill(from, 4 * MIB, 4 * MIB, bytes)?,
-            Data::Sparse => image::fill(from, MIB, GIB, bytes)?,
-        }
+        image::fill(from, run, every, bytes)?;
         if self != Self::Commit {
             return Ok(paths[..2].to_vec());
         }
@@ -66,12 +77,33 @@ impl Job {
                 daemon.monitor.event("BLOCK_JOB_COMPLETED", "device", "j")?;
                 Ok(begun.elapsed().as_secs_f64())
             }
+            Self::Backup => daemon.job("drive-backup", &copy(daemon)),
+            Self::Mirror => {
+                let begun = std::time::Instant::now();
+                daemon.execute("drive-mirror", copy(daemon).with("job-id", "j"))?;
+                daemon.monitor.event("BLOCK_JOB_READY", "device", "j")?;
+                let took = begun.elapsed().as_secs_f64();
+                daemon.execute("job-cancel", Object::new().with("id", "j"))?;
+                daemon.monitor.event("BLOCK_JOB_CANCELLED", "device", "j")?;
+                Ok(took)
+            }
         }
     }
 }
 
+/// A copy of the whole disk to a file that the job makes.
+fn copy(daemon: &Daemon) -> Object {
+    let target = daemon.folder().join("t");
+    Object::new()
+        .with("device", "n0")
+        .with("target", target.to_string_lossy().as_ref())
+        .with("sync", "full")
+        .with("format", "qcow2")
+}
+
 fn sample(bench: &Bench, side: Side, job: Job, data: Data) -> Outcome<Sample> {
-    let chain = job.chain(bench, data, bench.size(GIB))?;
+    let bytes = if data == Data::Thin { GIB / 16 } else { GIB };
+    let chain = job.chain(bench, data, bench.size(bytes))?;
     let mut daemon = Daemon::start(bench, side, &chain, "qcow2")?;
     bench.warm_up(2 * GIB)?;
     daemon.measure(|daemon| job.run(daemon))
@@ -82,6 +114,7 @@ pub fn rows() -> Vec<Row> {
         Row::one(name, about, ("s", target), move |bench, side| sample(bench, side, job, data))
     };
     let (dense, sparse) = (Target::Ratio(1.3), Target::Ratio(20.0));
+    let (copy_dense, copy_thin) = (Target::Ratio(1.5), Target::Ratio(50.0));
     vec![
         row("stream-dense", "stream of 1 GiB", dense, Job::Stream, Data::Dense),
         row("commit-dense", "commit of 1 GiB", dense, Job::Commit, Data::Dense),
@@ -95,5 +128,9 @@ pub fn rows() -> Vec<Row> {
             Job::ActiveCommit,
             Data::Sparse,
         ),
+        row("mirror-dense", "mirror of 1 GiB", copy_dense, Job::Mirror, Data::Dense),
+        row("backup-dense", "backup of 1 GiB", copy_dense, Job::Backup, Data::Dense),
+        row("mirror-thin", "mirror of 64 MiB in 1 TiB", copy_thin, Job::Mirror, Data::Thin),
+        row("backup-thin", "backup of 64 MiB in 1 TiB", copy_thin, Job::Backup, Data::Thin),
     ]
 }
