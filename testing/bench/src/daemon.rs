@@ -60,7 +60,8 @@ impl Daemon {
             .arg("--chardev")
             .arg(format!("socket,id=m,path={path},server=on,wait=off"))
             .args(["--monitor", "m"]);
-        let child = command.spawn()?;
+        // It tells of the images that it makes.
+        let child = command.stdout(std::process::Stdio::null()).spawn()?;
         let monitor = Monitor::connect(&monitor)?;
         Ok(Self { child, socket, monitor })
     }
