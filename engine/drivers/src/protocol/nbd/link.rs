@@ -3,11 +3,17 @@
 //! With `reconnect-delay`, requests that were on their way when the connection was lost, and those that come meanwhile, wait
 //! for so long and are then made (again): all of NBD's requests may be done twice. Without it they fail. Either way a
 //! later request tries to connect again.
+//!
+//! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets some more,
+//! in the background, and each thread keeps to one of them. A server may say so and yet take no more: then it stays with
+//! the first. When a further one is lost its requests go to the first.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use underlay_graph::{IoError, Result};
+use underlay_nbd::flags::CAN_MULTI_CONN;
 use underlay_nbd::{Descriptor, Negotiated};
 use underlay_sys::rt;
 
@@ -30,12 +36,33 @@ struct State {
     tried: Option<Duration>,
 }
 
+/// Most connections to one server.
+pub(crate) const MOST_CONNECTIONS: usize = 4;
+
+/// The connections beside the first one.
+#[derive(Debug, Default)]
+struct Further {
+    living: Vec<Arc<Connection>>,
+    /// No more of them.
+    closed: bool,
+}
+
+/// Each thread's number, for which connection it uses.
+fn place() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static PLACE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    PLACE.with(|place| *place)
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Link {
     spec: NbdSpec,
     granted: Negotiated,
     state: Mutex<State>,
+    further: Arc<Mutex<Further>>,
     /// One attempt at a time.
     attempt: tokio::sync::Mutex<()>,
 }
@@ -60,9 +87,22 @@ fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
     }
 }
 
+/// Whether a server grants what it did at first: requests are cut and asked for by that.
+fn same(now: &Negotiated, then: &Negotiated) -> bool {
+    (now.size, now.minimum_block, now.maximum_block, now.flags)
+        == (then.size, then.minimum_block, then.maximum_block, then.flags)
+        && now.framing == then.framing
+        && now.contexts.is_empty() == then.contexts.is_empty()
+}
+
+fn lock(further: &Mutex<Further>) -> MutexGuard<'_, Further> {
+    further.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Link {
-    /// Connects for the first time, for up to `open-timeout`; 0: one attempt, for as long as it takes.
-    pub(crate) async fn open(spec: NbdSpec) -> Result<Self> {
+    /// Connects for the first time, for up to `open-timeout`; 0: one attempt, for as long as it takes. There will be up
+    /// to `most` connections.
+    pub(crate) async fn open(spec: NbdSpec, most: usize) -> Result<Self> {
         let until = rt::now() + spec.open_timeout;
         let deadline = (!spec.open_timeout.is_zero()).then_some(until);
         let connection = loop {
@@ -74,7 +114,45 @@ impl Link {
         };
         let granted = connection.granted().clone();
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
-        Ok(Self { spec, granted, state: Mutex::new(state), attempt: tokio::sync::Mutex::default() })
+        let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
+        let link = Self { spec, granted, state, further, attempt };
+        link.connect_further(most);
+        Ok(link)
+    }
+
+    /// Makes the further connections, while the first one is in use.
+    fn connect_further(&self, most: usize) {
+        if self.granted.flags & CAN_MULTI_CONN == 0 {
+            return;
+        }
+        let (spec, granted, further) = (self.spec.clone(), self.granted.clone(), self.further.clone());
+        rt::spawn(async move {
+            for _ in 1..most {
+                let made = connect(&spec, Some(rt::now() + PATIENCE)).await;
+                let Some(made) = made.ok().filter(|made| same(made.granted(), &granted)) else { return };
+                let made = Arc::new(made);
+                let closed = {
+                    let mut further = lock(&further);
+                    further.living.push(made.clone());
+                    further.closed
+                };
+                if closed {
+                    made.disconnect().await;
+                    return;
+                }
+            }
+        });
+    }
+
+    /// The further connection for this thread, if it is one for which there is one.
+    fn own(&self) -> Option<Arc<Connection>> {
+        if self.granted.flags & CAN_MULTI_CONN == 0 {
+            return None;
+        }
+        let mut further = lock(&self.further);
+        further.living.retain(|connection| !connection.is_dead());
+        let place = place() % (further.living.len() + 1);
+        further.living.get(place.checked_sub(1)?).cloned()
     }
 
     /// What was agreed on at first; a server that comes back must say the same.
@@ -93,11 +171,18 @@ impl Link {
     /// Makes a request, again if need be.
     pub(crate) async fn ask(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
         loop {
-            let connection = self.connection().await?;
+            let own = self.own();
+            let is_own = own.is_some();
+            let connection = match own {
+                Some(own) => own,
+                None => self.connection().await?,
+            };
             match connection.ask(ask()).await {
                 Ok(descriptors) => return Ok(descriptors),
                 Err(Failure::Server(error)) => return Err(IoError::new(error.to_linux())),
-                Err(Failure::Lost) if self.spec.reconnect_delay.is_zero() => return Err(IoError::EIO),
+                Err(Failure::Lost) if !is_own && self.spec.reconnect_delay.is_zero() => {
+                    return Err(IoError::EIO);
+                }
                 Err(Failure::Lost) => {}
             }
         }
@@ -146,15 +231,8 @@ impl Link {
     }
 
     async fn try_again(&self, deadline: Option<Duration>) -> Option<Arc<Connection>> {
-        let same = |connection: &Connection| {
-            let (now, then) = (connection.granted(), &self.granted);
-            // Requests are cut and asked for by what was granted at first.
-            (now.size, now.minimum_block, now.maximum_block, now.flags)
-                == (then.size, then.minimum_block, then.maximum_block, then.flags)
-                && now.framing == then.framing
-                && now.contexts.is_empty() == then.contexts.is_empty()
-        };
-        let made = connect(&self.spec, deadline).await.ok().filter(same).map(Arc::new);
+        let made = connect(&self.spec, deadline).await.ok();
+        let made = made.filter(|made| same(made.granted(), &self.granted)).map(Arc::new);
         let mut state = self.state();
         match &made {
             Some(connection) => {
@@ -165,8 +243,21 @@ impl Link {
         made
     }
 
+    #[cfg(test)]
+    pub(crate) fn further_count(&self) -> usize {
+        lock(&self.further).living.len()
+    }
+
     /// Says goodbye.
     pub(crate) async fn close(&self) {
+        let further = {
+            let mut further = lock(&self.further);
+            further.closed = true;
+            std::mem::take(&mut further.living)
+        };
+        for connection in further {
+            connection.disconnect().await;
+        }
         let connection = self.state().connection.take();
         if let Some(connection) = connection {
             connection.disconnect().await;

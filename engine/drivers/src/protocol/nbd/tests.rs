@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use underlay_graph::{ByteRange, IoError, Place, View, WriteFlags, ZeroFlags};
-use underlay_nbd::flags::{HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES};
+use underlay_nbd::flags::{CAN_MULTI_CONN, HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES};
 use underlay_nbd::handshake::server::Ask;
 use underlay_nbd::transmission::{Chunks, command};
 use underlay_nbd::{Descriptor, ExportInfo, Framing, Request, ServerHandshake, Step};
@@ -16,6 +16,8 @@ use underlay_sys::net::Address;
 use underlay_sys::thread::block_on;
 
 use super::NbdNode;
+use super::connection;
+use super::link::Link;
 use super::spec::NbdSpec;
 
 const SIZE: u64 = 1 << 20;
@@ -29,13 +31,17 @@ fn handshake(stream: &mut UnixStream) -> Option<Framing> {
 
 /// Grants an export of `size` bytes.
 fn handshake_of(stream: &mut UnixStream, size: u64) -> Option<Framing> {
+    handshake_as(stream, size, 0)
+}
+
+fn handshake_as(stream: &mut UnixStream, size: u64, more_flags: u16) -> Option<Framing> {
     let mut machine = ServerHandshake::new();
     let mut buffer = [0; 4096];
     loop {
         let step = machine.step();
         match step {
             Step::Ask(Ask::Export(name)) => {
-                let flags = HAS_FLAGS | SEND_FLUSH | SEND_TRIM | SEND_WRITE_ZEROES;
+                let flags = HAS_FLAGS | SEND_FLUSH | SEND_TRIM | SEND_WRITE_ZEROES | more_flags;
                 let contexts = vec!["base:allocation".to_owned()];
                 let (minimum_block, preferred_block, maximum_block) = (1, 4096, 32 << 20);
                 machine.answer_export(Some(&ExportInfo {
@@ -321,6 +327,76 @@ fn a_server_that_comes_back_and_says_nothing() {
     });
     done.send(()).unwrap();
     server.join().unwrap();
+}
+
+/// A server whose connections are all the same: those that it takes are used, and when it ends them the first goes on.
+#[test]
+fn further_connections_come_and_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (count, counts) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        let mut lives = Vec::new();
+        for number in 0..3 {
+            let (mut stream, _) = listener.accept().unwrap();
+            let framing = handshake_as(&mut stream, SIZE, CAN_MULTI_CONN).unwrap();
+            let count = count.clone();
+            // The second one ends after two requests.
+            let left = if number == 1 { 2 } else { usize::MAX };
+            lives.push(std::thread::spawn(move || {
+                let mut head = vec![0; Request::header_len(framing)];
+                let mut served = 0;
+                while served < left && stream.read_exact(&mut head).is_ok() {
+                    let request = Request::parse(framing, &head).unwrap().unwrap();
+                    if request.command == command::DISCONNECT {
+                        break;
+                    }
+                    let chunks = Chunks { framing, cookie: request.cookie, offset: request.offset };
+                    let mut out = Vec::new();
+                    honest()(&request, chunks, &mut out);
+                    count.send(number).unwrap();
+                    served += 1;
+                    stream.write_all(&out).unwrap();
+                }
+            }));
+        }
+        lives.into_iter().for_each(|life| life.join().unwrap());
+    });
+    let spec = spec(&path, Duration::ZERO, Duration::ZERO);
+    // Of one thread, so that further connections are made before anything else.
+    let link = block_on(async {
+        let link = Link::open(spec, 3).await.unwrap();
+        while link.further_count() < 2 {
+            underlay_sys::rt::yield_now().await;
+        }
+        Arc::new(link)
+    });
+    // Threads enough for every connection.
+    for _ in 0..9 {
+        let link = link.clone();
+        let reader = move || {
+            block_on(async {
+                let into = Iov::zeroed(4096);
+                let ask = || connection::Ask {
+                    command: command::READ,
+                    length: 4096,
+                    into: Some(into.clone()),
+                    ..connection::Ask::default()
+                };
+                link.ask(ask).await.unwrap();
+                assert_eq!(into.to_vec(), vec![7; 4096]);
+            });
+        };
+        std::thread::spawn(reader).join().unwrap();
+    }
+    block_on(link.close());
+    server.join().unwrap();
+    let mut used: Vec<i32> = counts.iter().collect();
+    used.sort_unstable();
+    assert_eq!((used.len(), used.iter().filter(|number| **number == 1).count()), (9, 2));
+    used.dedup();
+    assert_eq!(used, [0, 1, 2]);
 }
 
 /// A server that comes back and grants less than before is not taken.
