@@ -98,7 +98,7 @@ impl Group {
         self.until(job, |state| state.up == all + place).await?;
         job.tell_pending();
         self.change(|state| state.up += 1);
-        self.until(job, |state| state.up == 2 * all).await?;
+        self.until(job, |state| state.up >= 2 * all).await?;
         self.decide(job).await?;
         self.turn(job, |state| state.up == 2 * all + place).await;
         let prepared = if self.is_failing() { Err(Stop::Cancelled) } else { work.prepare(job).await };
