@@ -155,6 +155,11 @@ pub trait Node: Debug + Send + Sync {
     async fn set_access(&self, _cx: &Cx<'_>, _access: Access) -> Result<()> {
         Ok(())
     }
+    /// How often so far it lost sight of what keeps its bytes, with writes acknowledged and not flushed: they may be gone,
+    /// though a later flush succeeds. For who cannot live with that, as whoever makes a copy.
+    fn doubts(&self) -> u64 {
+        0
+    }
     /// Before a node leaves the graph: everything written out, the image marked clean.
     async fn close(&self, cx: &Cx<'_>) -> Result<()> {
         self.flush(cx).await

@@ -184,6 +184,16 @@ impl<'a> Cx<'a> {
         at
     }
 
+    /// The doubts of this node and all below it; see [`Node::doubts`].
+    pub fn doubts(&self) -> u64 {
+        let (mut sum, mut todo) = (0, vec![self.view]);
+        while let Some(view) = todo.pop() {
+            sum += view.node.doubts();
+            todo.extend(view.children.iter().map(|(_, child)| &**child));
+        }
+        sum
+    }
+
     /// Current length of the node in bytes.
     pub fn length(&self) -> u64 {
         self.node().length(self)

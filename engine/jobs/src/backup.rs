@@ -122,7 +122,12 @@ impl Jobs {
         job.set_total(filter.copies().left());
         let BackupArgs { settings, source, target, sync, most_in_flight, filter_node_name, .. } = args;
         let copies = filter.copies().clone();
-        let work = Backup { graph: graph.clone(), sync, most_in_flight, copies, source, wiring: None };
+        let doubts = match &target {
+            BackupTarget::Existing(node) => graph.wires().view(*node).cx().doubts(),
+            BackupTarget::New(_) => 0,
+        };
+        let work =
+            Backup { graph: graph.clone(), sync, most_in_flight, copies, source, wiring: None, doubts };
         let (jobs, target) = (self.clone(), Some(target));
         Ok(BackupDraft { jobs, job, settings, source, target, filter_node_name, filter, work })
     }
@@ -261,6 +266,8 @@ struct Backup {
     copies: Arc<Copies>,
     source: NodeId,
     wiring: Option<Wiring>,
+    /// The target's at the start.
+    doubts: u64,
 }
 
 impl Backup {
@@ -274,6 +281,15 @@ impl Backup {
         loop {
             self.check_lost()?;
             job.doze(10 * NAP).await?;
+        }
+    }
+
+    /// What was overwritten on the disk since cannot be copied again.
+    async fn check_doubts(&self, root: &Root) -> Result<(), Stop> {
+        let doubts = CopyBeforeWrite::ends(&root.enter().await?.cx()).target.doubts();
+        match doubts == self.doubts {
+            true => Ok(()),
+            false => Err(Stop::Failed(copy::DOUBTFUL.to_owned())),
         }
     }
 
@@ -361,7 +377,8 @@ impl Work for Backup {
         let copying = Arc::new(Copying { root: root.clone(), copies, most });
         copy::walk(job, &copying, ByteRange::between(0, length), Ignored::TryAgain).await?;
         self.check_lost()?;
-        self.flush(job, &root).await
+        self.flush(job, &root).await?;
+        self.check_doubts(&root).await
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {

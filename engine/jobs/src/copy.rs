@@ -36,6 +36,10 @@ const LANES: usize = 4;
 /// A failed chunk that the policy ignores is tried again after this time.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// Why a job fails whose target was lost for a while ([`underlay_graph::Node::doubts`]).
+pub(crate) const DOUBTFUL: &str =
+    "The target was lost for a while, and may not have kept what it had not flushed";
+
 /// What to do with the first bytes of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {

@@ -120,6 +120,9 @@ impl Jobs {
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
         let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
+        if let Target::Existing(id) = args.target {
+            tracked.has_new_doubts(wires.view(id).cx().doubts());
+        }
         job.set_copy_mode(tracked.blocking.clone());
         let MirrorArgs { settings, source, target, replaces, sync, target_is_zero, unmap, .. } = args;
         let name = args.filter_node_name.as_deref();
@@ -468,7 +471,13 @@ impl Copying {
 
     async fn flush(&self) -> Result<(), underlay_graph::IoError> {
         let inside = self.root.enter().await?;
-        MirrorTop::target(&inside.cx()).flush().await
+        let target = MirrorTop::target(&inside.cx());
+        target.flush().await?;
+        if self.tracked.has_new_doubts(target.doubts()) {
+            // Who knows what is there: all of it once more.
+            self.tracked.dirty.set(ByteRange::between(0, self.length));
+        }
+        Ok(())
     }
 }
 
@@ -545,7 +554,11 @@ impl LastStep for CopyRest {
         if self.shows_source {
             MirrorTop::source(&filter.cx()).flush().await?;
         }
-        MirrorTop::target(&filter.cx()).flush().await?;
-        Ok(())
+        let target = MirrorTop::target(&filter.cx());
+        target.flush().await?;
+        match self.tracked.has_new_doubts(target.doubts()) {
+            false => Ok(()),
+            true => Err(GraphError::new(crate::copy::DOUBTFUL)),
+        }
     }
 }

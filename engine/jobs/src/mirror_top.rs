@@ -38,6 +38,8 @@ pub(crate) struct Tracked {
     pub(crate) blocking: Arc<AtomicBool>,
     /// Bytes of guests' writes that went to the target, for the job to count.
     copied: AtomicU64,
+    /// The target's doubts that have been seen to.
+    doubts: AtomicU64,
     /// Writes to the source that will be written to the target as well.
     expected: Mutex<Vec<ByteRange>>,
 }
@@ -50,12 +52,18 @@ impl Tracked {
             unbacked,
             blocking: Arc::new(AtomicBool::new(blocking)),
             copied: AtomicU64::new(0),
+            doubts: AtomicU64::new(0),
             expected: Mutex::default(),
         })
     }
 
     pub(crate) fn is_blocking(&self) -> bool {
         self.blocking.load(Ordering::Relaxed)
+    }
+
+    /// Notes what doubts the target has: whether there are more than before.
+    pub(crate) fn has_new_doubts(&self, doubts: u64) -> bool {
+        self.doubts.swap(doubts, Ordering::Relaxed) != doubts
     }
 
     /// Bytes that guests have written to the target since the last call.

@@ -14,7 +14,9 @@ use underlay_sys::{Iov, rt};
 use super::disk::{CLUSTER, Cluster, Faults, Image};
 use super::lab::{Guests, Lab, SIZE, add_root, content, learn, meddle, remove_root};
 use super::world::{Lot, run};
-use crate::{BackupArgs, BackupSync, BackupTarget, Job, OnError, Settings, Status};
+use crate::{
+    BackupArgs, BackupSync, BackupTarget, Job, MirrorArgs, OnError, Settings, Status, SyncMode, Target,
+};
 
 #[derive(Debug)]
 struct Case {
@@ -221,4 +223,71 @@ fn backups_beside_guests_are_of_the_moment() {
     let fails = |seed: &u64| std::panic::catch_unwind(|| run(*seed, play(*seed))).is_err();
     let failed: Vec<_> = (first..first + count).filter(fails).take(10).collect();
     assert!(failed.is_empty(), "seeds {failed:?}; UNDERLAY_FIRST_SEED=n UNDERLAY_SEEDS=1 shows one");
+}
+
+/// A target that was lost for a while fails a backup, which cannot copy again; a mirror copies all of it once more.
+#[test]
+fn a_target_that_may_have_forgotten() {
+    run(1, async {
+        let lab = Lab::new(1, &[SIZE; 4]).await;
+        let image = Arc::new(Image::new(SIZE, None, 1));
+        let target = add_node(&lab, "T", image.clone(), Vec::new()).await;
+        let settings = Settings { id: Some("j".into()), speed: 1, ..Settings::default() };
+        let args = BackupArgs {
+            settings: settings.clone(),
+            source: lab.nodes[3],
+            target: BackupTarget::Existing(target),
+            sync: BackupSync::Full,
+            how: CbwOptions::default(),
+            most_in_flight: 64,
+            filter_node_name: None,
+        };
+        let started = lab.jobs.backup(&lab.graph, args).await.unwrap();
+        let (job, task) = (started.job, rt::spawn(started.task));
+        image.state().doubts = 1;
+        job.set_speed(0).unwrap();
+        task.await;
+        let events = lab.record.take();
+        assert!(events.contains("COMPLETED(The target was lost"), "{events}");
+
+        let args = MirrorArgs { settings, ..mirror_args(&lab, target) };
+        let started = lab.jobs.mirror(&lab.graph, args).await.unwrap();
+        let (job, task) = (started.job, rt::spawn(started.task));
+        let has_data = |image: &Image| image.state().clusters.iter().any(|c| matches!(c, Cluster::Data(_)));
+        image.state().clusters.fill(Cluster::Below);
+        while !has_data(&image) {
+            rt::sleep(Duration::from_millis(1)).await;
+        }
+        // What was there is gone.
+        {
+            let mut state = image.state();
+            state.doubts = 2;
+            state.clusters.fill(Cluster::Below);
+        }
+        job.set_speed(0).unwrap();
+        while job.status() != Status::Ready {
+            rt::sleep(Duration::from_millis(1)).await;
+        }
+        job.block_cancel(false).unwrap();
+        task.await;
+        let disk = learn(&lab.guest, ByteRange::between(0, SIZE)).await.bytes;
+        assert!(content(&lab, target).await == disk, "the copy lacks something");
+        assert!(lab.record.take().contains("COMPLETED "));
+    });
+}
+
+fn mirror_args(lab: &Lab, target: NodeId) -> MirrorArgs {
+    MirrorArgs {
+        settings: Settings::default(),
+        source: lab.nodes[3],
+        target: Target::Existing(target),
+        replaces: None,
+        sync: SyncMode::Full,
+        granularity: None,
+        buf_size: None,
+        write_blocking: false,
+        target_is_zero: false,
+        unmap: true,
+        filter_node_name: None,
+    }
 }

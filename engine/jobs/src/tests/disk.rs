@@ -42,6 +42,7 @@ pub struct State {
     pub durable_backing: Option<BackingRef>,
     pub faults: Faults,
     pub mapped: u64,
+    pub doubts: u64,
 }
 
 #[derive(Debug)]
@@ -227,6 +228,9 @@ impl Node for Image {
     }
     fn supports_backing(&self) -> bool {
         true
+    }
+    fn doubts(&self) -> u64 {
+        self.state().doubts
     }
     fn backing_ref(&self) -> Option<BackingRef> {
         self.state().backing.clone()

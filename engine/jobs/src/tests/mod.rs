@@ -4,6 +4,7 @@
 mod backup;
 mod disk;
 mod frame;
+mod group;
 mod lab;
 mod mirror;
 mod random;

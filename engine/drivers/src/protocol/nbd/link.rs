@@ -8,12 +8,13 @@
 //! in the background, and each thread keeps to one of them. A server may say so and yet take no more: then it stays with
 //! the first. When a further one is lost its requests go to the first.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use underlay_graph::{IoError, Result};
 use underlay_nbd::flags::CAN_MULTI_CONN;
+use underlay_nbd::transmission::command::{FLUSH, TRIM, WRITE, WRITE_ZEROES};
 use underlay_nbd::{Descriptor, Negotiated};
 use underlay_sys::rt;
 
@@ -63,6 +64,9 @@ pub(crate) struct Link {
     granted: Negotiated,
     state: Mutex<State>,
     further: Arc<Mutex<Further>>,
+    /// Something was written since the last flush.
+    unflushed: AtomicBool,
+    doubts: AtomicU64,
     /// One attempt at a time.
     attempt: tokio::sync::Mutex<()>,
 }
@@ -115,7 +119,8 @@ impl Link {
         let granted = connection.granted().clone();
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
-        let link = Self { spec, granted, state, further, attempt };
+        let (unflushed, doubts) = Default::default();
+        let link = Self { spec, granted, state, further, unflushed, doubts, attempt };
         link.connect_further(most);
         Ok(link)
     }
@@ -168,8 +173,24 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How often the server was found again with something unflushed: it may be another process, which does not have it.
+    pub(crate) fn doubts(&self) -> u64 {
+        self.doubts.load(Ordering::SeqCst)
+    }
+
     /// Makes a request, again if need be.
     pub(crate) async fn ask(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
+        let command = ask().command;
+        let had_unflushed = command == FLUSH && self.unflushed.swap(false, Ordering::SeqCst);
+        let result = self.ask_on(ask).await;
+        let has_written = matches!(command, WRITE | WRITE_ZEROES | TRIM) && result.is_ok();
+        if has_written || had_unflushed && result.is_err() {
+            self.unflushed.store(true, Ordering::SeqCst);
+        }
+        result
+    }
+
+    async fn ask_on(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
         loop {
             let own = self.own();
             let is_own = own.is_some();
@@ -236,6 +257,9 @@ impl Link {
         let mut state = self.state();
         match &made {
             Some(connection) => {
+                if self.unflushed.swap(false, Ordering::SeqCst) {
+                    self.doubts.fetch_add(1, Ordering::SeqCst);
+                }
                 *state = State { connection: Some(connection.clone()), ..State::default() };
             }
             None => state.tried = Some(rt::now()),

@@ -206,6 +206,10 @@ impl Node for NbdNode {
         }
     }
 
+    fn doubts(&self) -> u64 {
+        self.link.doubts()
+    }
+
     async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
         self.link.close().await;
         Ok(())

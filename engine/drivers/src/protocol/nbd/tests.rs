@@ -422,6 +422,34 @@ fn a_server_that_comes_back_with_less() {
     server.join().unwrap();
 }
 
+/// What was written before a server went and not flushed may be gone, and the node says so; what was flushed may not.
+#[test]
+fn a_server_that_comes_back_may_have_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    // Hangs up when it is asked to read.
+    let dies = || -> Script {
+        Box::new(|request, chunks, out| request.command != command::READ && honest()(request, chunks, out))
+    };
+    let server = serve(&path, vec![dies(), dies(), honest()]);
+    block_on(async {
+        let view = open(&path, 600).await;
+        let cx = view.cx();
+        let write = || cx.write(range(0, 512), Iov::filled(512, 1), WriteFlags::default());
+        let read = || cx.read(range(0, 512), Iov::zeroed(512));
+        write().await.unwrap();
+        cx.flush().await.unwrap();
+        cx.map(range(0, 512)).await.unwrap();
+        assert_eq!(cx.doubts(), 0);
+        write().await.unwrap();
+        // The first server goes, and the second one in its turn, with nothing to forget.
+        read().await.unwrap();
+        assert_eq!(cx.doubts(), 1);
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
 /// Parts in any order make a whole read.
 #[test]
 fn parts_in_any_order() {
