@@ -202,3 +202,63 @@ fn two_monitors_hear_the_same_events() {
     drop((one, other));
     daemon.expect_unhurt();
 }
+
+/// As deep as the reference goes, one deeper, and much deeper: the next message is understood whatever came before.
+#[test]
+fn deeply_nested_messages() {
+    let daemon = Daemon::start();
+    for (depth, fits) in [(1000, true), (1100, false), (200_000, false)] {
+        for (open, inner, close) in [("[", "", "]"), ("{\"a\":", "1", "}")] {
+            let mut stream = daemon.bad();
+            stream.set_write_timeout(Some(Duration::from_secs(60))).expect("a socket");
+            let mut reader = stream.try_clone().expect("a socket");
+            let heard = std::thread::spawn(move || {
+                let (mut heard, mut buffer) = (Vec::new(), [0; 4096]);
+                while !heard.ends_with(b"\"id\": \"last\"}\r\n") {
+                    let count = reader.read(&mut buffer).expect("an answer in time");
+                    assert_ne!(count, 0, "the daemon hung up");
+                    heard.extend(&buffer[..count]);
+                }
+                String::from_utf8_lossy(&heard).into_owned()
+            });
+            let nested = format!("{}{inner}{}", open.repeat(depth), close.repeat(depth));
+            let text = format!(
+                "{{\"execute\": \"qmp_capabilities\"}}{{\"execute\": \"query-version\", \"arguments\": {{\"x\": {nested}}}}}\n\
+                 \u{1}\n{{\"execute\": \"query-jobs\", \"id\": \"last\"}}\n"
+            );
+            stream.write_all(text.as_bytes()).expect("taken");
+            let heard = heard.join().expect("answers");
+            let text = if fits { "Parameter 'x' is unexpected" } else { "JSON nesting depth limit exceeded" };
+            assert!(heard.contains(text), "{depth}: {}", &heard[..heard.len().min(600)]);
+        }
+    }
+    daemon.expect_unhurt();
+}
+
+/// A monitor has one client at a time; all others wait, and each gets its turn.
+#[test]
+fn hundreds_of_clients_at_once() {
+    let daemon = Daemon::start();
+    let mut good = daemon.monitor("good");
+    let path = daemon.socket("bad");
+    std::thread::scope(|scope| {
+        for client in 0..400 {
+            let path = &path;
+            scope.spawn(move || {
+                let mut stream = UnixStream::connect(path).expect("a place in the queue");
+                stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+                let sent =
+                    ["", "{\"execute\": ", "{\"execute\": \"qmp_capabilities\"}\n", "\u{1}]\n"][client % 4];
+                let mut greeting = [0; 8];
+                stream.read_exact(&mut greeting).expect("its turn comes");
+                assert_eq!(&greeting, b"{\"QMP\": ");
+                let _ = stream.write_all(sent.as_bytes());
+            });
+        }
+        for _ in 0..100 {
+            good.execute("query-named-block-nodes", Object::new()).expect("others are served meanwhile");
+        }
+    });
+    drop(good);
+    daemon.expect_unhurt();
+}

@@ -295,3 +295,8 @@ fn backup_transaction() {
 fn concluded() {
     compare("concluded");
 }
+
+#[test]
+fn options() {
+    compare("options");
+}

@@ -121,7 +121,11 @@ impl Qcow2 {
         loop {
             let Some(batch) = self.frees().take_ready() else { return };
             for free in batch {
-                if free.discard && self.options.pass_discard_request != Some(false) {
+                let passed_on = match free.discard {
+                    true => self.options.pass_discard_request != Some(false),
+                    false => self.options.pass_discard_other,
+                };
+                if passed_on {
                     let bits = self.layout.cluster_bits;
                     let range = ByteRange::between(free.first << bits, (free.first + free.count) << bits);
                     if let Err(error) = cx.below().discard(range).await {

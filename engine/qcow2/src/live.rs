@@ -97,6 +97,10 @@ pub struct OpenOptions {
     pub l2_cache_entry_size: Option<u64>,
     /// Option `pass-discard-request`: discarded clusters are discarded in the file too. On unless false.
     pub pass_discard_request: Option<bool>,
+    /// Option `pass-discard-other`: so are clusters that are freed for other reasons.
+    pub pass_discard_other: bool,
+    /// Option `lazy-refcounts`: refcounts may be behind. Ours never are, but not every image has room for the note.
+    pub lazy_refcounts: bool,
     /// Option `discard-no-unref`: discarded clusters keep their place in the file.
     pub discard_no_unref: bool,
     /// Accept being written to although the dirty or corrupt bit is set: for repair.
@@ -421,6 +425,10 @@ fn check_supported(header: &Header) -> std::result::Result<(), OpenError> {
 }
 
 fn layout(header: &Header, options: &OpenOptions) -> std::result::Result<Layout, OpenError> {
+    if options.lazy_refcounts && header.version < crate::header::Version::V3 {
+        let text = "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level";
+        return Err(OpenError::Option(text.into()));
+    }
     if options.discard_no_unref && header.version < crate::header::Version::V3 {
         return Err(OpenError::Option("discard-no-unref is only supported since qcow2 version 3".into()));
     }

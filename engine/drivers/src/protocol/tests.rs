@@ -215,3 +215,53 @@ fn a_null_node_forgets() {
         assert_eq!((extent.place, extent.len), (Place::Zero, 8192));
     });
 }
+
+/// Requests that start and end anywhere, from memory that starts anywhere, on a file that goes past the page cache.
+#[test]
+fn direct_requests_may_be_unaligned() {
+    // Not in a memory file system, which may not know such files.
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("a directory");
+    let path = dir.path().join("a");
+    let mut model: Vec<u8> = (0..1_u32 << 20).map(|at| at.to_le_bytes()[1]).collect();
+    std::fs::write(&path, &model).expect("written");
+    block_on(async {
+        let options = NodeOptions { cache_direct: true, ..NodeOptions::default() };
+        let node = match FileNode::open(&spec(&path), &options, false, false).await {
+            Ok(node) => node,
+            Err(error) => return println!("not tested, as files here are never direct: {error}"),
+        };
+        let view = View::detached(Arc::new(node), []);
+        let cx = view.cx();
+        assert!(cx.limits().request_alignment >= 512, "{:?}", cx.limits());
+        let mut seed = 1_u64;
+        let mut dice = |sides: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % sides
+        };
+        for turn in 0_u8..200 {
+            let start = dice(1 << 20);
+            let here = range(start, 1 + dice(((1 << 20) - start).min(20_000)));
+            let (from, to) = (usize::try_from(here.start()).unwrap(), usize::try_from(here.end()).unwrap());
+            let memory =
+                Iov::filled(here.buffer_len() + 7, turn).slice(usize::from(turn % 7), here.buffer_len());
+            match turn % 4 {
+                0 | 1 => {
+                    cx.write(here, memory, WriteFlags::default()).await.expect("written");
+                    model[from..to].fill(turn);
+                }
+                2 => {
+                    cx.write_zeroes(here, ZERO).await.expect("zeroed");
+                    model[from..to].fill(0);
+                }
+                _ => {
+                    cx.read(here, memory.clone()).await.expect("read");
+                    assert!(memory.to_vec() == model[from..to], "{here:?}");
+                }
+            }
+        }
+        cx.node().flush(&cx).await.expect("flushed");
+        assert!(content(&view).await == model);
+        view.node().close(&cx).await.expect("closed");
+    });
+    assert!(std::fs::read(&path).expect("there") == model);
+}
