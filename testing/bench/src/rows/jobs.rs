@@ -46,6 +46,8 @@ impl Job {
         image::qcow2(&paths[0], size, None)?;
         if matches!(self, Self::Mirror | Self::Backup) {
             image::fill(&paths[0], run, every, bytes)?;
+            // Not made by the job: of an image that it has made, QEMU knows that it is empty.
+            image::qcow2(&bench.path("t"), size, None)?;
             return Ok(paths[..1].to_vec());
         }
         image::qcow2(&paths[1], size, Some(&paths[0]))?;
@@ -91,7 +93,7 @@ impl Job {
     }
 }
 
-/// A copy of the whole disk to a file that the job makes.
+/// A copy of the whole disk to an image.
 fn copy(daemon: &Daemon) -> Object {
     let target = daemon.folder().join("t");
     Object::new()
@@ -99,6 +101,7 @@ fn copy(daemon: &Daemon) -> Object {
         .with("target", target.to_string_lossy().as_ref())
         .with("sync", "full")
         .with("format", "qcow2")
+        .with("mode", "existing")
 }
 
 fn sample(bench: &Bench, side: Side, job: Job, data: Data) -> Outcome<Sample> {
