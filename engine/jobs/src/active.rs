@@ -31,8 +31,9 @@ use crate::copy::{self, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::Stop;
 use crate::filter::Pass;
 use crate::follow::{self, Follow, NAP};
-use crate::job::{HeldBack, Job, Kind};
+use crate::job::{HeldBack, Job};
 use crate::jobs::Work;
+use crate::settings::Kind;
 
 /// Bytes per bit: less than QEMU's 64 KiB, so that a guest that writes at random makes less work than it does
 /// itself, and the job catches up with it.

@@ -22,8 +22,9 @@ use crate::error::{JobError, Stop};
 use crate::filter;
 use crate::follow::NAP;
 use crate::group::Group;
-use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::job::{HeldBack, Job};
 use crate::jobs::{Jobs, Started, Work};
+use crate::settings::{Kind, Settings};
 use crate::status::Status;
 
 /// The source is looked at in steps of so many bytes, as the job may be cancelled.

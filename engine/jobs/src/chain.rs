@@ -7,7 +7,8 @@ use underlay_graph::plan::NewRoot;
 use underlay_graph::{Graph, GraphError, Kind as NodeKind, NodeId, Perms, Plan, Role, RootId};
 
 use crate::error::JobError;
-use crate::job::{Job, Kind};
+use crate::job::Job;
+use crate::settings::Kind;
 
 /// The images from `top` down to (not including) `base`; to the lowest one without a base. `None` when `base` is not
 /// below `top`. Filters are left out.

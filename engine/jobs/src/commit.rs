@@ -28,8 +28,9 @@ use crate::chain::{self, Afterlife, Claim, wrong};
 use crate::copy::{self, CHUNK, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter::Pass;
-use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::job::{HeldBack, Job};
 use crate::jobs::{Jobs, Started, Work};
+use crate::settings::{Kind, Settings};
 use crate::stream::stored_format;
 
 /// What block-commit asks for, with its names resolved.

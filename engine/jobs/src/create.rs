@@ -9,8 +9,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::error::{JobError, Stop};
-use crate::job::{Job, Kind, Settings};
+use crate::job::Job;
 use crate::jobs::{Jobs, Started, Work};
+use crate::settings::{Kind, Settings};
 
 /// The making of an image; the text of an error is for the client.
 pub type Creation = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;

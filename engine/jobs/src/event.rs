@@ -1,6 +1,6 @@
 //! What jobs tell the world.
 
-use crate::job::Kind;
+use crate::settings::Kind;
 use crate::status::Status;
 
 /// Where events go. Called with the job's state locked, so that nobody sees them out of order: an implementation

@@ -10,7 +10,8 @@ use underlay_graph::units::is_well_formed_id;
 use crate::error::{JobError, Stop};
 use crate::event::EventSink;
 use crate::group::Group;
-use crate::job::{Job, JobInfo, Kind, Settings};
+use crate::job::Job;
+use crate::settings::{JobInfo, Kind, Settings};
 use crate::status::Status;
 
 /// The work of one job, to be spawned on an I/O thread. It must run to its end.

@@ -28,6 +28,7 @@ pub mod jobs;
 pub mod mirror;
 mod mirror_top;
 pub mod pace;
+pub mod settings;
 pub mod status;
 pub mod stream;
 #[cfg(test)]
@@ -38,9 +39,10 @@ pub use commit::CommitArgs;
 pub use create::Creation;
 pub use error::JobError;
 pub use event::{Action, EventSink, JobEvent, Progress};
-pub use job::{IoStatus, Job, JobInfo, Kind, OnError, Settings};
+pub use job::Job;
 pub use jobs::{JobTask, Jobs, Started};
 pub use mirror::{MirrorArgs, SyncMode, Target};
+pub use settings::{IoStatus, JobInfo, Kind, OnError, Settings};
 pub use status::{Status, Verb};
 pub use stream::{StreamArgs, StreamEnd};
 

@@ -28,9 +28,10 @@ use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter;
 use crate::follow::{self, Follow, NAP};
-use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::job::{HeldBack, Job};
 use crate::jobs::{Jobs, Started, Work};
 use crate::mirror_top::{MirrorTop, Tracked};
+use crate::settings::{Kind, Settings};
 
 /// Bytes in one copy. Source: QEMU's, seen in the `offset` of a slow job.
 const CHUNK: u64 = 1 << 20;

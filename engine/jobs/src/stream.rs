@@ -24,8 +24,9 @@ use crate::chain::{self, Afterlife, Claim, wrong};
 use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter::Pass;
-use crate::job::{HeldBack, Job, Kind, Settings};
+use crate::job::{HeldBack, Job};
 use crate::jobs::{Jobs, Started, Work};
+use crate::settings::{Kind, Settings};
 
 /// Down to where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
