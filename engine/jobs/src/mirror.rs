@@ -23,7 +23,7 @@ use underlay_graph::{
 use underlay_sys::buffers::Buffers;
 
 use crate::chain::{self, Claim, wrong};
-use crate::commit::check_root;
+use crate::commit::{check_root, overlays};
 use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
 use crate::filter;
@@ -116,6 +116,11 @@ impl Jobs {
         chain::check_free(&plan, &[args.source])?;
         if let Target::Existing(node) = args.target {
             chain::check_free(&plan, &[node])?;
+            if let Some(overlay) = overlays(&plan, node).last() {
+                let (node, overlay) = (&plan.node(node).name, &plan.node(*overlay).name);
+                let text = format!("Node '{node}' is busy: node is used as backing hd of '{overlay}'");
+                return Err(wrong(text));
+            }
         }
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
