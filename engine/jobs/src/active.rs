@@ -59,6 +59,8 @@ pub(crate) struct Active {
     part: Part,
     wiring: Wiring,
     dirty: Arc<DirtyBitmap>,
+    /// The base's at the start.
+    doubts: u64,
     /// At the end, switch the users over.
     switch: bool,
 }
@@ -73,8 +75,9 @@ impl Active {
     ) -> Result<Self, GraphError> {
         let length = graph.wires().view(part.top).cx().length();
         let dirty = Arc::new(DirtyBitmap::new(length, GRANULARITY));
+        let doubts = graph.wires().view(part.base).cx().doubts();
         let wiring = graph.change(|plan| wire(plan, graph, &args, &part, job, dirty.clone())).await?;
-        Ok(Self { graph: graph.clone(), args, part, wiring, dirty, switch: false })
+        Ok(Self { graph: graph.clone(), args, part, wiring, dirty, doubts, switch: false })
     }
 
     fn root(&self, id: RootId) -> Result<Root, Stop> {
@@ -154,7 +157,7 @@ impl Work for Active {
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let edit = |plan: &mut Plan| {
             self.unwire(plan, self.switch)?;
-            let note = Note::new(&self.args, &self.part, overlays.clone());
+            let note = Note::new(&self.args, &self.part, overlays.clone(), self.doubts);
             let rest = CopyRest { dirty: self.dirty.clone(), top: self.part.top, base: self.part.base, note };
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
         };

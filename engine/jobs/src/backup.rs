@@ -164,6 +164,9 @@ fn check(
         // The reference names a drive here, which no node has.
         return Err(wrong("Compression is not supported for this drive ".into()));
     }
+    if args.how.discard_source && graph.access(args.source).required.has(Perms::WRITE) {
+        return Err(wrong("discard-source would destroy the disk of those who write to it".into()));
+    }
     let source = wires.view(args.source);
     if source.cx().length() != target.cx().length() {
         return Err(wrong("Source and target image have different sizes".into()));

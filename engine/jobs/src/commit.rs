@@ -119,8 +119,10 @@ impl Jobs {
         let work: Box<dyn Work> = if is_top || has_writer {
             Box::new(Active::prepare_chain(graph, args, part, &job).await?)
         } else {
+            let doubts = graph.wires().view(part.base).cx().doubts();
             let wiring = graph.change(|plan| wire(plan, graph, &args, &part, &job)).await?;
-            Box::new(Commit { graph: graph.clone(), args, part, wiring, buffers: Arc::default() })
+            let buffers = Arc::default();
+            Box::new(Commit { graph: graph.clone(), args, part, wiring, buffers, doubts })
         };
         self.launch(job, &settings, work).await
     }
@@ -218,6 +220,8 @@ struct Commit {
     part: Part,
     wiring: Wiring,
     buffers: Arc<Buffers>,
+    /// The base's at the start.
+    doubts: u64,
 }
 
 #[async_trait]
@@ -245,7 +249,7 @@ impl Work for Commit {
         let (wiring, part, args) = (&self.wiring, &self.part, &self.args);
         let edit = |plan: &mut Plan| {
             wiring.unwire(plan, part.base)?;
-            let note = Note::new(args, part, overlays.clone());
+            let note = Note::new(args, part, overlays.clone(), self.doubts);
             let kept = Afterlife::begin(plan, &self.graph, &wiring.claim, job);
             Ok((kept, Some(Box::new(note) as Box<dyn LastStep>)))
         };
@@ -311,16 +315,19 @@ pub(crate) struct Note {
     file: Option<String>,
     mask_protocol: bool,
     names: BackingNames,
+    doubts: u64,
 }
 
 impl Note {
-    pub(crate) fn new(args: &CommitArgs, part: &Part, overlays: Vec<NodeId>) -> Self {
+    /// `doubts` are the base's at the start of the job.
+    pub(crate) fn new(args: &CommitArgs, part: &Part, overlays: Vec<NodeId>, doubts: u64) -> Self {
         Self {
             overlays,
             base: part.base,
             file: args.backing_file.clone(),
             mask_protocol: args.backing_mask_protocol,
             names: args.names.clone(),
+            doubts,
         }
     }
 }
@@ -329,7 +336,9 @@ impl Note {
 impl LastStep for Note {
     async fn run(self: Box<Self>, old: &Wires, new: &Wires) -> Result<(), GraphError> {
         // Never a header that relies on what a power cut could take away.
-        old.view(self.base).cx().flush().await?;
+        let flushed = old.view(self.base);
+        flushed.cx().flush().await?;
+        copy::check_doubts(&flushed.cx(), self.doubts)?;
         let base = new.view(self.base);
         for overlay in self.overlays {
             let overlay = new.view(overlay);

@@ -22,6 +22,8 @@ use underlay_graph::{ByteRange, Cx, Extent, IoError, Place, Result, WriteFlags, 
 use underlay_sys::Iov;
 use underlay_sys::buffers::Buffers;
 
+use super::snapshot_access::SnapshotAccess;
+
 /// Bytes in one copy, if nobody wants it smaller.
 pub const CHUNK: u64 = 1 << 20;
 
@@ -162,8 +164,7 @@ impl Copies {
             self.todo.clear(done);
             self.copied.fetch_add(done.len(), Ordering::Relaxed);
             if self.how.discard_source {
-                // It only frees space.
-                let _ = ends.source.discard(done).await;
+                discard_copied(ends, done).await;
             }
             rest = rest.split(done.len()).1;
         }
@@ -261,11 +262,15 @@ impl Copies {
         }
         let run = range.split(len).0;
         let turn = self.turns.lock(run, Mode::Shared).await;
-        let (todo, len) = self.todo.state(run);
+        // Somebody may have had it forgotten while we waited.
+        let (visible, len) = self.visible.state(run);
+        if !visible {
+            return Err(IoError::EACCES);
+        }
         let run = run.split(len).0;
-        // What is copied stays so.
-        let (at, turn) = if todo { (ends.source, Some(turn)) } else { (ends.target, None) };
-        Ok(Found { run, at, _turn: turn })
+        let (todo, len) = self.todo.state(run);
+        let at = if todo { ends.source } else { ends.target };
+        Ok(Found { run: run.split(len).0, at, _turn: turn })
     }
 
     /// To be asked after reading: a write for which nobody could copy in time does not wait for readers, and a copy that was too
@@ -275,10 +280,19 @@ impl Copies {
     }
 }
 
+/// Frees what has been copied on the disk, once the copy is durable; a moment, which a crash ends in any case, need not wait
+/// for that. It only frees space: errors of the flush are met again at the end.
+async fn discard_copied(ends: Ends<'_>, copied: ByteRange) {
+    let is_moment = ends.source.skip_filters().node().as_any().is::<SnapshotAccess>();
+    if is_moment || ends.target.flush().await.is_ok() {
+        let _ = ends.source.discard(copied).await;
+    }
+}
+
 /// A place to read from as long as it lives.
 struct Found<'a> {
     run: ByteRange,
     at: Cx<'a>,
-    /// Holds off who would copy what is read from the disk.
-    _turn: Option<RangeGuard>,
+    /// Holds off who would copy or discard what is read.
+    _turn: RangeGuard,
 }

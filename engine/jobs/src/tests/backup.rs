@@ -225,6 +225,27 @@ fn backups_beside_guests_are_of_the_moment() {
     assert!(failed.is_empty(), "seeds {failed:?}; UNDERLAY_FIRST_SEED=n UNDERLAY_SEEDS=1 shows one");
 }
 
+/// To free what was copied on a disk that somebody writes to would take it from them.
+#[test]
+fn the_source_of_a_guest_is_not_discarded() {
+    run(1, async {
+        let lab = Lab::new(1, &[SIZE; 4]).await;
+        let target = add_node(&lab, "T", Arc::new(Image::new(SIZE, None, 1)), Vec::new()).await;
+        let args = BackupArgs {
+            settings: Settings { id: Some("j".into()), ..Settings::default() },
+            source: lab.nodes[3],
+            target: BackupTarget::Existing(target),
+            sync: BackupSync::Full,
+            how: CbwOptions { discard_source: true, ..CbwOptions::default() },
+            most_in_flight: 64,
+            filter_node_name: None,
+        };
+        let refused = lab.jobs.backup(&lab.graph, args).await.unwrap_err();
+        assert_eq!(refused.to_string(), "discard-source would destroy the disk of those who write to it");
+        lab.assert_tidy();
+    });
+}
+
 /// A target that was lost for a while fails a backup, which cannot copy again; a mirror copies all of it once more.
 #[test]
 fn a_target_that_may_have_forgotten() {

@@ -70,6 +70,45 @@ fn a_stream_tells_what_qemus_tells() {
     });
 }
 
+/// A chain does not come to rely on copies that may be gone.
+#[test]
+fn what_was_copied_may_have_been_forgotten() {
+    run(1, async {
+        let slow = || Settings { speed: 1, ..settings() };
+        let whole = async |lab: &Lab| {
+            let args = stream_args(lab, 3, StreamEnd::Whole, slow());
+            (lab.jobs.stream(&lab.graph, args).await.unwrap(), 3)
+        };
+        let commit = async |lab: &Lab, top| {
+            let args = commit_args(lab, top, Some(1), slow());
+            (lab.jobs.commit(&lab.graph, args).await.unwrap(), 1)
+        };
+        for what in 0..3 {
+            let lab = lab().await;
+            let (started, written) = match what {
+                0 => whole(&lab).await,
+                1 => commit(&lab, Some(2)).await,
+                _ => commit(&lab, None).await,
+            };
+            let job = spawn(started);
+            lab.images[written].state().doubts = 1;
+            job.set_speed(0).unwrap();
+            while what == 2 && job.status() != Status::Ready {
+                rt::sleep(Duration::from_millis(1)).await;
+            }
+            if what == 2 {
+                job.complete().unwrap();
+            }
+            job.concluded().await;
+            let events = lab.record.take();
+            assert!(events.contains("COMPLETED(The target was lost"), "{what}: {events}");
+            assert_eq!(lab.chain(), "DCBA");
+            assert_eq!(lab.chain_on_disk().len(), 4);
+            lab.assert_tidy();
+        }
+    });
+}
+
 #[test]
 fn pending_waits_for_finalize_and_concluded_for_dismiss() {
     run(2, async {

@@ -8,7 +8,7 @@
 //! in the background, and each thread keeps to one of them. A server may say so and yet take no more: then it stays with
 //! the first. When a further one is lost its requests go to the first.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -64,8 +64,9 @@ pub(crate) struct Link {
     granted: Negotiated,
     state: Mutex<State>,
     further: Arc<Mutex<Further>>,
-    /// Something was written since the last flush.
-    unflushed: AtomicBool,
+    /// Begun and acknowledged writes so far, and how many of them are known to be durable.
+    written: AtomicU64,
+    durable: AtomicU64,
     doubts: AtomicU64,
     /// One attempt at a time.
     attempt: tokio::sync::Mutex<()>,
@@ -119,8 +120,8 @@ impl Link {
         let granted = connection.granted().clone();
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
-        let (unflushed, doubts) = Default::default();
-        let link = Self { spec, granted, state, further, unflushed, doubts, attempt };
+        let (written, durable, doubts) = Default::default();
+        let link = Self { spec, granted, state, further, written, durable, doubts, attempt };
         link.connect_further(most);
         Ok(link)
     }
@@ -181,11 +182,18 @@ impl Link {
     /// Makes a request, again if need be.
     pub(crate) async fn ask(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
         let command = ask().command;
-        let had_unflushed = command == FLUSH && self.unflushed.swap(false, Ordering::SeqCst);
+        let is_write = matches!(command, WRITE | WRITE_ZEROES | TRIM);
+        // Counted twice: a flush that comes between the two need not be for it, and a server that is lost there has it.
+        if is_write {
+            self.written.fetch_add(1, Ordering::SeqCst);
+        }
+        let until_now = self.written.load(Ordering::SeqCst);
         let result = self.ask_on(ask).await;
-        let has_written = matches!(command, WRITE | WRITE_ZEROES | TRIM) && result.is_ok();
-        if has_written || had_unflushed && result.is_err() {
-            self.unflushed.store(true, Ordering::SeqCst);
+        if is_write {
+            self.written.fetch_add(1, Ordering::SeqCst);
+        }
+        if command == FLUSH && result.is_ok() {
+            self.durable.fetch_max(until_now, Ordering::SeqCst);
         }
         result
     }
@@ -257,7 +265,8 @@ impl Link {
         let mut state = self.state();
         match &made {
             Some(connection) => {
-                if self.unflushed.swap(false, Ordering::SeqCst) {
+                let written = self.written.load(Ordering::SeqCst);
+                if self.durable.fetch_max(written, Ordering::SeqCst) < written {
                     self.doubts.fetch_add(1, Ordering::SeqCst);
                 }
                 *state = State { connection: Some(connection.clone()), ..State::default() };

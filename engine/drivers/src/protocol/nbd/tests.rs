@@ -422,16 +422,34 @@ fn a_server_that_comes_back_with_less() {
     server.join().unwrap();
 }
 
+/// Hangs up when it is asked for that.
+fn dies_of(command: u16) -> Script {
+    Box::new(move |request, chunks, out| request.command != command && honest()(request, chunks, out))
+}
+
+/// A flush that is asked of a server that is gone, and then of the next one, which knows nothing, makes nothing durable.
+#[test]
+fn a_server_that_is_lost_in_a_flush() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let server = serve(&path, vec![dies_of(command::FLUSH), honest()]);
+    block_on(async {
+        let view = open(&path, 600).await;
+        let cx = view.cx();
+        cx.write(range(0, 512), Iov::filled(512, 1), WriteFlags::default()).await.unwrap();
+        cx.flush().await.unwrap();
+        assert_eq!(cx.doubts(), 1);
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
 /// What was written before a server went and not flushed may be gone, and the node says so; what was flushed may not.
 #[test]
 fn a_server_that_comes_back_may_have_forgotten() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
-    // Hangs up when it is asked to read.
-    let dies = || -> Script {
-        Box::new(|request, chunks, out| request.command != command::READ && honest()(request, chunks, out))
-    };
-    let server = serve(&path, vec![dies(), dies(), honest()]);
+    let server = serve(&path, vec![dies_of(command::READ), dies_of(command::READ), honest()]);
     block_on(async {
         let view = open(&path, 600).await;
         let cx = view.cx();
