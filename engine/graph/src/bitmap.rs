@@ -1,100 +1,15 @@
 //! Dirty bitmaps: which granules of a node were written.
 //!
-//! The bits live in chunks that exist only where something is dirty, so a clean bitmap of a huge disk costs next
-//! to nothing and a full one a bit per granule.
+//! A clean bitmap of a huge disk costs next to nothing and a full one a bit per granule.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::bits::{Bits, Words};
 use crate::units::ByteRange;
 use crate::view::Tracker;
 
-const CHUNK_WORDS: usize = 512;
-const CHUNK_BITS: u64 = CHUNK_WORDS as u64 * 64;
-
-#[derive(Debug)]
-struct Chunk {
-    set: u64,
-    words: Box<[u64; CHUNK_WORDS]>,
-}
-
-#[derive(Debug, Default)]
-struct Bits {
-    chunks: Vec<Option<Chunk>>,
-    granules: u64,
-    set: u64,
-}
-
-fn split(bit: u64) -> (usize, usize, u64) {
-    let within = bit % CHUNK_BITS;
-    let index = |n: u64| usize::try_from(n).expect("a 64-bit machine");
-    (index(bit / CHUNK_BITS), index(within / 64), 1 << (within % 64))
-}
-
-impl Bits {
-    fn new(granules: u64) -> Self {
-        let chunks = usize::try_from(granules.div_ceil(CHUNK_BITS)).expect("a 64-bit machine");
-        Self { chunks: (0..chunks).map(|_| None).collect(), granules, set: 0 }
-    }
-
-    fn put_all(&mut self, mut bits: std::ops::Range<u64>, dirty: bool) {
-        while bits.start < bits.end {
-            let (chunk, word, _) = split(bits.start);
-            let of_chunk = ((bits.start / CHUNK_BITS + 1) * CHUNK_BITS).min(bits.end);
-            if self.chunks[chunk].is_none() && !dirty {
-                bits.start = of_chunk;
-                continue;
-            }
-            let of_word = ((bits.start / 64 + 1) * 64).min(bits.end);
-            let below = |bit: u64| if bit.is_multiple_of(64) { u64::MAX } else { (1 << (bit % 64)) - 1 };
-            let first = (1_u64 << (bits.start % 64)).wrapping_neg();
-            self.put_word(chunk, word, first & below(of_word), dirty);
-            bits.start = of_word;
-        }
-    }
-
-    /// Sets or clears the bits of `mask`.
-    fn put_word(&mut self, chunk: usize, word: usize, mask: u64, dirty: bool) {
-        let slot = &mut self.chunks[chunk];
-        if slot.is_none() && !dirty {
-            return;
-        }
-        let chunk = slot.get_or_insert_with(|| Chunk { set: 0, words: Box::new([0; CHUNK_WORDS]) });
-        let before = chunk.words[word];
-        let after = if dirty { before | mask } else { before & !mask };
-        chunk.words[word] = after;
-        let (had, has) = (u64::from(before.count_ones()), u64::from(after.count_ones()));
-        chunk.set = chunk.set + has - had;
-        self.set = self.set + has - had;
-        if chunk.set == 0 {
-            *slot = None;
-        }
-    }
-
-    /// The first granule from `bit` on that is (not) dirty.
-    fn next(&self, mut bit: u64, dirty: bool) -> Option<u64> {
-        while bit < self.granules {
-            let (chunk, word, _) = split(bit);
-            let Some(chunk) = &self.chunks[chunk] else {
-                if !dirty {
-                    return Some(bit);
-                }
-                bit = (bit / CHUNK_BITS + 1) * CHUNK_BITS;
-                continue;
-            };
-            if !dirty && chunk.set == CHUNK_BITS {
-                bit = (bit / CHUNK_BITS + 1) * CHUNK_BITS;
-                continue;
-            }
-            let bits = if dirty { chunk.words[word] } else { !chunk.words[word] };
-            let rest = bits >> (bit % 64);
-            if rest != 0 {
-                return Some(bit + u64::from(rest.trailing_zeros())).filter(|&bit| bit < self.granules);
-            }
-            bit = (bit / 64 + 1) * 64;
-        }
-        None
-    }
-}
+/// Most granules of one bitmap: where every 64 KiB of the largest disk there may be is one.
+const MAX_GRANULES: u64 = 1 << 47;
 
 /// Remembers which granules were touched since it was last cleared. Shared between the guest's writes, which set
 /// bits, and a job, which takes them.
@@ -102,20 +17,38 @@ impl Bits {
 pub struct DirtyBitmap {
     /// Bytes per bit, a power of two.
     granularity: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
     /// Bytes covered.
     size: u64,
-    bits: Mutex<Bits>,
+    bits: Bits,
 }
 
 impl DirtyBitmap {
     /// A clean bitmap for `size` bytes, one bit for every `granularity` of them (a power of two).
     pub fn new(size: u64, granularity: u64) -> Self {
         assert!(granularity.is_power_of_two(), "granularity {granularity}");
-        Self { granularity, size, bits: Mutex::new(Bits::new(size.div_ceil(granularity))) }
+        let bits = Bits::new(size.div_ceil(granularity));
+        Self { granularity, state: Mutex::new(State { size, bits }) }
     }
 
-    fn bits(&self) -> MutexGuard<'_, Bits> {
-        self.bits.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether there can be a bitmap of that granularity for so many bytes.
+    pub fn fits(size: u64, granularity: u64) -> bool {
+        granularity.is_power_of_two() && size.div_ceil(granularity) <= MAX_GRANULES
+    }
+
+    /// One that says the same.
+    pub fn copy(&self) -> Self {
+        let copy = Self::new(self.size(), self.granularity);
+        copy.merge(self);
+        copy
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes per bit.
@@ -123,42 +56,43 @@ impl DirtyBitmap {
         self.granularity
     }
 
+    /// Bytes covered.
+    pub fn size(&self) -> u64 {
+        self.state().size
+    }
+
+    /// The node has another length now; what was added is clean.
+    pub fn resize(&self, size: u64) {
+        self.state().resize(self.granularity, size);
+    }
+
     /// Dirty bytes, counted in whole granules (the last one as long as it is).
     pub fn count(&self) -> u64 {
-        let bits = self.bits();
-        let whole = bits.set * self.granularity;
-        let tail = self.size % self.granularity;
-        let last_is_dirty = tail != 0 && bits.next(bits.granules - 1, true).is_some();
+        let state = self.state();
+        let whole = state.bits.count().saturating_mul(self.granularity);
+        let tail = state.size % self.granularity;
+        let last_is_dirty = tail != 0 && state.bits.next(state.bits.len() - 1, true).is_some();
         if last_is_dirty { whole - self.granularity + tail } else { whole }
     }
 
     /// Whether nothing is dirty.
     pub fn is_clean(&self) -> bool {
-        self.bits().set == 0
+        self.state().bits.count() == 0
     }
 
     /// Marks every granule that `range` touches.
     pub fn set(&self, range: ByteRange) {
-        self.put(range, true);
+        self.state().put(self.granularity, range, true);
     }
 
     /// Marks every granule that `range` touches as clean.
     pub fn clear(&self, range: ByteRange) {
-        self.put(range, false);
-    }
-
-    fn put(&self, range: ByteRange, dirty: bool) {
-        if range.is_empty() {
-            return;
-        }
-        let mut bits = self.bits();
-        let end = range.end().div_ceil(self.granularity).min(bits.granules);
-        bits.put_all(range.start() / self.granularity..end, dirty);
+        self.state().put(self.granularity, range, false);
     }
 
     /// Whether the first granule that `range` touches is dirty, and for how many bytes of `range` it stays so.
-    pub fn state(&self, range: ByteRange) -> (bool, u64) {
-        let bits = self.bits();
+    pub fn run_at(&self, range: ByteRange) -> (bool, u64) {
+        let bits = &self.state().bits;
         let first = range.start() / self.granularity;
         let dirty = bits.next(first, true) == Some(first);
         let change = bits.next(first, !dirty).map_or(u64::MAX, |bit| bit.saturating_mul(self.granularity));
@@ -167,34 +101,90 @@ impl DirtyBitmap {
 
     /// Whether any granule that `range` touches is dirty.
     pub fn any(&self, range: ByteRange) -> bool {
-        let next = self.bits().next(range.start() / self.granularity, true);
+        let next = self.state().bits.next(range.start() / self.granularity, true);
         !range.is_empty() && next.is_some_and(|bit| bit.saturating_mul(self.granularity) < range.end())
     }
 
     /// The first dirty run at or behind `from`, at most `max` bytes of it (at least a granule).
     pub fn peek(&self, from: u64, max: u64) -> Option<ByteRange> {
-        let run = self.run(&self.bits(), from, max)?;
-        Some(ByteRange::between(run.start * self.granularity, (run.end * self.granularity).min(self.size)))
+        self.state().run(self.granularity, from, max).map(|(_, range)| range)
     }
 
     /// As [`DirtyBitmap::peek`], and clears it. Whoever takes it copies it.
     pub fn take(&self, from: u64, max: u64) -> Option<ByteRange> {
-        let mut bits = self.bits();
-        let run = self.run(&bits, from, max)?;
-        bits.put_all(run.clone(), false);
-        Some(ByteRange::between(run.start * self.granularity, (run.end * self.granularity).min(self.size)))
+        let mut state = self.state();
+        let (run, range) = state.run(self.granularity, from, max)?;
+        state.bits.put_all(run, false);
+        Some(range)
     }
 
-    fn run(&self, bits: &Bits, from: u64, max: u64) -> Option<std::ops::Range<u64>> {
-        let first = bits.next(from / self.granularity, true)?;
-        let most = (max / self.granularity).max(1);
-        Some(first..bits.next(first, false).unwrap_or(bits.granules).min(first.saturating_add(most)))
+    /// Marks what is dirty in `other`, whose granules may be larger or smaller.
+    pub fn merge(&self, other: &Self) {
+        if std::ptr::eq(self, other) {
+            return;
+        }
+        if self.granularity == other.granularity {
+            return other.for_each_chunk(|first, words| self.load_words(first, words));
+        }
+        let (mut from, size) = (0, other.size());
+        while let Some(run) = other.peek(from, u64::MAX).filter(|_| from < size) {
+            self.set(run);
+            from = run.end();
+        }
+    }
+
+    /// Shows all that is dirty, in pieces: the number of the first granule (a multiple of 64) and words with a bit for each
+    /// granule from there on, the first in bit 0. What is not shown is clean.
+    pub fn for_each_chunk(&self, mut show: impl FnMut(u64, &Words)) {
+        let mut from = 0;
+        // Not under the lock: who looks may take its time.
+        while let Some((first, words)) = self.next_words(from) {
+            show(first, &words);
+            from = first + words.len() as u64 * 64;
+        }
+    }
+
+    fn next_words(&self, from: u64) -> Option<(u64, Words)> {
+        self.state().bits.next_words(from).map(|(first, words)| (first, *words))
+    }
+
+    /// Marks what is set in `words`, the first of which stands for the granules from `first` on (a multiple of 64).
+    pub fn load_words(&self, first: u64, words: &[u64]) {
+        self.state().bits.add_words(first, words);
+    }
+}
+
+impl State {
+    fn resize(&mut self, granularity: u64, size: u64) {
+        self.size = size;
+        self.bits.resize(size.div_ceil(granularity));
+    }
+
+    fn put(&mut self, granularity: u64, range: ByteRange, dirty: bool) {
+        if range.is_empty() {
+            return;
+        }
+        let end = range.end().div_ceil(granularity).min(self.bits.len());
+        self.bits.put_all(range.start() / granularity..end, dirty);
+    }
+
+    fn run(&self, granularity: u64, from: u64, max: u64) -> Option<(std::ops::Range<u64>, ByteRange)> {
+        let first = self.bits.next(from / granularity, true)?;
+        let most = (max / granularity).max(1);
+        let end = self.bits.next(first, false).unwrap_or(self.bits.len()).min(first.saturating_add(most));
+        let bytes = ByteRange::between(first * granularity, end.saturating_mul(granularity).min(self.size));
+        Some((first..end, bytes))
     }
 }
 
 impl Tracker for DirtyBitmap {
     fn touched(&self, range: ByteRange) {
-        self.set(range);
+        // A file grows with what is written behind its end.
+        let mut state = self.state();
+        if range.end() > state.size {
+            state.resize(self.granularity, range.end());
+        }
+        state.put(self.granularity, range, true);
     }
 }
 
@@ -214,6 +204,41 @@ mod tests {
         let tail = bitmap.take(0, 1 << 20).expect("the last granule");
         assert_eq!(tail.end(), 10_000_000_000);
         assert!(bitmap.take(0, 1).is_none() && bitmap.is_clean());
+    }
+
+    #[test]
+    fn merges_other_granularities() {
+        let size = 100 * 65536 + 5;
+        for (granularity, others) in [(65536, 65536), (4096, 65536), (65536, 512)] {
+            let (bitmap, other) = (DirtyBitmap::new(size, granularity), DirtyBitmap::new(size, others));
+            bitmap.set(ByteRange::between(0, 1));
+            other.set(ByteRange::between(200_000, 200_001));
+            other.set(ByteRange::between(size - 1, size));
+            bitmap.merge(&other);
+            let whole = |at: u64, granule: u64| {
+                let start = at / granule * granule;
+                ByteRange::between(start, (start + granule).min(size))
+            };
+            let coarse = granularity.max(others);
+            assert_eq!(bitmap.take(0, u64::MAX), Some(whole(0, granularity)));
+            assert_eq!(bitmap.take(0, u64::MAX), Some(whole(200_000, coarse)));
+            assert_eq!(bitmap.take(0, u64::MAX), Some(whole(size - 1, granularity.min(coarse))));
+            assert!(bitmap.is_clean());
+            assert_eq!(other.copy().count(), other.count());
+        }
+    }
+
+    #[test]
+    fn grows_and_shrinks() {
+        let bitmap = DirtyBitmap::new(5 << 30, 512);
+        bitmap.set(ByteRange::between(0, 5 << 30));
+        bitmap.resize((1 << 30) + 100);
+        assert_eq!(bitmap.count(), (1 << 30) + 100);
+        bitmap.resize(8 << 40);
+        assert_eq!(bitmap.count(), (1 << 30) + 512);
+        assert_eq!(bitmap.peek(1 << 20, u64::MAX), Some(ByteRange::between(1 << 20, (1 << 30) + 512)));
+        bitmap.resize(0);
+        assert!(bitmap.is_clean() && bitmap.peek(0, 1).is_none());
     }
 
     #[test]
@@ -249,7 +274,7 @@ mod tests {
             let end = granules
                 .find(|granule| is_dirty(granule) != first)
                 .map_or(range.end(), |change| change * 512);
-            assert_eq!(bitmap.state(range), (first, end - range.start()));
+            assert_eq!(bitmap.run_at(range), (first, end - range.start()));
         }
         let mut taken = Vec::new();
         while let Some(range) = bitmap.take(0, 4096) {

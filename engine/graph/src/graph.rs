@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
-use crate::error::GraphError;
+use crate::bitmaps::{Moment, PlanBitmap};
+use crate::error::{GraphError, IoError};
 use crate::node::{Kind, Node};
 use crate::perm::Access;
-use crate::plan::{NodeId, Plan, PlanRoot, RootId, Wires};
+use crate::plan::{NodeId, Plan, PlanNode, PlanRoot, RootId, Wires};
 use crate::root::Root;
+use crate::view::View;
 
 /// What must happen between closing the gates and the swap: the last thing that may fail, and the moment of no
 /// return. Both wirings may be used for I/O here (no gate is needed: the caller holds them all).
@@ -80,7 +82,7 @@ impl Graph {
     /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry, and
     ///    what they left behind ([`crate::Node::settle`]).
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
-    /// 4. The last step runs. Any error up to here leaves the old wiring in force.
+    /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
     pub async fn change_with<R: Send>(
         &self,
@@ -92,6 +94,7 @@ impl Graph {
         let mut plan = old.plan().clone();
         let (result, last_step) = edit(&mut plan)?;
         plan.collect();
+        let moment = plan.take_moment();
         let new_access = plan.check()?;
         let new = Wires::new(Arc::new(plan));
 
@@ -109,8 +112,9 @@ impl Graph {
             node.settle().await;
         }
         let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access };
-        let outcome = step.run(last_step).await;
+        let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
+            step.resize_bitmaps();
             // Nodes may want to be asked in another way after the last step.
             let now = Wires::new(Arc::new(new.plan().clone()));
             for ((id, _), gate) in roots.iter().zip(&mut gates) {
@@ -168,17 +172,83 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    async fn run(&self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+    async fn run(&self, moment: Moment, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+        moment.run();
         self.flush_leaving().await?;
-        let mut gained = Vec::new();
-        let mut outcome = self.gain(&mut gained).await;
-        if let (Ok(()), Some(last_step)) = (&outcome, last_step) {
-            outcome = last_step.run(self.old, self.new).await;
-        }
-        if outcome.is_err() {
-            self.undo(gained).await;
+        let mut done = Done::default();
+        let outcome = self.steps(last_step, &mut done).await;
+        match outcome {
+            Ok(()) => self.store_late(&done.stored).await,
+            Err(_) => self.undo(done).await,
         }
         outcome
+    }
+
+    async fn steps(&self, last_step: Option<Box<dyn LastStep>>, done: &mut Done) -> Result<(), GraphError> {
+        self.gain(done).await?;
+        for (id, bitmaps) in self.bitmaps_to_store() {
+            // Those of nodes that go can wait: to store them is the end of it.
+            if self.new.plan().get(id).is_some() {
+                done.stored.push((id, dirty(&bitmaps)));
+                self.store(&self.old.view(id), &bitmaps).await?;
+            }
+        }
+        match last_step {
+            Some(last_step) => last_step.run(self.old, self.new).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The persistent bitmaps of nodes that are written to now and will not be any more.
+    fn bitmaps_to_store(&self) -> impl Iterator<Item = (NodeId, Vec<PlanBitmap>)> {
+        self.old.plan().nodes().filter_map(|(id, node)| {
+            let now = self.new.plan().get(id);
+            let stops = !node.read_only && now.is_none_or(|node| node.read_only);
+            let given_up = node.node.is_unusable() || now.is_none() && node.is_given_up();
+            let stores = stops && !given_up && node.node.as_bitmap_store().is_some();
+            stores.then(|| (id, persistent(now.unwrap_or(node))))
+        })
+    }
+
+    /// What nothing depends on any more: images that go keep their bitmaps, and those to which the last step has written
+    /// keep them once more. A bitmap that cannot be stored stays marked as not to be relied on.
+    async fn store_late(&self, stored: &[(NodeId, u64)]) {
+        for (id, bitmaps) in self.bitmaps_to_store() {
+            let view = self.old.view(id);
+            let before = stored.iter().find(|(stored, _)| *stored == id);
+            if before.is_some_and(|(_, before)| *before == dirty(&bitmaps)) {
+                continue;
+            }
+            let result = match before {
+                Some(_) => self.begin_bitmaps(&view).await,
+                None => Ok(()),
+            };
+            if let Err(error) = result.and(self.store(&view, &bitmaps).await) {
+                tracing::error!(node = %view.name(), %error, "the bitmaps were not stored");
+            }
+        }
+    }
+
+    async fn store(&self, view: &View, bitmaps: &[PlanBitmap]) -> Result<(), IoError> {
+        match view.node().as_bitmap_store() {
+            Some(store) => store.store(&view.cx(), bitmaps).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn begin_bitmaps(&self, view: &View) -> Result<(), IoError> {
+        match view.node().as_bitmap_store() {
+            Some(store) => store.begin(&view.cx()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Bitmaps are as long as their nodes, which the last step may have changed.
+    fn resize_bitmaps(&self) {
+        for (id, node) in self.new.plan().nodes().filter(|(_, node)| !node.bitmaps.is_empty()) {
+            let length = self.new.view(id).cx().length();
+            node.bitmaps.iter().for_each(|bitmap| bitmap.resize(length));
+        }
     }
 
     fn before(&self, id: NodeId) -> Access {
@@ -205,29 +275,46 @@ impl Step<'_> {
     }
 
     /// Asks the nodes for what their users need from now on, children first.
-    async fn gain(&self, gained: &mut Vec<NodeId>) -> Result<(), GraphError> {
+    async fn gain(&self, done: &mut Done) -> Result<(), GraphError> {
         for id in self.new.plan().parents_first()?.into_iter().rev() {
             let is_new = self.old.plan().get(id).is_none();
             let access = self.before(id).both(self.after(id));
             if is_new || access != self.before(id) {
-                gained.push(id);
+                done.gained.push(id);
                 self.new.view(id).cx().node().set_access(&self.new.view(id).cx(), access).await?;
+            }
+            let was_writable = self.old.plan().get(id).is_some_and(|node| !node.read_only);
+            if !was_writable && !self.new.plan().node(id).read_only {
+                done.begun.push(id);
+                self.begin_bitmaps(&self.new.view(id)).await?;
             }
         }
         Ok(())
     }
 
-    async fn undo(&self, gained: Vec<NodeId>) {
-        for id in gained.into_iter().rev() {
+    async fn undo(&self, done: Done) {
+        let tell = |view: &View, result: Result<(), IoError>| {
+            if let Err(error) = result {
+                tracing::error!(node = %view.name(), %error, "could not go back after a failed change");
+            }
+        };
+        for (id, _) in done.stored {
+            let view = self.old.view(id);
+            tell(&view, self.begin_bitmaps(&view).await);
+        }
+        for id in done.begun {
+            let view = self.new.view(id);
+            let node = self.old.plan().get(id).unwrap_or(self.new.plan().node(id));
+            tell(&view, self.store(&view, &persistent(node)).await);
+        }
+        for id in done.gained.into_iter().rev() {
             let view = self.new.view(id);
             let is_new = self.old.plan().get(id).is_none();
             let undone = match is_new {
                 true => view.cx().node().close(&view.cx()).await,
                 false => view.cx().node().set_access(&view.cx(), self.before(id)).await,
             };
-            if let Err(error) = undone {
-                tracing::error!(node = %view.name(), %error, "could not go back after a failed change");
-            }
+            tell(&view, undone);
         }
     }
 
@@ -248,4 +335,24 @@ impl Step<'_> {
             }
         }
     }
+}
+
+/// What a change has done so far, in case it cannot go on.
+#[derive(Default)]
+struct Done {
+    /// Nodes that were asked to get ready for more.
+    gained: Vec<NodeId>,
+    /// Nodes whose stored bitmaps were called out of date.
+    begun: Vec<NodeId>,
+    /// Nodes whose bitmaps were stored, and how much was dirty in them.
+    stored: Vec<(NodeId, u64)>,
+}
+
+fn persistent(node: &PlanNode) -> Vec<PlanBitmap> {
+    node.bitmaps.iter().filter(|bitmap| bitmap.persistent).cloned().collect()
+}
+
+/// Grows with whatever is written.
+fn dirty(bitmaps: &[PlanBitmap]) -> u64 {
+    bitmaps.iter().map(|bitmap| bitmap.bits.count()).fold(0, u64::saturating_add)
 }

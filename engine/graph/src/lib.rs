@@ -7,6 +7,8 @@
 
 pub mod align;
 pub mod bitmap;
+pub mod bitmaps;
+mod bits;
 mod chain;
 pub mod error;
 pub mod format;

@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use async_trait::async_trait;
 use underlay_sys::Iov;
 
+use crate::bitmaps::BitmapStore;
 use crate::error::{IoError, Result};
 use crate::format::{Extent, Format, Place};
 use crate::info::ImageInfo;
@@ -105,6 +106,10 @@ pub trait Node: Debug + Send + Sync {
     /// How the node wants to be asked.
     fn limits(&self, _cx: &Cx<'_>) -> Limits {
         Limits::default()
+    }
+    /// The node as an image that can keep dirty bitmaps.
+    fn as_bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
     }
     /// The node as a format, when it can say where a range lives.
     fn as_format(&self) -> Option<&dyn Format> {

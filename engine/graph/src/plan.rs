@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use smallvec::SmallVec;
 
 use crate::align::Blocks;
+use crate::bitmaps::{Moment, PlanBitmap};
 use crate::error::{Conflict, GraphError};
 use crate::node::{Kind, Node};
 use crate::perm::{self, Access, Perms};
@@ -109,6 +110,8 @@ pub struct PlanNode {
     pub implicit: bool,
     /// Who wants to know of writes.
     pub trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+    /// Its named dirty bitmaps, the newest last.
+    pub bitmaps: Vec<PlanBitmap>,
     /// The kind of job that works on this node; other operations on it are refused.
     pub busy: Option<&'static str>,
     /// A job relies on the backing link.
@@ -136,6 +139,8 @@ impl PlanNode {
             && self.touched == other.touched
             && self.trackers.len() == other.trackers.len()
             && self.trackers.iter().zip(&other.trackers).all(|(a, b)| Arc::ptr_eq(a, b))
+            && self.bitmaps.len() == other.bitmaps.len()
+            && self.bitmaps.iter().zip(&other.bitmaps).all(|(a, b)| a.records_as(b))
     }
 
     /// The child in `role`.
@@ -190,6 +195,7 @@ pub struct Plan {
     roots: BTreeMap<RootId, PlanRoot>,
     next: u64,
     generated: u64,
+    moment: Moment,
 }
 
 impl Plan {
@@ -289,6 +295,7 @@ impl Plan {
         let id = NodeId(self.next);
         self.next += 1;
         self.names.insert(name.clone(), id);
+        let bitmaps = new.node.as_bitmap_store().map_or_else(Vec::new, |store| store.loaded());
         let node = PlanNode {
             name,
             node: new.node,
@@ -298,6 +305,7 @@ impl Plan {
             monitor_owned: false,
             implicit: false,
             trackers: SmallVec::new(),
+            bitmaps,
             busy: None,
             frozen: false,
             touched: 0,
@@ -439,6 +447,21 @@ impl Plan {
     /// Makes the change hold back the requests to this node although its wiring stays: it will be resized, say.
     pub fn touch(&mut self, id: NodeId) {
         self.node_mut(id).touched += 1;
+    }
+
+    /// When the draft is put into force, and no request is inside any node that it touches, `action` runs: in turn with others,
+    /// before anything that may fail.
+    pub fn at_the_moment(&mut self, action: impl FnOnce() + Send + Sync + 'static) {
+        self.moment.push(action);
+    }
+
+    pub(crate) fn take_moment(&mut self) -> Moment {
+        std::mem::take(&mut self.moment)
+    }
+
+    /// A node as it is wired here, for looking at.
+    pub(crate) fn view(&self, id: NodeId) -> Arc<View> {
+        view_of(self, &mut HashMap::new(), id)
     }
 
     /// Everything below and including `id`.
@@ -590,23 +613,28 @@ impl Wires {
     /// The view of a node of the plan.
     pub fn view(&self, id: NodeId) -> Arc<View> {
         let mut views = self.views.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Not recursive: chains may be thousands of nodes deep.
-        let mut todo = vec![id];
-        while let Some(&id) = todo.last() {
-            let node = self.plan.node(id);
-            let missing = node.children.iter().map(|(_, child)| *child).find(|id| !views.contains_key(id));
-            if let Some(child) = missing {
-                todo.push(child);
-                continue;
-            }
-            todo.pop();
-            let children = node.children.iter().map(|(role, id)| (*role, views[id].clone())).collect();
-            let trackers = node.trackers.clone();
-            let (options, blocks) = (node.options, node.blocks.clone());
-            views.entry(id).or_insert_with(|| {
-                View::new(id, node.name.clone(), node.node.clone(), children, trackers, options, blocks)
-            });
-        }
-        views[&id].clone()
+        view_of(&self.plan, &mut views, id)
     }
+}
+
+fn view_of(plan: &Plan, views: &mut HashMap<NodeId, Arc<View>>, id: NodeId) -> Arc<View> {
+    // Not recursive: chains may be thousands of nodes deep.
+    let mut todo = vec![id];
+    while let Some(&id) = todo.last() {
+        let node = plan.node(id);
+        let missing = node.children.iter().map(|(_, child)| *child).find(|id| !views.contains_key(id));
+        if let Some(child) = missing {
+            todo.push(child);
+            continue;
+        }
+        todo.pop();
+        let children = node.children.iter().map(|(role, id)| (*role, views[id].clone())).collect();
+        let of_bitmaps = node.bitmaps.iter().filter_map(PlanBitmap::tracker);
+        let trackers = node.trackers.iter().cloned().chain(of_bitmaps).collect();
+        let (options, blocks) = (node.options, node.blocks.clone());
+        views.entry(id).or_insert_with(|| {
+            View::new(id, node.name.clone(), node.node.clone(), children, trackers, options, blocks)
+        });
+    }
+    views[&id].clone()
 }

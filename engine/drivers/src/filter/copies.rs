@@ -116,7 +116,7 @@ impl Copies {
         let _turn = self.turns.lock(clusters, Mode::Exclusive).await;
         let mut rest = clusters;
         while !rest.is_empty() {
-            let (todo, len) = self.todo.state(rest);
+            let (todo, len) = self.todo.run_at(rest);
             let (run, later) = rest.split(len);
             if todo {
                 self.visible.clear(run);
@@ -154,7 +154,7 @@ impl Copies {
             if let Some(error) = self.lost.get() {
                 return Err(CopyError { error: error.clone(), is_read: false });
             }
-            let (todo, len) = self.todo.state(rest);
+            let (todo, len) = self.todo.run_at(rest);
             let (run, later) = rest.split(len);
             if !todo {
                 rest = later;
@@ -256,19 +256,19 @@ impl Copies {
 
     /// Where the first bytes of `range` are as they were.
     async fn find<'a>(&self, ends: Ends<'a>, range: ByteRange) -> Result<Found<'a>> {
-        let (visible, len) = self.visible.state(range);
+        let (visible, len) = self.visible.run_at(range);
         if !visible || self.lost.get().is_some() {
             return Err(IoError::EACCES);
         }
         let run = range.split(len).0;
         let turn = self.turns.lock(run, Mode::Shared).await;
         // Somebody may have had it forgotten while we waited.
-        let (visible, len) = self.visible.state(run);
+        let (visible, len) = self.visible.run_at(run);
         if !visible {
             return Err(IoError::EACCES);
         }
         let run = run.split(len).0;
-        let (todo, len) = self.todo.state(run);
+        let (todo, len) = self.todo.run_at(run);
         let at = if todo { ends.source } else { ends.target };
         Ok(Found { run: run.split(len).0, at, _turn: turn })
     }
