@@ -2,6 +2,7 @@
 
 pub mod arguments;
 pub mod backup;
+pub mod bitmap;
 pub mod blockdev;
 pub mod create;
 pub mod export;
@@ -62,6 +63,7 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
         "query-block" => query::block(),
         "query-blockstats" => query::blockstats(daemon, arguments.flag("query-nodes", false)),
         "x-debug-query-block-graph" => query::block_graph(daemon),
+        "x-debug-block-dirty-bitmap-sha256" => return Some(bitmap::sha256(daemon, arguments)),
         "query-jobs" => job::query_jobs(daemon),
         "query-block-jobs" => job::query_block_jobs(daemon),
         "query-block-exports" => export::query(daemon),
@@ -70,6 +72,9 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
 }
 
 async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
+    if let Some(action) = bitmap::Action::new(command, &mut arguments) {
+        return bitmap::change(daemon, action).await;
+    }
     match command {
         "blockdev-add" => {
             blockdev::add(daemon, arguments.rest()).await?;

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use underlay_drivers::filename;
 use underlay_drivers::names::resolve_backing;
+use underlay_graph::bitmaps::PlanBitmap;
 use underlay_graph::info::{cluster_size, dirty_flag};
 use underlay_graph::plan::{DetectZeroes, Wires};
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, RootId, perm};
@@ -60,9 +61,28 @@ fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
         object.insert(limit, Value::Int(0));
     }
     object.insert("cache", Value::Object(cache));
+    if !node.bitmaps.is_empty() {
+        let bitmaps = node.bitmaps.iter().rev().map(dirty_bitmap).collect();
+        object.insert("dirty-bitmaps", Value::List(bitmaps));
+    }
     let depth = if flat { 0 } else { plan_chain(wires.plan(), id).len() - 1 };
     object.insert("backing_file_depth", int(depth as u64));
     object.insert("image", image_info(wires, id, flat));
+    Value::Object(object)
+}
+
+/// BlockDirtyInfo
+fn dirty_bitmap(bitmap: &PlanBitmap) -> Value {
+    let mut object = Object::new()
+        .with("name", &*bitmap.name)
+        .with("recording", bitmap.enabled)
+        .with("persistent", bitmap.persistent)
+        .with("busy", bitmap.busy);
+    if bitmap.inconsistent {
+        object.insert("inconsistent", Value::Bool(true));
+    }
+    object.insert("granularity", int(bitmap.bits.granularity()));
+    object.insert("count", int(bitmap.bits.count_whole()));
     Value::Object(object)
 }
 

@@ -10,7 +10,7 @@ use underlay_jobs::backup::start_all;
 
 use super::arguments::Arguments;
 use super::snapshot::{self, Prepared, SnapshotSync};
-use super::{backup, job};
+use super::{backup, bitmap, job};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -18,6 +18,8 @@ use crate::state::Daemon;
 enum Action {
     /// One edit of the plan.
     Snapshot(Option<Prepared>),
+    /// An edit of the plan.
+    Bitmap(bitmap::Action),
     /// A job to start.
     Backup(Box<BackupDraft>),
 }
@@ -37,13 +39,15 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
         )));
     }
     let mut actions: Vec<Action> = Vec::new();
+    // To see what is wrong with an action before a later one makes files.
+    let mut trial = Plan::clone(&daemon.graph.plan());
     let mut result = Ok(());
     for (kind, action) in wanted {
         let earlier = Earlier {
             names: actions.iter().filter_map(Action::brings).collect(),
             targets: actions.iter().filter_map(Action::target).collect(),
         };
-        match prepare(daemon, &kind, action, earlier).await {
+        match prepare(daemon, &kind, action, earlier, &mut trial).await {
             Ok(action) => actions.push(action),
             Err(error) => {
                 result = Err(error);
@@ -52,8 +56,11 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
         }
     }
     if result.is_ok() {
-        let edit = |plan: &mut Plan| actions.iter_mut().try_for_each(|action| action.apply(plan));
-        result = daemon.graph.change(edit).await.map_err(CommandError::from);
+        let edit = |plan: &mut Plan| {
+            actions.iter_mut().try_for_each(|action| action.apply(plan))?;
+            Ok(((), bitmap::finish(plan, actions.iter().filter_map(Action::bitmap))))
+        };
+        result = daemon.graph.change_with(edit).await.map_err(CommandError::from);
     }
     let backups = actions.into_iter().filter_map(Action::into_backup);
     match &result {
@@ -75,14 +82,22 @@ impl Action {
     fn apply(&mut self, plan: &mut Plan) -> Result<(), GraphError> {
         match self {
             Self::Snapshot(prepared) => prepared.take().map_or(Ok(()), |prepared| prepared.apply(plan)),
+            Self::Bitmap(action) => action.apply(plan),
             Self::Backup(draft) => draft.wire(plan),
+        }
+    }
+
+    fn bitmap(&self) -> Option<&bitmap::Action> {
+        match self {
+            Self::Bitmap(action) => Some(action),
+            _ => None,
         }
     }
 
     fn into_backup(self) -> Option<BackupDraft> {
         match self {
             Self::Backup(draft) => Some(*draft),
-            Self::Snapshot(_) => None,
+            _ => None,
         }
     }
 
@@ -97,7 +112,7 @@ impl Action {
     fn target(&self) -> Option<NodeId> {
         match self {
             Self::Backup(draft) => draft.target(),
-            Self::Snapshot(_) => None,
+            _ => None,
         }
     }
 }
@@ -111,8 +126,15 @@ async fn prepare(
     kind: &str,
     mut action: Arguments,
     earlier: Earlier,
+    trial: &mut Plan,
 ) -> CommandResult<Action> {
     let mut data = action.object("data").unwrap_or_else(|| Arguments::new(Default::default()));
+    if let Some(action) = bitmap::Action::new(kind, &mut data) {
+        if !earlier.names.contains(&action.node) {
+            action.apply(trial)?;
+        }
+        return Ok(Action::Bitmap(action));
+    }
     match kind {
         "blockdev-snapshot-sync" => {
             let arguments = SnapshotSync::new(&mut data);

@@ -75,6 +75,11 @@ impl DirtyBitmap {
         if last_is_dirty { whole - self.granularity + tail } else { whole }
     }
 
+    /// Dirty bytes as if all granules were whole: what users are shown.
+    pub fn count_whole(&self) -> u64 {
+        self.state().bits.count().saturating_mul(self.granularity)
+    }
+
     /// Whether nothing is dirty.
     pub fn is_clean(&self) -> bool {
         self.state().bits.count() == 0

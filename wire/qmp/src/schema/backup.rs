@@ -1,5 +1,6 @@
 //! The parts of the commands and nodes about backups.
 
+use super::bitmaps::DIRTY_BITMAP;
 use super::defs::{BLOCKDEV_REF, BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE};
 use super::jobs::{BLOCKDEV_ON_ERROR, MIRROR_SYNC_MODE};
 use super::ty::{Enum, Object, Type, opt, req};
@@ -74,9 +75,6 @@ pub(super) static TRANSACTION_BLOCKDEV_BACKUP: Object =
 
 pub(super) static TRANSACTION_DRIVE_BACKUP: Object =
     Object { members: &[req("data", Type::Object(&DRIVE_BACKUP_ARG))], tag: None, cases: &[] };
-
-pub(super) static DIRTY_BITMAP: Object =
-    Object { members: &[req("node", Type::Str), req("name", Type::Str)], tag: None, cases: &[] };
 
 pub(super) static BLOCKDEV_OPTIONS_CBW: Object = Object {
     members: &[

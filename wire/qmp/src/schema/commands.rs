@@ -5,6 +5,7 @@
 //! is accepted and what is announced cannot differ.
 
 use super::backup::*;
+use super::bitmaps::*;
 use super::create::*;
 use super::defs::*;
 use super::jobs::*;
@@ -62,6 +63,21 @@ pub static COMMANDS: &[Command] = &[
         name: "query-blockstats",
         arguments: &QUERY_BLOCKSTATS_ARG,
         returns: Type::List(&Type::Object(&BLOCK_STATS)),
+    },
+    Command { name: "block-dirty-bitmap-add", arguments: &DIRTY_BITMAP_ADD, returns: Type::Object(&NOTHING) },
+    Command { name: "block-dirty-bitmap-remove", arguments: &DIRTY_BITMAP, returns: Type::Object(&NOTHING) },
+    Command { name: "block-dirty-bitmap-clear", arguments: &DIRTY_BITMAP, returns: Type::Object(&NOTHING) },
+    Command { name: "block-dirty-bitmap-enable", arguments: &DIRTY_BITMAP, returns: Type::Object(&NOTHING) },
+    Command { name: "block-dirty-bitmap-disable", arguments: &DIRTY_BITMAP, returns: Type::Object(&NOTHING) },
+    Command {
+        name: "block-dirty-bitmap-merge",
+        arguments: &DIRTY_BITMAP_MERGE,
+        returns: Type::Object(&NOTHING),
+    },
+    Command {
+        name: "x-debug-block-dirty-bitmap-sha256",
+        arguments: &DIRTY_BITMAP,
+        returns: Type::Object(&DIRTY_BITMAP_SHA256),
     },
     Command { name: "x-debug-query-block-graph", arguments: &NOTHING, returns: Type::Object(&BLOCK_GRAPH) },
     Command { name: "block-stream", arguments: &BLOCK_STREAM_ARG, returns: Type::Object(&NOTHING) },

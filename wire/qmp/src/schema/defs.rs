@@ -5,6 +5,7 @@
 //! is accepted and what is announced cannot differ.
 
 use super::backup::*;
+use super::bitmaps::*;
 use super::jobs::{JOB_STATUS, JOB_TYPE};
 use super::ty::{Alternate, Enum, Object, Type, opt, req};
 
@@ -237,7 +238,19 @@ pub(super) static BLOCKDEV_DEL_ARG: Object =
 pub(super) static BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE: Enum = Enum { values: &["existing", "absolute-paths"] };
 
 pub(super) static TRANSACTION_ACTION_KIND: Enum = Enum {
-    values: &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync", "drive-backup"],
+    values: &[
+        "abort",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-remove",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-merge",
+        "blockdev-backup",
+        "blockdev-snapshot",
+        "blockdev-snapshot-sync",
+        "drive-backup",
+    ],
 };
 
 pub(super) static TRANSACTION_ACTION: Object = Object {
@@ -245,6 +258,12 @@ pub(super) static TRANSACTION_ACTION: Object = Object {
     tag: Some("type"),
     cases: &[
         ("abort", &TRANSACTION_ABORT),
+        ("block-dirty-bitmap-add", &TRANSACTION_BITMAP_ADD),
+        ("block-dirty-bitmap-remove", &TRANSACTION_BITMAP),
+        ("block-dirty-bitmap-clear", &TRANSACTION_BITMAP),
+        ("block-dirty-bitmap-enable", &TRANSACTION_BITMAP),
+        ("block-dirty-bitmap-disable", &TRANSACTION_BITMAP),
+        ("block-dirty-bitmap-merge", &TRANSACTION_BITMAP_MERGE),
         ("blockdev-backup", &TRANSACTION_BLOCKDEV_BACKUP),
         ("blockdev-snapshot", &TRANSACTION_SNAPSHOT),
         ("blockdev-snapshot-sync", &TRANSACTION_SNAPSHOT_SYNC),

@@ -32,7 +32,7 @@ pub fn query_qmp_schema() -> Value {
 fn feature(command: &str) -> Option<&'static str> {
     match command {
         "nbd-server-add" | "nbd-server-remove" => Some("deprecated"),
-        "x-debug-query-block-graph" => Some("unstable"),
+        "x-debug-query-block-graph" | "x-debug-block-dirty-bitmap-sha256" => Some("unstable"),
         _ => None,
     }
 }

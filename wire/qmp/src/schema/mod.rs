@@ -2,6 +2,7 @@
 //! `query-qmp-schema` is answered.
 
 mod backup;
+mod bitmaps;
 pub mod check;
 mod commands;
 mod create;

@@ -1,0 +1,183 @@
+//! block-dirty-bitmap-*: each an edit of the plan, alone or in a transaction.
+
+use async_trait::async_trait;
+use sha2::{Digest, Sha256};
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::NewBitmap;
+use underlay_graph::graph::LastStep;
+use underlay_graph::plan::Wires;
+use underlay_graph::{GraphError, NodeId, Plan};
+use underlay_qmp::json::{Object, Value};
+
+use super::arguments::Arguments;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// What to do with a bitmap of a node.
+#[derive(Debug)]
+pub struct Action {
+    /// The name of the node.
+    pub node: String,
+    name: String,
+    verb: Verb,
+}
+
+#[derive(Debug)]
+enum Verb {
+    Add { granularity: Option<u64>, persistent: bool, enabled: bool },
+    Remove,
+    Clear,
+    Enable(bool),
+    Merge(Vec<Source>),
+}
+
+/// A bitmap to be merged.
+#[derive(Debug)]
+struct Source {
+    node: String,
+    name: String,
+}
+
+impl Action {
+    /// From a command's arguments, or `None` if the command is about something else.
+    pub fn new(command: &str, arguments: &mut Arguments) -> Option<Self> {
+        let verb = match command.strip_prefix("block-dirty-bitmap-")? {
+            "add" => Verb::Add {
+                granularity: arguments
+                    .has("granularity")
+                    .then(|| u64::try_from(arguments.number("granularity", 0)).unwrap_or(0)),
+                persistent: arguments.flag("persistent", false),
+                enabled: !arguments.flag("disabled", false),
+            },
+            "remove" => Verb::Remove,
+            "clear" => Verb::Clear,
+            "enable" => Verb::Enable(true),
+            "disable" => Verb::Enable(false),
+            "merge" => Verb::Merge(Vec::new()),
+            _ => return None,
+        };
+        let node = arguments.text("node");
+        Some(match verb {
+            Verb::Merge(_) => {
+                let verb = Verb::Merge(sources(arguments, &node));
+                Self { node, name: arguments.text("target"), verb }
+            }
+            verb => Self { node, name: arguments.text("name"), verb },
+        })
+    }
+
+    /// Does it to a draft.
+    pub fn apply(&self, plan: &mut Plan) -> Result<(), GraphError> {
+        let (name, node) = (&*self.name, plan.find(&self.node));
+        if let Verb::Add { granularity, persistent, enabled } = self.verb {
+            let node = node.ok_or_else(|| GraphError::NeitherDeviceNorNode(self.node.clone()))?;
+            return plan.add_bitmap(node, &NewBitmap { name, granularity, persistent, enabled });
+        }
+        let node = node.ok_or_else(|| not_found(&self.node))?;
+        match &self.verb {
+            Verb::Add { .. } => Ok(()),
+            Verb::Remove => plan.give_up_bitmap(node, name),
+            Verb::Clear => plan.clear_bitmap(node, name),
+            Verb::Enable(enabled) => plan.enable_bitmap(node, name, *enabled),
+            Verb::Merge(sources) => {
+                // What is wrong with the target comes first.
+                plan.merge_bitmaps(node, name, &[])?;
+                let find = |source: &Source| plan.find(&source.node).ok_or_else(|| not_found(&source.node));
+                let nodes = sources.iter().map(find).collect::<Result<Vec<_>, _>>()?;
+                let names = sources.iter().map(|source| &*source.name);
+                plan.merge_bitmaps(node, name, &nodes.into_iter().zip(names).collect::<Vec<_>>())
+            }
+        }
+    }
+
+    /// After all actions were done: lets go what this one gives up.
+    fn finish(&self, plan: &mut Plan) -> Option<Gone> {
+        let node = plan.find(&self.node).filter(|_| matches!(self.verb, Verb::Remove))?;
+        let stored = plan.bitmap(node, &self.name).ok()?.persistent;
+        plan.drop_bitmap(node, &self.name);
+        stored.then(|| {
+            plan.touch(node);
+            Gone { node, name: self.name.clone() }
+        })
+    }
+}
+
+/// After all actions were done to a draft: lets go of bitmaps that are given up. Images that keep them forget them in the step.
+pub fn finish<'a>(plan: &mut Plan, actions: impl Iterator<Item = &'a Action>) -> Option<Box<dyn LastStep>> {
+    let gone: Vec<_> = actions.filter_map(|action| action.finish(plan)).collect();
+    if gone.is_empty() { None } else { Some(Box::new(Forget(gone))) }
+}
+
+fn not_found(node: &str) -> GraphError {
+    GraphError::new(format!("Node '{node}' not found"))
+}
+
+fn sources(arguments: &mut Arguments, node: &str) -> Vec<Source> {
+    let Some(Value::List(list)) = arguments.take("bitmaps") else { return Vec::new() };
+    let source = |value| match value {
+        Value::Str(name) => Some(Source { node: node.to_owned(), name }),
+        Value::Object(object) => {
+            let mut elsewhere = Arguments::new(object);
+            Some(Source { node: elsewhere.text("node"), name: elsewhere.text("name") })
+        }
+        _ => None,
+    };
+    list.into_iter().filter_map(source).collect()
+}
+
+/// A bitmap that an image may keep and shall not any more.
+struct Gone {
+    node: NodeId,
+    name: String,
+}
+
+struct Forget(Vec<Gone>);
+
+#[async_trait]
+impl LastStep for Forget {
+    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
+        for Gone { node, name } in self.0 {
+            let view = new.view(node);
+            if let Some(store) = view.node().as_bitmap_store() {
+                store.remove(&view.cx(), &name).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A command of its own.
+pub async fn change(daemon: &Daemon, action: Action) -> CommandResult<()> {
+    let edit = |plan: &mut Plan| {
+        action.apply(plan)?;
+        Ok(((), finish(plan, std::iter::once(&action))))
+    };
+    Ok(daemon.graph.change_with(edit).await?)
+}
+
+/// x-debug-block-dirty-bitmap-sha256
+pub fn sha256(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<Value> {
+    let plan = daemon.graph.plan();
+    let (node, name) = (arguments.text("node"), arguments.text("name"));
+    let node = plan.find(&node).ok_or_else(|| CommandError::from(not_found(&node)))?;
+    let hash = hash(&plan.bitmap(node, &name)?.bits);
+    Ok(Object::new().with("sha256", hash).into())
+}
+
+/// Of the bits as little-endian words of 64, as many as there are granules for.
+fn hash(bits: &DirtyBitmap) -> String {
+    let mut hasher = Sha256::new();
+    let words = bits.size().div_ceil(bits.granularity()).div_ceil(64).max(1);
+    let mut done = 0;
+    let zeroes = |hasher: &mut Sha256, count: u64| (0..count).for_each(|_| hasher.update([0; 8]));
+    bits.for_each_chunk(|first, chunk| {
+        zeroes(&mut hasher, first / 64 - done);
+        done = first / 64;
+        for word in chunk.iter().take(usize::try_from(words - done).unwrap_or(usize::MAX)) {
+            hasher.update(word.to_le_bytes());
+        }
+        done = words.min(done + chunk.len() as u64);
+    });
+    zeroes(&mut hasher, words - done);
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
