@@ -287,6 +287,11 @@ fn fleecing() {
 }
 
 #[test]
+fn bitmaps() {
+    compare("bitmaps");
+}
+
+#[test]
 fn backup_transaction() {
     compare("backup_transaction");
 }
