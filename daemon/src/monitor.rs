@@ -1,10 +1,11 @@
 //! Monitors: QMP sessions on character devices, any number at once.
 //!
-//! Each client has a task that reads and executes, one command after the other, and a task that writes what waits in
-//! its outbox. A client that sends nonsense, stops reading or goes away is its own problem only.
+//! Each client has a task that reads, a task that executes one command after the other, and a task that writes what waits
+//! in its outbox. What is asked out of band is answered by the one that reads. A client that sends nonsense, stops reading or goes away is its own problem only.
 
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use underlay_qmp::json::Value;
 use underlay_qmp::session::{self, ErrorClass, Incoming, Session};
 use underlay_sys::net::{Listener, Stream};
@@ -18,6 +19,13 @@ use crate::state::Daemon;
 
 /// Bytes read from a client at a time.
 const READ: usize = 64 << 10;
+
+/// Most commands that wait behind the one that is executed: then the client is not heard any more, not even out of band.
+/// Source: the reference answers a request out of band behind seven that wait, and does not behind eight.
+const MOST_WAITING: usize = 8;
+
+/// A message of more bytes has the queue to itself.
+const LARGE: usize = 2 * READ;
 
 /// Serves QMP on a character device, until the daemon ends.
 pub fn serve(daemon: &Arc<Daemon>, backend: Backend, pretty: bool) {
@@ -82,30 +90,70 @@ async fn client(daemon: &Arc<Daemon>, wire: Wire, pretty: bool) {
     let outbox = daemon.events.subscribe();
     let writer = rt::spawn(write_out(wire.clone(), outbox.clone()));
     push(&outbox, session::greeting(command::version()), pretty);
+    let (orders, waiting) = mpsc::channel(MOST_WAITING);
+    let worker = rt::spawn(work(daemon.clone(), waiting, outbox.clone(), pretty));
+    listen(&wire, &orders, &outbox, pretty).await;
+    // What the client has sent is executed, whether it is still there or not.
+    drop(orders);
+    worker.await;
+    outbox.close();
+    writer.await;
+}
+
+/// What a client has sent, in its turn.
+struct Order {
+    incoming: Incoming,
+    /// The client may get events from the reply on.
+    negotiated: bool,
+}
+
+/// Reads what a client sends until it goes, or nobody works for it any more.
+async fn listen(wire: &Wire, orders: &mpsc::Sender<Order>, outbox: &Outbox, pretty: bool) {
     let mut session = Session::default();
     let mut buffer = vec![0; READ];
-    'client: loop {
+    // Bytes since the last message.
+    let mut length = 0;
+    loop {
         let bytes = match wire.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
+            Ok(0) | Err(_) => return,
             Ok(count) => &buffer[..count],
         };
+        length += bytes.len();
         for incoming in session.push(bytes) {
-            if !outbox.has_room().await {
-                break 'client;
+            let Ok(place) = orders.reserve().await else { return };
+            match incoming {
+                Incoming::Urgent(reply) => {
+                    if !outbox.has_room().await {
+                        return;
+                    }
+                    push(outbox, reply, pretty);
+                }
+                incoming => place.send(Order { incoming, negotiated: session.is_negotiated() }),
             }
-            // Events begin with the reply to the negotiation.
-            let reply = match incoming {
-                Incoming::Reply(reply) => reply,
-                Incoming::Request(request) => execute(daemon, request).await,
-            };
-            push(&outbox, reply, pretty);
-            if session.is_negotiated() {
-                outbox.want_events();
+            // A large message waits alone: eight of them would be too much.
+            if std::mem::take(&mut length) > LARGE && orders.reserve_many(MOST_WAITING).await.is_err() {
+                return;
             }
         }
     }
-    outbox.close();
-    writer.await;
+}
+
+/// Executes one command after the other, each once its client has read enough of the replies before.
+async fn work(daemon: Arc<Daemon>, mut waiting: mpsc::Receiver<Order>, outbox: Arc<Outbox>, pretty: bool) {
+    while let Some(Order { incoming, negotiated }) = waiting.recv().await {
+        if !outbox.has_room().await {
+            return;
+        }
+        let reply = match incoming {
+            Incoming::Reply(reply) | Incoming::Urgent(reply) => reply,
+            Incoming::Request(request) => execute(&daemon, request).await,
+        };
+        push(&outbox, reply, pretty);
+        // Events begin with the reply to the negotiation.
+        if negotiated {
+            outbox.want_events();
+        }
+    }
 }
 
 async fn execute(daemon: &Daemon, request: session::Request) -> Value {

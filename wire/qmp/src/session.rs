@@ -6,6 +6,10 @@ use crate::codec::{Piece, Splitter};
 use crate::json::{self, Object, Value};
 use crate::schema::{self, Input};
 
+/// The capability to execute commands out of band. Of the storage daemon's commands none may be (`allow-oob` is nowhere in
+/// the reference's `query-qmp-schema`): whoever asks is told so at once, whatever waits.
+const OUT_OF_BAND: &str = "oob";
+
 /// The class of an error, as clients see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorClass {
@@ -47,8 +51,10 @@ pub struct Request {
 pub enum Incoming {
     /// To be executed; the reply goes through [`reply`].
     Request(Request),
-    /// To be sent as it is.
+    /// To be sent as it is, in its turn.
     Reply(Value),
+    /// To be sent at once, ahead of what still waits: the answer to a request out of band.
+    Urgent(Value),
 }
 
 /// See the module.
@@ -56,12 +62,21 @@ pub enum Incoming {
 pub struct Session {
     splitter: Splitter,
     negotiated: bool,
+    /// The client may ask out of band.
+    out_of_band: bool,
+}
+
+/// What a message asks for.
+struct Order {
+    name: String,
+    arguments: Object,
+    out_of_band: bool,
 }
 
 /// The greeting; `version` as query-version answers it.
 pub fn greeting(version: Value) -> Value {
-    // No capability is offered: commands of one monitor are executed in order, none out of band.
-    let hello = Object::new().with("version", version).with("capabilities", Vec::new());
+    let capabilities = vec![Value::from(OUT_OF_BAND)];
+    let hello = Object::new().with("version", version).with("capabilities", capabilities);
     Object::new().with("QMP", hello).into()
 }
 
@@ -118,33 +133,61 @@ impl Session {
             Err(error) => return refuse(&error.to_string(), None),
         };
         let id = object.remove("id");
-        match self.request(object) {
-            Ok(("qmp_capabilities", arguments)) => match self.negotiate(&arguments) {
-                Ok(()) => Incoming::Reply(reply(Object::new().into(), id)),
-                Err(desc) => refuse(&desc, id),
-            },
+        // Who names both kinds of request has to wait for the answer.
+        let urgent = self.out_of_band && object.get("exec-oob").is_some() && object.get("execute").is_none();
+        let answer = if urgent { Incoming::Urgent } else { Incoming::Reply };
+        match self.order(object).and_then(|order| self.request(order)) {
+            Ok(("qmp_capabilities", arguments)) => {
+                self.negotiate(&arguments);
+                answer(reply(Object::new().into(), id))
+            }
             Ok((command, arguments)) => Incoming::Request(Request { command, arguments, id }),
-            Err((class, desc)) => Incoming::Reply(error(class, &desc, id)),
+            Err((class, desc)) => answer(error(class, &desc, id)),
         }
     }
 
-    fn request(&self, mut object: Object) -> Result<(&'static str, Object), (ErrorClass, String)> {
-        let generic = |desc: &str| (ErrorClass::GenericError, desc.to_owned());
-        let execute = object.remove("execute");
-        let arguments = object.remove("arguments");
-        if let Some((name, _)) = object.iter_printed().next() {
-            return Err(generic(&format!("QMP input member '{name}' is unexpected")));
+    /// What a message says. Of several mistakes the first counts, in the order in which members are printed.
+    fn order(&self, mut object: Object) -> Result<Order, (ErrorClass, String)> {
+        let generic = |desc: String| (ErrorClass::GenericError, desc);
+        let mut found: Option<(String, bool)> = None;
+        for (member, value) in object.iter_printed() {
+            match (member, value) {
+                ("execute", Value::Str(_)) | ("exec-oob", Value::Str(_))
+                    if self.knows(member) && found.is_some() =>
+                {
+                    return Err(generic("QMP input member 'execute' clashes with 'exec-oob'".to_owned()));
+                }
+                ("execute" | "exec-oob", Value::Str(name)) if self.knows(member) => {
+                    found = Some((name.clone(), member == "exec-oob"));
+                }
+                ("execute" | "exec-oob", _) if self.knows(member) => {
+                    return Err(generic(format!("QMP input member '{member}' must be a string")));
+                }
+                ("arguments", Value::Object(_)) => {}
+                ("arguments", _) => {
+                    return Err(generic("QMP input member 'arguments' must be an object".to_owned()));
+                }
+                _ => return Err(generic(format!("QMP input member '{member}' is unexpected"))),
+            }
         }
-        let name = match execute {
-            Some(Value::Str(name)) => name,
-            Some(_) => return Err(generic("QMP input member 'execute' must be a string")),
-            None => return Err(generic("QMP input lacks member 'execute'")),
+        let Some((name, out_of_band)) = found else {
+            return Err(generic("QMP input lacks member 'execute'".to_owned()));
         };
-        let arguments = match arguments {
-            None => Object::new(),
+        let arguments = match object.remove("arguments") {
             Some(Value::Object(arguments)) => arguments,
-            Some(_) => return Err(generic("QMP input member 'arguments' must be an object")),
+            _ => Object::new(),
         };
+        Ok(Order { name, arguments, out_of_band })
+    }
+
+    /// Whether a member of that name may say which command is meant.
+    fn knows(&self, member: &str) -> bool {
+        member == "execute" || self.out_of_band
+    }
+
+    fn request(&self, order: Order) -> Result<(&'static str, Object), (ErrorClass, String)> {
+        let Order { name, arguments, out_of_band } = order;
+        let generic = |desc: String| (ErrorClass::GenericError, desc);
         let unavailable = |desc: String| (ErrorClass::CommandNotFound, desc);
         if !self.negotiated && name != "qmp_capabilities" {
             let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
@@ -153,8 +196,11 @@ impl Session {
         let Some(command) = schema::command(&name) else {
             return Err(unavailable(format!("The command {name} has not been found")));
         };
+        if out_of_band {
+            return Err(generic(format!("The command {name} does not support OOB")));
+        }
         let arguments = schema::check(arguments, command.arguments, Input::Json);
-        let arguments = arguments.map_err(|error| generic(&error.to_string()))?;
+        let arguments = arguments.map_err(|error| generic(error.to_string()))?;
         if self.negotiated && name == "qmp_capabilities" {
             let desc = "Capabilities negotiation is already complete, command ignored";
             return Err(unavailable(desc.to_owned()));
@@ -162,13 +208,11 @@ impl Session {
         Ok((command.name, arguments))
     }
 
-    fn negotiate(&mut self, arguments: &Object) -> Result<(), String> {
+    /// The arguments fit their description: there is no other capability.
+    fn negotiate(&mut self, arguments: &Object) {
         let wanted = arguments.get("enable").and_then(Value::as_list).unwrap_or_default();
-        if let Some(capability) = wanted.iter().find_map(Value::as_str) {
-            return Err(format!("Capability {capability} not available"));
-        }
+        self.out_of_band = wanted.iter().any(|capability| capability.as_str() == Some(OUT_OF_BAND));
         self.negotiated = true;
-        Ok(())
     }
 }
 
@@ -179,6 +223,7 @@ mod tests {
     fn said(session: &mut Session, input: &str) -> Vec<String> {
         let text = |incoming| match incoming {
             Incoming::Reply(value) => value.to_string(),
+            Incoming::Urgent(value) => format!("! {value}"),
             Incoming::Request(request) => format!("execute {}", request.command),
         };
         session.push(input.as_bytes()).into_iter().map(text).collect()
@@ -211,6 +256,28 @@ mod tests {
             generic("JSON parse error, duplicate key"),
             "execute quit".to_owned(),
         ]);
+    }
+
+    #[test]
+    fn out_of_band_only_for_who_has_asked_for_it() {
+        let input = "{'exec-oob':'quit','id':1}{'exec-oob':'nope'}{'execute':'quit','exec-oob':'quit'}{'exec-oob':1}{'execute':'quit'}";
+        let mut session = Session::default();
+        said(&mut session, "{'execute':'qmp_capabilities'}");
+        let answers = said(&mut session, input);
+        let unexpected = "QMP input member 'exec-oob' is unexpected";
+        assert!(answers[..4].iter().all(|answer| answer.contains(unexpected) && !answer.starts_with('!')));
+        let mut session = Session::default();
+        said(&mut session, "{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}");
+        assert_eq!(
+            said(&mut session, input),
+            [
+                r#"! {"id": 1, "error": {"class": "GenericError", "desc": "The command quit does not support OOB"}}"#,
+                r#"! {"error": {"class": "CommandNotFound", "desc": "The command nope has not been found"}}"#,
+                r#"{"error": {"class": "GenericError", "desc": "QMP input member 'execute' clashes with 'exec-oob'"}}"#,
+                r#"! {"error": {"class": "GenericError", "desc": "QMP input member 'exec-oob' must be a string"}}"#,
+                "execute quit",
+            ]
+        );
     }
 
     #[test]

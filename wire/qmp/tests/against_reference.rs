@@ -38,7 +38,11 @@ fn reference(input: &[u8]) -> Option<Vec<String>> {
 }
 
 fn compare(inputs: &[&[u8]]) {
-    let mut stream = b"{\"execute\":\"qmp_capabilities\"}\n".to_vec();
+    compare_after(b"{'execute':'qmp_capabilities'}\n", inputs);
+}
+
+fn compare_after(negotiation: &[u8], inputs: &[&[u8]]) {
+    let mut stream = negotiation.to_vec();
     for input in inputs {
         stream.extend_from_slice(input);
         stream.extend_from_slice(END);
@@ -66,7 +70,7 @@ const EXECUTED: &str = "executed";
 
 fn text(incoming: Incoming) -> String {
     match incoming {
-        Incoming::Reply(value) => value.to_string(),
+        Incoming::Reply(value) | Incoming::Urgent(value) => value.to_string(),
         Incoming::Request(_) => EXECUTED.to_owned(),
     }
 }
@@ -230,6 +234,9 @@ fn commands_are_refused_alike() {
         b"{\"execute\":\"query-version\",\"arguments\":{\"a\":1}}",
         b"{\"execute\":\"nope\",\"arguments\":{\"a\":1},\"id\":[1,{\"b\":null}]}",
         b"{\"exec-oob\":\"query-version\"}",
+        b"{\"exec-oob\":\"query-version\",\"arguments\":1,\"id\":1}",
+        b"{\"execute\":1,\"arguments\":1}",
+        b"{\"execute\":1,\"foo\":1}",
         b"{\"exec-oob\":\"query-version\",\"execute\":\"query-version\"}",
         b"{\"execute\":\"x\",\"arguments\":1,\"id\":5}",
         b"{\"execute\":\"query-version\",\"control\":{}}",
@@ -257,6 +264,38 @@ fn commands_are_refused_alike() {
         b"{\"execute\":\"nope\",\"id\":\"a\xc0\x80b\x7f\"}",
         b"{'execute':'nope','id':'a\"b\\'c'}",
     ]);
+}
+
+/// In the reference, requests out of band are answered at once; none of the others here takes any time.
+#[test]
+fn requests_out_of_band_are_refused_alike() {
+    compare_after(
+        b"{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}\n",
+        &[
+            b"{'exec-oob':'query-version'}",
+            b"{'exec-oob':'query-version','id':1}",
+            b"{'exec-oob':'nope','id':1}",
+            b"{'exec-oob':'nope','id':null}",
+            b"{'exec-oob':'qmp_capabilities'}",
+            b"{'exec-oob':1,'id':1}",
+            b"{'exec-oob':null}",
+            b"{'exec-oob':'quit','arguments':{'a':1}}",
+            b"{'exec-oob':'quit','arguments':1}",
+            b"{'exec-oob':1,'arguments':1}",
+            b"{'exec-oob':1,'arguments':1,'foo':1}",
+            b"{'exec-oob':'quit','arguments':1,'foo':1}",
+            b"{'exec-oob':'quit','a':1,'z':1,'control':1}",
+            b"{'exec-oob':'quit','execute':'quit'}",
+            b"{'execute':'quit','exec-oob':'quit','id':1}",
+            b"{'execute':1,'exec-oob':'quit'}",
+            b"{'execute':'quit','exec-oob':1}",
+            b"{'execute':1,'exec-oob':1}",
+            b"{'execute':'quit','exec-oob':'quit','arguments':1}",
+            b"{'execute':'quit','exec-oob':'quit','foo':1}",
+            b"{'execute':1,'foo':1}",
+            b"{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}",
+        ],
+    );
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub fn run(data: &[u8]) {
     );
     for incoming in whole {
         let answer = match incoming {
-            Incoming::Reply(answer) => answer,
+            Incoming::Reply(answer) | Incoming::Urgent(answer) => answer,
             Incoming::Request(request) => reply(request.arguments.into(), request.id),
         };
         let printed = answer.to_string();
@@ -41,6 +41,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
          \"node-name\":\"a\",\"file\":{\"driver\":\"file\",\"filename\":\"a\"}}}",
         "{\"execute\":\"qmp_capabilities\"}{\"execute\":\"block-commit\",\"arguments\":{\"device\":\"d\",\
          \"speed\":-9223372036854775808,\"job-id\":\"j\"},\"id\":18446744073709551615}",
+        "{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}{'exec-oob':'quit','id':1}{'exec-oob':1,'execute':'x'}",
         "{\"exec-oob\": \"qmp_capabilities\"} [] 1 \"\" null ] } { \u{ff} {\"execute\": 1e400}",
         "[[[[[[[[[[{\"a\":[{\"b\":[{}]}]}]]]]]]]]]]\r\n\t{}",
     ]
