@@ -66,6 +66,11 @@ impl DirtyBitmap {
         self.state().resize(self.granularity, size);
     }
 
+    /// Grows with every change: as long as it stays, so does what the bitmap says.
+    pub fn changes(&self) -> u64 {
+        self.state().bits.changes()
+    }
+
     /// Dirty bytes, counted in whole granules (the last one as long as it is).
     pub fn count(&self) -> u64 {
         let state = self.state();

@@ -13,6 +13,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::error::{GraphError, Result};
 use crate::info::cluster_size;
 use crate::plan::{NodeId, Plan};
+use crate::units::ByteRange;
 use crate::view::{Cx, Tracker};
 
 /// The smallest granularity.
@@ -61,6 +62,18 @@ impl PlanBitmap {
         self.enabled.then(|| bits.clone() as Arc<dyn Tracker>)
     }
 
+    /// What an image should keep while a job may hold the bitmap: enough for every end of that job.
+    pub fn to_keep(&self) -> Arc<DirtyBitmap> {
+        match &self.successor {
+            None => self.bits.clone(),
+            Some(since) => {
+                let both = self.bits.copy();
+                both.merge(since);
+                Arc::new(both)
+            }
+        }
+    }
+
     fn all_bits(&self) -> impl Iterator<Item = &Arc<DirtyBitmap>> {
         self.successor.iter().chain([&self.bits])
     }
@@ -68,6 +81,11 @@ impl PlanBitmap {
     /// Gives it the node's length.
     pub(crate) fn resize(&self, length: u64) {
         self.all_bits().filter(|bits| bits.size() != length).for_each(|bits| bits.resize(length));
+    }
+
+    /// Whether an image keeps the same for both, or has what it needs to.
+    pub(crate) fn is_kept_as(&self, other: &Self) -> bool {
+        self.name == other.name && self.enabled == other.enabled && Arc::ptr_eq(&self.bits, &other.bits)
     }
 
     pub(crate) fn records_as(&self, other: &Self) -> bool {
@@ -327,6 +345,25 @@ pub trait BitmapStore: Send + Sync {
     async fn store(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()>;
     /// Takes one out, if the image has it: durable on return.
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()>;
+
+    /// Between [`BitmapStore::begin`] and [`BitmapStore::store`]: makes the image keep what these say by now
+    /// ([`PlanBitmap::to_keep`]), not called valid, but as good as that together with what was covered since. Durable on return. Requests
+    /// may be inside: what they write is in the bitmaps before it is covered, and covered before it is written.
+    async fn refresh(&self, _cx: &Cx<'_>, _bitmaps: &[PlanBitmap]) -> Result<()> {
+        Ok(())
+    }
+    /// Whether much was covered since it was last refreshed.
+    fn is_worth_refreshing(&self) -> bool {
+        false
+    }
+    /// Whether it is durable already that `range` may be written to. Asked before every write.
+    fn covers(&self, _range: ByteRange) -> bool {
+        true
+    }
+    /// Makes that durable.
+    async fn cover(&self, _cx: &Cx<'_>, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What a draft does when it is put into force.

@@ -24,6 +24,7 @@ pub(crate) struct Bits {
     groups: Vec<Group>,
     len: u64,
     set: u64,
+    changes: u64,
 }
 
 fn index(n: u64) -> usize {
@@ -51,6 +52,11 @@ impl Bits {
         self.set
     }
 
+    /// Grows with every change: as long as it stays, so do the bits.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// More bits, which are clear, or fewer.
     pub(crate) fn resize(&mut self, len: u64) {
         if len < self.len {
@@ -58,6 +64,7 @@ impl Bits {
         }
         self.groups.resize_with(index(len.div_ceil(GROUP_BITS)), Vec::new);
         self.len = len;
+        self.changes += 1;
     }
 
     fn chunk(&self, bit: u64) -> Option<&Chunk> {
@@ -104,6 +111,7 @@ impl Bits {
         let (had, has) = (u64::from(before.count_ones()), u64::from(word.count_ones()));
         chunk.set = chunk.set + has - had;
         self.set = self.set + has - had;
+        self.changes += u64::from(before != *word);
         if chunk.set == 0 {
             *slot = None;
         }

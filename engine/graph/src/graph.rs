@@ -68,6 +68,20 @@ impl Graph {
         self.plan().root(id).map(|root| Root { id, door: root.door.clone() })
     }
 
+    /// Has images that are written to keep what persistent bitmaps say by now, where that is worth it: after a crash they will say
+    /// less that is not so. Requests go on meanwhile, changes of the graph wait.
+    pub async fn refresh_bitmaps(&self) {
+        let _turn = self.turn.lock().await;
+        let wires = self.wires();
+        for (id, node) in wires.plan().nodes().filter(|(_, node)| !node.read_only) {
+            let store = node.node.as_bitmap_store().filter(|store| store.is_worth_refreshing());
+            let (Some(store), view) = (store, wires.view(id)) else { continue };
+            if let Err(error) = store.refresh(&view.cx(), &persistent(node)).await {
+                tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
+            }
+        }
+    }
+
     /// Rewires the graph. See [`Graph::change_with`].
     pub async fn change<R: Send>(
         &self,
@@ -193,10 +207,26 @@ impl Step<'_> {
                 self.store(&self.old.view(id), &bitmaps).await?;
             }
         }
+        self.refresh_bitmaps(done).await?;
         match last_step {
             Some(last_step) => last_step.run(self.old, self.new).await,
             None => Ok(()),
         }
+    }
+
+    /// Has images that go on being written to keep persistent bitmaps as the change has made them.
+    async fn refresh_bitmaps(&self, done: &mut Done) -> Result<(), GraphError> {
+        for (id, node) in self.new.plan().nodes().filter(|(_, node)| !node.read_only) {
+            let Some(store) = node.node.as_bitmap_store() else { continue };
+            let before = self.old.plan().get(id).map_or_else(|| store.loaded(), persistent);
+            let now = persistent(node);
+            let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
+            if !is_same {
+                done.refreshed.push(id);
+                store.refresh(&self.new.view(id).cx(), &now).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The persistent bitmaps of nodes that are written to now and will not be any more.
@@ -302,6 +332,13 @@ impl Step<'_> {
             let view = self.old.view(id);
             tell(&view, self.begin_bitmaps(&view).await);
         }
+        for id in done.refreshed {
+            let Some(node) = self.old.plan().get(id).filter(|node| !node.read_only) else { continue };
+            if let Some(store) = node.node.as_bitmap_store() {
+                let view = self.old.view(id);
+                tell(&view, store.refresh(&view.cx(), &persistent(node)).await);
+            }
+        }
         for id in done.begun {
             let view = self.new.view(id);
             let node = self.old.plan().get(id).unwrap_or(self.new.plan().node(id));
@@ -344,6 +381,8 @@ struct Done {
     gained: Vec<NodeId>,
     /// Nodes whose stored bitmaps were called out of date.
     begun: Vec<NodeId>,
+    /// Nodes whose images were told of other bitmaps.
+    refreshed: Vec<NodeId>,
     /// Nodes whose bitmaps were stored, and how much was dirty in them.
     stored: Vec<(NodeId, u64)>,
 }

@@ -13,7 +13,7 @@ use crate::node::{Kind, Node};
 use crate::perm::{self, Access, Perms};
 use crate::root::{Door, Drained};
 use crate::units::NodeName;
-use crate::view::{Role, Tracker, View};
+use crate::view::{Role, Tracker, Trackers, View};
 
 /// A node's place in the plan; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -629,8 +629,11 @@ fn view_of(plan: &Plan, views: &mut HashMap<NodeId, Arc<View>>, id: NodeId) -> A
         }
         todo.pop();
         let children = node.children.iter().map(|(role, id)| (*role, views[id].clone())).collect();
-        let of_bitmaps = node.bitmaps.iter().filter_map(PlanBitmap::tracker);
-        let trackers = node.trackers.iter().cloned().chain(of_bitmaps).collect();
+        let mut trackers = Trackers { after: node.trackers.clone(), ..Trackers::default() };
+        for bitmap in &node.bitmaps {
+            let when = if bitmap.persistent { &mut trackers.before } else { &mut trackers.after };
+            when.extend(bitmap.tracker());
+        }
         let (options, blocks) = (node.options, node.blocks.clone());
         views.entry(id).or_insert_with(|| {
             View::new(id, node.name.clone(), node.node.clone(), children, trackers, options, blocks)

@@ -38,8 +38,17 @@ impl Role {
 
 /// Something that wants to know which ranges of a node were written: a dirty bitmap.
 pub trait Tracker: Send + Sync + std::fmt::Debug {
-    /// A write, zeroing or discard of `range` has ended, well or badly.
+    /// A write, zeroing or discard of `range` has ended, well or badly, or is about to begin.
     fn touched(&self, range: ByteRange);
+}
+
+/// Who wants to know of writes.
+#[derive(Debug, Default)]
+pub(crate) struct Trackers {
+    /// Before: what they know survives a crash.
+    pub(crate) before: SmallVec<[Arc<dyn Tracker>; 1]>,
+    /// When they have ended.
+    pub(crate) after: SmallVec<[Arc<dyn Tracker>; 1]>,
 }
 
 /// One node and all below it, as it was wired at some moment.
@@ -49,7 +58,7 @@ pub struct View {
     pub(crate) name: NodeName,
     pub(crate) node: Arc<dyn Node>,
     pub(crate) children: SmallVec<[(Role, Arc<View>); 2]>,
-    pub(crate) trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+    pub(crate) trackers: Trackers,
     pub(crate) options: NodeOptions,
     pub(crate) limits: Limits,
     pub(crate) blocks: Arc<Blocks>,
@@ -75,7 +84,7 @@ impl View {
             name,
             node,
             children.into_iter().collect(),
-            SmallVec::new(),
+            Trackers::default(),
             options,
             Arc::default(),
         )
@@ -86,7 +95,7 @@ impl View {
         name: NodeName,
         node: Arc<dyn Node>,
         children: SmallVec<[(Role, Arc<View>); 2]>,
-        trackers: SmallVec<[Arc<dyn Tracker>; 1]>,
+        trackers: Trackers,
         options: NodeOptions,
         blocks: Arc<Blocks>,
     ) -> Arc<Self> {
@@ -221,6 +230,7 @@ impl<'a> Cx<'a> {
             let may_unmap = self.view.options.detect_zeroes == DetectZeroes::Unmap;
             return self.write_zeroes(range, ZeroFlags { may_unmap, no_fallback: false }).await;
         }
+        self.announce(range).await?;
         let result = if self.view.limits.request_alignment > 1 {
             align::write(self, range, from, flags).await
         } else {
@@ -240,6 +250,7 @@ impl<'a> Cx<'a> {
 
     /// Makes the range read as zeroes, by writing them where the node knows no better way.
     pub async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        self.announce(range).await?;
         let result = self.zero(range, flags).await;
         self.wrote(range, &result);
         result
@@ -307,6 +318,7 @@ impl<'a> Cx<'a> {
         if range.is_empty() {
             return Ok(());
         }
+        self.announce(range).await?;
         let result = self.node().discard(self, range).await;
         self.touched(range);
         result
@@ -336,9 +348,21 @@ impl<'a> Cx<'a> {
         }
     }
 
+    /// Before a write: what shall survive a crash is told, and durable on return.
+    async fn announce(&self, range: ByteRange) -> Result<()> {
+        if self.view.trackers.before.is_empty() {
+            return Ok(());
+        }
+        self.view.trackers.before.iter().for_each(|tracker| tracker.touched(range));
+        match self.node().as_bitmap_store() {
+            Some(store) if !store.covers(range) => store.cover(self, range).await,
+            _ => Ok(()),
+        }
+    }
+
     fn touched(&self, range: ByteRange) {
         self.view.blocks.reliers.end();
-        for tracker in &self.view.trackers {
+        for tracker in &self.view.trackers.after {
             tracker.touched(range);
         }
     }
