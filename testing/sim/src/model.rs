@@ -166,6 +166,20 @@ impl Model {
         self.history = vec![self.begin_flush()];
     }
 
+    /// Ends what [`Model::remember`] began: a model that knows of nothing later, for copies of a moment that is over.
+    pub fn moment_over(&mut self) -> Self {
+        let until = self.clone();
+        self.history.clear();
+        until
+    }
+
+    /// Compares a part of a copy of a moment since [`Model::remember`].
+    pub fn check_part(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
+        let since = self.history.first().ok_or("nothing was remembered")?;
+        let seen = since.seen[at(first)..].to_vec();
+        self.end_read(&Looking { first, moment: since.moment, seen }, bytes)
+    }
+
     /// Compares a copy of the whole disk, which must be what it was like at one moment since [`Model::remember`]: a copy
     /// that has a write lacks none that was over when that write began.
     pub fn check_copy(&self, bytes: &[u8]) -> Result<(), String> {
@@ -222,6 +236,25 @@ mod tests {
         assert!(model.check_after_cut(&stamp(0, 2, 0)).is_err());
         let after = [stamp(0, 1, 7), stamp(1, 1, 0)].concat();
         assert!(model.check_after_cut(&after).is_ok());
+    }
+
+    #[test]
+    fn a_moment_that_is_over_knows_of_nothing_later() {
+        let mut model = Model::new(2);
+        let write = |model: &mut Model, number| {
+            let writing = model.begin_write(1, 1, number, number);
+            model.end_write(writing, true);
+        };
+        write(&mut model, 7);
+        model.remember();
+        write(&mut model, 8);
+        let moment = model.moment_over();
+        write(&mut model, 9);
+        for (value, is_it) in [(0, false), (7, true), (8, true), (9, false)] {
+            assert_eq!(moment.check_part(1, &stamp(1, 1, value)).is_ok(), is_it, "{value}");
+            let whole = [stamp(0, 1, 0), stamp(1, 1, value)].concat();
+            assert_eq!(moment.check_copy(&whole).is_ok(), is_it, "{value}");
+        }
     }
 
     #[test]

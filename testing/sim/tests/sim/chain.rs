@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use underlay_graph::{IoError, View};
 use underlay_jobs::{
-    CommitArgs, EventSink, Job, JobEvent, Jobs, OnError, Settings, Started, Status, StreamArgs, StreamEnd,
+    CommitArgs, EventSink, Job, JobEvent, Jobs, Settings, Started, Status, StreamArgs, StreamEnd,
 };
 use underlay_sim::{Fault, Power, Rng, run_seeds};
 use underlay_sys::rt;
 
 use crate::guests::Guests;
-use crate::lab::{Setup, build};
+use crate::lab::{SMALL, Setup, build};
+use crate::target::{meddle, policy};
 
 struct Quiet;
 
@@ -22,12 +23,11 @@ impl EventSink for Quiet {
 }
 
 fn job_settings(rng: &mut Rng, id: &str) -> Settings {
-    let policies = [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop];
     Settings {
         id: Some(id.into()),
         speed: rng.pick(&[0, 0, 1 << 20, 64 << 20]),
         auto_finalize: !rng.one_in(4),
-        on_error: rng.pick(&policies),
+        on_error: policy(rng),
         ..Settings::default()
     }
 }
@@ -72,7 +72,7 @@ async fn stream_or_commit(setup: &Setup, jobs: &Arc<Jobs>, rng: &mut Rng, id: &s
     jobs.commit(&setup.graph, args).await.ok()
 }
 
-/// A client of a job: it waits, pauses and resumes, changes the speed, completes, finalizes, and may lose patience.
+/// A client of a job: it waits, meddles, completes, and may lose patience.
 async fn attend(job: &Arc<Job>, power: &Power, rng: &mut Rng) {
     let mut patience = if rng.one_in(4) { rng.below(20) } else { u64::MAX };
     while !matches!(job.status(), Status::Concluded | Status::Null) {
@@ -85,14 +85,7 @@ async fn attend(job: &Arc<Job>, power: &Power, rng: &mut Rng) {
         if power.is_cut() {
             let _ = job.cancel();
         }
-        // Most of these are refused, for the job is not in the state for it.
-        match rng.below(8) {
-            0 => drop(job.pause()),
-            1 | 2 => drop(job.resume()),
-            3 => drop(job.set_speed(rng.pick(&[0, 1 << 20, 64 << 20]))),
-            4 => drop(job.finalize().await),
-            _ => {}
-        }
+        meddle(job, rng).await;
         let _ = job.complete();
     }
 }
@@ -100,7 +93,7 @@ async fn attend(job: &Arc<Job>, power: &Power, rng: &mut Rng) {
 async fn power(seed: u64) {
     let mut rng = Rng::new(seed);
     let length = 1 + rng.index(3);
-    let setup = build(&mut rng, length).await;
+    let setup = build(&mut rng, length, SMALL).await;
     let guests = Guests::new(&setup, true);
     let count = 1 + rng.below(4);
     let mut running = guests.start(&mut rng, count, 25);
@@ -113,7 +106,7 @@ async fn power(seed: u64) {
 async fn faults(seed: u64) {
     let mut rng = Rng::new(seed);
     let length = 1 + rng.index(2);
-    let setup = build(&mut rng, length).await;
+    let setup = build(&mut rng, length, SMALL).await;
     let guests = Guests::new(&setup, true);
     let top = &setup.layers[length - 1].disk;
     let fault = |rng: &mut Rng, error| Some(Fault { after: rng.below(60), error, sticky: rng.one_in(2) });
@@ -149,7 +142,7 @@ async fn start_jobs(setup: &Setup, rng: &mut Rng) -> Vec<rt::JoinHandle<()>> {
 /// Jobs on failing disks: they fail, stop and are resumed, or go on, as their policy says; the guest loses nothing.
 async fn troubled(seed: u64) {
     let mut rng = Rng::new(seed);
-    let setup = build(&mut rng, 4).await;
+    let setup = build(&mut rng, 4, SMALL).await;
     let guests = Guests::new(&setup, true);
     let mut running = guests.start(&mut rng, 2, 200);
     rt::sleep(Duration::from_micros(rng.below(5000))).await;
@@ -167,7 +160,7 @@ async fn troubled(seed: u64) {
 
 async fn jobs(seed: u64) {
     let mut rng = Rng::new(seed);
-    let setup = build(&mut rng, 4).await;
+    let setup = build(&mut rng, 4, SMALL).await;
     let cut = rng.one_in(2);
     let guests = Guests::new(&setup, cut);
     let mut running = guests.start(&mut rng, 2, 200);

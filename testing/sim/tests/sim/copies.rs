@@ -11,7 +11,7 @@ use underlay_sim::{Rng, SECTOR, run_seeds};
 use underlay_sys::rt;
 
 use crate::guests::Guests;
-use crate::lab::{Setup, build};
+use crate::lab::{SMALL, Setup, build};
 
 /// Puts a copy-on-read filter between the top and the guest.
 async fn copy_what_is_read(setup: &Setup, bottom: Option<usize>) {
@@ -49,7 +49,7 @@ async fn borrows(setup: &Setup, bottom: Option<usize>) -> bool {
 async fn copies(seed: u64) {
     let mut rng = Rng::new(seed);
     let length = 2 + rng.index(3);
-    let setup = build(&mut rng, length).await;
+    let setup = build(&mut rng, length, SMALL).await;
     let bottom = rng.one_in(2).then(|| rng.index(length - 1));
     copy_what_is_read(&setup, bottom).await;
     let cut = rng.one_in(3);

@@ -21,6 +21,9 @@ use crate::guests::Guests;
 /// The layers of a chain, from below.
 const NAMES: [&str; 4] = ["A", "B", "C", "D"];
 
+/// Bytes of a chain that is large enough for most.
+pub const SMALL: u64 = 48 << 10;
+
 /// An image, and the disk below it.
 pub struct Layer {
     pub name: &'static str,
@@ -139,10 +142,10 @@ pub async fn add_user(graph: &Graph, node: NodeId, required: Perms) -> Root {
 }
 
 /// A chain of `length` images, with something in each, and a guest on top. The lowest may be raw, and each may be longer
-/// or shorter than the one below it.
-pub async fn build(rng: &mut Rng, length: usize) -> Setup {
+/// or shorter than the one below it. They have `least` bytes, more with large clusters, or about half of that.
+pub async fn build(rng: &mut Rng, length: usize, least: u64) -> Setup {
     let cluster = rng.pick(&[512, 1024, 4096, 16384, 65536]);
-    let usual = (cluster * 24).max(48 << 10);
+    let usual = (cluster * 24).max(least);
     let (is_even, has_raw) = (rng.one_in(2), rng.one_in(4));
     let power = Power::until(u64::MAX);
     let graph = Graph::new();
@@ -231,6 +234,16 @@ impl Setup {
         let chain = plan.chain(plan.root(self.guest.id()).unwrap().node);
         let top = chain.into_iter().find_map(|id| self.layers.iter().find(|layer| layer.node == id));
         top.unwrap()
+    }
+
+    /// Unless the power is gone already, the disks are well and all is as it should be.
+    pub async fn live_on(&self, guests: &Guests, rng: &mut Rng) {
+        if !self.power.is_cut() {
+            let healthy = guests.on_sound_disks();
+            healthy.verify().await;
+            healthy.start(rng, 2, 10).done().await;
+            healthy.verify().await;
+        }
     }
 
     /// After a power cut every write is there that was flushed, and nothing that was never written.

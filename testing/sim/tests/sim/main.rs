@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod backup;
 mod chain;
 mod copies;
 mod depth;
 mod guests;
 mod lab;
 mod mirror;
+mod target;

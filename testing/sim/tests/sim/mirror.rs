@@ -3,22 +3,17 @@
 //! what it wrote, before the switch and behind it; a copy is what the disk was like at one moment, and is durable when
 //! the job says that it is done; after a power cut every flushed write is in the image that the guest's disk was on.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use underlay_graph::{ByteRange, NewNode, NodeId, Perms, View, WriteFlags};
-use underlay_jobs::{
-    EventSink, Job, JobEvent, Jobs, MirrorArgs, OnError, Settings, Status, SyncMode, Target,
-};
-use underlay_qcow2::{OpenOptions, create};
-use underlay_sim::{Disk, Rng, SECTOR, run_seeds};
-use underlay_sys::{Iov, rt};
+use underlay_graph::{NodeId, Perms};
+use underlay_jobs::{Job, Jobs, MirrorArgs, Settings, Status, SyncMode, Target};
+use underlay_sim::{Rng, run_seeds};
+use underlay_sys::rt;
 
 use crate::guests::{Guests, Running};
-use crate::lab::{
-    Layer, Setup, add_node, add_user, build, called, create_options, new_node, open_image, open_options,
-    writable,
-};
+use crate::lab::{Layer, SMALL, Setup, add_node, add_user, build};
+use crate::target::{Ground, Record, TargetImage, check_copy, meddle, policy};
 
 /// How the client ends it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,28 +25,11 @@ enum End {
     Force,
 }
 
-/// What shows in the target where nothing was copied to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ground {
-    Nothing,
-    /// Bytes that the guest must never see.
-    Rubbish,
-    /// The guest's disk as it is when the job starts.
-    Copy,
-    /// The layer with this index, from the beginning on.
-    Layer(usize),
-    /// The same, from the switch on.
-    LayerLater(usize),
-}
-
 #[derive(Debug)]
 struct Case {
     sync: SyncMode,
     end: End,
-    ground: Ground,
-    raw: bool,
-    /// The target's clusters, in bytes.
-    cluster: u64,
+    copy: TargetImage,
     write_blocking: bool,
     change_mode: bool,
     /// Somebody else writes to the source past the job's filter.
@@ -76,9 +54,7 @@ impl Case {
             sync,
             end: rng.pick(&[End::Complete, End::Complete, End::Cancel, End::Force]),
             past_filter: false,
-            ground,
-            raw: ground.backing().is_none() && rng.one_in(3),
-            cluster: rng.pick(&[512, 4096, 16384, 65536, setup.cluster]),
+            copy: TargetImage::new(rng, setup, ground),
             write_blocking: rng.one_in(2),
             change_mode: rng.one_in(3),
             cut: !faults && rng.one_in(2),
@@ -96,87 +72,18 @@ impl Case {
 
     /// The copy shows what the guest writes to its own disk.
     fn shows_source(&self) -> bool {
-        self.sync == SyncMode::None && self.ground.backing().is_some()
-    }
-}
-
-impl Ground {
-    fn backing(self) -> Option<usize> {
-        match self {
-            Self::Layer(at) | Self::LayerLater(at) => Some(at),
-            _ => None,
-        }
-    }
-}
-
-/// Makes the target's file, with what is in it at first.
-async fn make(setup: &Setup, case: &Case, rng: &mut Rng) -> Arc<Disk> {
-    let size = setup.sectors * SECTOR;
-    let content = if case.raw { vec![0; usize::try_from(size).unwrap()] } else { Vec::new() };
-    let disk = Disk::new(content, rng.number(), setup.power.clone());
-    let file = View::detached(disk.clone(), []);
-    if !case.raw {
-        let mut options = create_options(rng, case.cluster, size);
-        options.backing = case.ground.backing().map(|at| called(&setup.layers[at]));
-        create(&file.cx(), &options).await.unwrap();
-    }
-    let format = open_image(&file, case.raw, OpenOptions::default()).await;
-    let view = writable(format.clone(), file.clone(), None).await;
-    for start in (0..size).step_by(1 << 12) {
-        let range = ByteRange::between(start, size.min(start + (1 << 12)));
-        let into = match case.ground {
-            Ground::Rubbish if rng.one_in(2) => Iov::filled(range.buffer_len(), 0xbb),
-            Ground::Copy => {
-                let into = Iov::scratch(range.buffer_len());
-                setup.guest.read(range, into.clone()).await.unwrap();
-                into
-            }
-            _ => continue,
-        };
-        view.cx().write(range, into, WriteFlags::default()).await.unwrap();
-    }
-    format.close(&view.cx()).await.unwrap();
-    disk
-}
-
-/// The target's node, not in the graph yet.
-async fn open(setup: &Setup, case: &Case, disk: &Arc<Disk>, rng: &mut Rng) -> NewNode {
-    let file = View::detached(disk.clone(), []);
-    let format = open_image(&file, case.raw, open_options(rng)).await;
-    let below = match case.ground {
-        Ground::Layer(at) => Some(setup.layers[at].node),
-        _ => None,
-    };
-    new_node("T", disk, format, below, false)
-}
-
-/// The events that matter.
-#[derive(Default)]
-struct Record(Mutex<Vec<JobEvent>>);
-
-impl EventSink for Record {
-    fn emit(&self, event: JobEvent) {
-        self.0.lock().unwrap().push(event);
-    }
-}
-
-impl Record {
-    /// Whether the job has ended well.
-    fn is_well(&self) -> bool {
-        let well = |event: &JobEvent| matches!(event, JobEvent::Completed { error: None, .. });
-        self.0.lock().unwrap().iter().any(well)
+        self.sync == SyncMode::None && self.copy.ground.backing().is_some()
     }
 }
 
 fn arguments(source: NodeId, case: &Case, target: Target, rng: &mut Rng) -> MirrorArgs {
-    let policies = [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop];
     MirrorArgs {
         settings: Settings {
             id: Some("j".into()),
             speed: rng.pick(&[0, 0, 1 << 20, 64 << 20]),
             auto_finalize: !rng.one_in(4),
-            on_error: rng.pick(&policies),
-            on_target_error: Some(rng.pick(&policies)),
+            on_error: policy(rng),
+            on_target_error: Some(policy(rng)),
             ..Settings::default()
         },
         source,
@@ -186,7 +93,7 @@ fn arguments(source: NodeId, case: &Case, target: Target, rng: &mut Rng) -> Mirr
         granularity: rng.pick(&[None, Some(512), Some(4096), Some(1 << 20)]),
         buf_size: None,
         write_blocking: case.write_blocking,
-        target_is_zero: case.ground == Ground::Nothing && rng.one_in(2),
+        target_is_zero: case.copy.ground == Ground::Nothing && rng.one_in(2),
         unmap: rng.one_in(2),
         filter_node_name: rng.one_in(2).then(|| "filter".into()),
     }
@@ -206,13 +113,7 @@ async fn attend(setup: &Setup, case: &Case, job: &Job, running: &mut Running, rn
         if setup.power.is_cut() {
             let _ = job.cancel();
         }
-        match rng.below(8) {
-            0 => drop(job.pause()),
-            1 | 2 => drop(job.resume()),
-            3 => drop(job.set_speed(rng.pick(&[0, 1 << 20, 64 << 20]))),
-            4 => drop(job.finalize().await),
-            _ => {}
-        }
+        meddle(job, rng).await;
         match case.end {
             End::Complete if patience == 0 => drop(job.complete()),
             End::Cancel if patience == 0 => cancel(setup, case, job, running).await,
@@ -239,23 +140,6 @@ async fn cancel(setup: &Setup, case: &Case, job: &Job, running: &mut Running) {
     }
 }
 
-/// The copy that a cancel has left: what the disk was like at one moment, also after a power cut.
-async fn check_copy(setup: &Setup, guests: &Guests, seed: u64) {
-    let target = setup.layers.last().unwrap();
-    if setup.graph.plan().get(target.node).is_some() {
-        let root = add_user(&setup.graph, target.node, Perms::CONSISTENT_READ).await;
-        let into = Iov::scratch(usize::try_from(setup.sectors * SECTOR).unwrap());
-        match root.read(ByteRange::between(0, setup.sectors * SECTOR), into.clone()).await {
-            Ok(()) => guests.model().check_copy(&into.to_vec()).unwrap(),
-            Err(error) => assert!(setup.power.is_cut(), "{error}"),
-        }
-    }
-    for round in 0..3 {
-        let left = setup.reopen(seed.wrapping_mul(5) + round, target).await;
-        guests.model().check_copy(&left).map_err(|wrong| format!("after a cut, {wrong}")).unwrap();
-    }
-}
-
 /// Nothing of the job is left in the graph, and the guest is where it belongs.
 fn check_graph(setup: &Setup, source: NodeId, is_switched: bool) {
     let plan = setup.graph.plan();
@@ -267,26 +151,26 @@ fn check_graph(setup: &Setup, source: NodeId, is_switched: bool) {
 async fn play(seed: u64, faults: bool) {
     let mut rng = Rng::new(seed);
     let length = 1 + rng.index(4);
-    let mut setup = build(&mut rng, length).await;
+    let mut setup = build(&mut rng, length, SMALL).await;
     let case = Case::new(&mut rng, &setup, faults);
     println!("seed {seed}: {case:?}");
     let source = setup.layers[length - 1].node;
     let mut guests = Guests::new(&setup, case.is_troubled());
-    guests.compress &= !case.raw && setup.cluster % case.cluster == 0;
-    let disk = make(&setup, &case, &mut rng).await;
+    guests.compress &= !case.copy.raw && setup.cluster % case.copy.cluster == 0;
+    let disk = case.copy.make(&setup, &mut rng).await;
     // What is written before the job must be in a copy of before already.
-    let is_early = case.ground != Ground::Copy;
+    let is_early = case.copy.ground != Ground::Copy;
     let mut running = guests.start(&mut rng, if is_early { 2 } else { 0 }, 200);
     rt::sleep(Duration::from_micros(rng.below(5000))).await;
-    let new = open(&setup, &case, &disk, &mut rng).await;
-    let target = match case.ground {
+    let new = case.copy.open(&setup, &disk, &mut rng).await;
+    let target = match case.copy.ground {
         Ground::LayerLater(at) => Target::New { node: Box::new(new), backing: Some(setup.layers[at].node) },
         Ground::Nothing | Ground::Rubbish if rng.one_in(3) => {
             Target::New { node: Box::new(new), backing: None }
         }
         _ => Target::Existing(add_node(&setup.graph, new).await),
     };
-    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.raw });
+    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw });
     let mut beside = guests.start(&mut rng, 0, 0);
     let mut mending = None;
     if case.faults {
@@ -325,16 +209,12 @@ async fn play(seed: u64, faults: bool) {
         mending.await;
     }
     if is_well && case.end == End::Cancel {
-        check_copy(&setup, &guests, seed).await;
+        let model = guests.model().clone();
+        check_copy(&setup, &model, seed).await;
     }
     running.stop().await;
     beside.done().await;
-    if !setup.power.is_cut() {
-        let healthy = guests.on_sound_disks();
-        healthy.verify().await;
-        healthy.start(&mut rng, 2, 10).done().await;
-        healthy.verify().await;
-    }
+    setup.live_on(&guests, &mut rng).await;
     setup.cut_and_compare(&guests, seed).await;
 }
 
