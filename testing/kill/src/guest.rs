@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::model::{BYTES, Effect, Model};
 pub struct Guest {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicU64>,
-    acknowledged: Arc<AtomicU64>,
+    model: Arc<Mutex<Model>>,
     thread: JoinHandle<Account>,
 }
 
@@ -49,25 +49,34 @@ impl Guest {
         let client = Client::connect(&Server::unix(socket), "disk", &[]);
         let client = client.map_err(|error| format!("the guest cannot connect: {error}"))?;
         let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let acknowledged = Arc::new(AtomicU64::new(model.acknowledgements()));
+        let model = Arc::new(Mutex::new(model));
         let worker = Worker {
             client,
-            model,
+            model: model.clone(),
             random: Rng::new(seed),
             asked: HashMap::new(),
             reading: Vec::new(),
             wrong: Vec::new(),
             served: served.clone(),
-            acknowledged: acknowledged.clone(),
         };
         let stop_too = stop.clone();
         let thread = std::thread::spawn(move || worker.work(&stop_too, depth));
-        Ok(Self { stop, served, acknowledged, thread })
+        Ok(Self { stop, served, model, thread })
     }
 
     /// Changes that have been acknowledged so far.
     pub fn acknowledged(&self) -> u64 {
-        self.acknowledged.load(Ordering::Acquire)
+        lock(&self.model).acknowledgements()
+    }
+
+    /// A copy of the disk is asked for.
+    pub fn begin_copy(&self) {
+        lock(&self.model).begin_copy();
+    }
+
+    /// The copy has begun: what it may hold.
+    pub fn copy(&self) -> Model {
+        lock(&self.model).copy()
     }
 
     /// Waits until `more` requests have been answered, or the guest has ended.
@@ -92,17 +101,24 @@ impl Guest {
 
 struct Worker {
     client: Client,
-    model: Model,
+    model: Arc<Mutex<Model>>,
     random: Rng,
     asked: HashMap<u64, Asked>,
     /// What is being read: not to be changed meanwhile.
     reading: Vec<Range<usize>>,
     wrong: Vec<String>,
     served: Arc<AtomicU64>,
-    acknowledged: Arc<AtomicU64>,
+}
+
+fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
+    model.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Worker {
+    fn model(&self) -> MutexGuard<'_, Model> {
+        lock(&self.model)
+    }
+
     fn work(mut self, stop: &AtomicBool, depth: usize) -> Account {
         use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         let ended = self.requests(stop, depth).err();
@@ -112,7 +128,8 @@ impl Worker {
         {
             self.wrong.push(format!("the guest: {error}"));
         }
-        Account { model: self.model, wrong: self.wrong, served: self.served.load(Ordering::Relaxed), lost }
+        let model = self.model().clone();
+        Account { model, wrong: self.wrong, served: self.served.load(Ordering::Relaxed), lost }
     }
 
     fn requests(&mut self, stop: &AtomicBool, depth: usize) -> std::io::Result<()> {
@@ -136,11 +153,12 @@ impl Worker {
         loop {
             let (unit, most) = self.random.pick(&[(1, 8), (8, 1), (8, 1), (8, 16), (128, 2)]);
             let len = unit * (1 + self.random.index(most));
-            let start = self.random.index(self.model.len() / unit) * unit;
-            let sectors = start..(start + len).min(self.model.len());
+            let all = self.model().len();
+            let start = self.random.index(all / unit) * unit;
+            let sectors = start..(start + len).min(all);
             let is_read =
                 self.reading.iter().any(|other| other.start < sectors.end && sectors.start < other.end);
-            if !is_read && !self.model.is_busy(&sectors) {
+            if !is_read && !self.model().is_busy(&sectors) {
                 return sectors;
             }
         }
@@ -153,7 +171,7 @@ impl Worker {
         let flags = if durable { CMD_FUA } else { 0 };
         let (cookie, asked) = match self.random.below(16) {
             0 => {
-                let acknowledgements = self.model.acknowledgements();
+                let acknowledgements = self.model().acknowledgements();
                 (self.client.submit(command::FLUSH, 0, 0, 0, &[])?, Asked::Flush { acknowledgements })
             }
             1 => {
@@ -161,20 +179,20 @@ impl Worker {
                 (self.client.submit(command::READ, 0, offset, length, &[])?, Asked::Read { sectors })
             }
             2 => {
-                let generation = self.model.begin(Effect::Discard, sectors).generation;
+                let generation = self.model().begin(Effect::Discard, sectors).generation;
                 let cookie = self.client.submit(command::TRIM, flags, offset, length, &[])?;
                 (cookie, Asked::Change { generation, durable })
             }
             3 => {
-                let generation = self.model.begin(Effect::Zeroes, sectors).generation;
+                let generation = self.model().begin(Effect::Zeroes, sectors).generation;
                 let no_hole = if self.random.one_in(2) { CMD_NO_HOLE } else { 0 };
                 let cookie =
                     self.client.submit(command::WRITE_ZEROES, flags | no_hole, offset, length, &[])?;
                 (cookie, Asked::Change { generation, durable })
             }
             _ => {
-                let change = self.model.begin(Effect::Data, sectors);
-                let content = self.model.content(&change);
+                let change = self.model().begin(Effect::Data, sectors);
+                let content = self.model().content(&change);
                 let cookie = self.client.submit(command::WRITE, flags, offset, length, &content)?;
                 (cookie, Asked::Change { generation: change.generation, durable })
             }
@@ -189,15 +207,15 @@ impl Worker {
         }
         match self.asked.remove(&completion.cookie) {
             Some(Asked::Change { generation, durable }) => {
-                self.model.acknowledge(generation, durable);
-                self.acknowledged.store(self.model.acknowledgements(), Ordering::Release);
+                self.model().acknowledge(generation, durable);
             }
-            Some(Asked::Flush { acknowledgements }) => self.model.flushed(acknowledgements),
+            Some(Asked::Flush { acknowledgements }) => self.model().flushed(acknowledgements),
             Some(Asked::Read { sectors }) => {
                 self.reading.retain(|other| *other != sectors);
                 for (at, found) in sectors.zip(completion.data.chunks(BYTES)) {
-                    if let Some(wrong) = self.model.judge(at, found) {
-                        self.wrong.push(format!("live: {wrong:?}: {}", self.model.describe(at, found)));
+                    let model = lock(&self.model);
+                    if let Some(wrong) = model.judge(at, found) {
+                        self.wrong.push(format!("live: {wrong:?}: {}", model.describe(at, found)));
                     }
                 }
                 self.client.recycle(completion.data);

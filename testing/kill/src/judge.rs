@@ -54,6 +54,8 @@ pub struct Found {
     pub behind: usize,
     /// The kill came when either of two images could be the guest's.
     pub in_doubt: bool,
+    /// There was a copy that was done.
+    pub copied: bool,
 }
 
 /// Judges what a kill has left. All that is wrong, if anything is.
@@ -73,6 +75,11 @@ pub fn judge(
             Err(wrong) => complaints.push(wrong),
         }
     }
+    if let Some((image, model)) = &expected.copy
+        && let Err(wrong) = examine_copy(programs, folder, plan, image, model)
+    {
+        complaints.extend(wrong.into_iter().map(|wrong| format!("the copy: {wrong}")));
+    }
     let mut rejected = Vec::new();
     let mut accepted = None;
     for top in &expected.tops {
@@ -88,7 +95,14 @@ pub fn judge(
         complaints.extend(rejected);
         return Err(complaints);
     };
-    Ok(Found { leaks, served: account.served, in_flight, behind, in_doubt: expected.tops.len() > 1 })
+    Ok(Found {
+        leaks,
+        served: account.served,
+        in_flight,
+        behind,
+        in_doubt: expected.tops.len() > 1,
+        copied: expected.copy.is_some(),
+    })
 }
 
 /// Opens the image again, reads all of it, goes on writing, and checks and reads it once more. Says how many sectors
@@ -114,6 +128,20 @@ fn examine(
         same_for_the_reference(program, folder, top, &again).map_err(one)?;
     }
     Ok(behind)
+}
+
+/// A copy that the job has said is done shows what the disk was like when the job began.
+fn examine_copy(
+    programs: &Programs,
+    folder: &Path,
+    plan: &Plan,
+    image: &str,
+    model: &Model,
+) -> Result<(), Vec<String>> {
+    let one = |wrong: String| vec![wrong];
+    let (daemon, monitor) = Daemon::start(&programs.daemon, folder, plan, image, "copied").map_err(one)?;
+    read(&mut daemon.client().map_err(one)?, model)?;
+    daemon.quit(monitor).map_err(one)
 }
 
 /// Reads all of the disk, goes on writing, and reads it once more: how many sectors were behind, and the last content.

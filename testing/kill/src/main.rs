@@ -1,6 +1,7 @@
 //! Kills the daemon for real: the release binary on a chain of images, a guest that writes over NBD, an operation, and
 //! SIGKILL at a random moment of it. Then the images are checked and read, and must have every write that was flushed
-//! (or covered by a snapshot), and nothing that was never written. Writes that were acknowledged and not flushed are
+//! (or covered by a snapshot), and nothing that was never written; a backup that was done is what the disk was like when it
+//! began. Writes that were acknowledged and not flushed are
 //! counted when they are missing: their data is in the kernel's page cache, which survives the kill, but the tables
 //! that say where it lies may still have been in the daemon, as in QEMU.
 //!
@@ -107,7 +108,7 @@ fn rounds(
 ) -> u64 {
     let name = operation.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
     let begun = Instant::now();
-    let (mut failures, mut done, mut in_doubt, mut total) = (0, 0, 0, Found::default());
+    let (mut failures, mut done, mut in_doubt, mut copied, mut total) = (0, 0, 0, 0, Found::default());
     for seed in seeds {
         if until.is_some_and(|until| Instant::now() > until) {
             break;
@@ -116,6 +117,7 @@ fn rounds(
         match round(programs, &Plan::new(operation, seed)) {
             Ok(found) => {
                 in_doubt += u64::from(found.in_doubt);
+                copied += u64::from(found.copied);
                 total.leaks += found.leaks;
                 total.served += found.served;
                 total.in_flight += found.in_flight;
@@ -135,7 +137,7 @@ fn rounds(
     }
     println!(
         "{name:8} {done} rounds, {failures} failures; {} requests answered, {} changes cut off, {in_doubt} kills in \
-         the midst of a change of the chain, {} sectors back at their last flush, {} clusters leaked; {:.0} s",
+         the midst of a change of the chain, {copied} finished copies, {} sectors back at their last flush, {} clusters leaked; {:.0} s",
         total.served,
         total.in_flight,
         total.behind,

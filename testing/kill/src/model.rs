@@ -61,6 +61,8 @@ pub struct Model {
     generation: u32,
     acknowledgements: u64,
     flushed_upto: u64,
+    /// What was there after so many acknowledgements is not forgotten: a copy may show it.
+    keep: u64,
     in_flight: Vec<Change>,
 }
 
@@ -84,6 +86,7 @@ impl Model {
             generation: 0,
             acknowledgements: 0,
             flushed_upto: 0,
+            keep: u64::MAX,
             in_flight: Vec::new(),
         }
     }
@@ -132,7 +135,8 @@ impl Model {
         };
         let change = self.in_flight.swap_remove(at);
         self.acknowledgements += 1;
-        let (now, upto) = (self.acknowledgements, self.flushed_upto);
+        let (now, keep) = (self.acknowledgements, self.keep);
+        let upto = self.flushed_upto.min(keep);
         for sector in &mut self.sectors[change.sectors] {
             sector.forget_before(upto);
             let was = sector.last();
@@ -142,7 +146,7 @@ impl Model {
                 Effect::Discard => State { acknowledged: now, or_zero: true, ..was },
             });
             if durable {
-                sector.forget_before(now);
+                sector.forget_before(now.min(keep));
             }
         }
     }
@@ -150,6 +154,17 @@ impl Model {
     /// A flush completed that was sent after `acknowledgements` changes had been acknowledged.
     pub fn flushed(&mut self, acknowledgements: u64) {
         self.flushed_upto = self.flushed_upto.max(acknowledgements);
+    }
+
+    /// A copy of the disk is asked for that shows it at some moment from now on.
+    pub fn begin_copy(&mut self) {
+        self.keep = self.acknowledgements;
+    }
+
+    /// That moment is over: what the copy may hold.
+    pub fn copy(&mut self) -> Self {
+        let keep = std::mem::replace(&mut self.keep, u64::MAX);
+        Self { flushed_upto: keep, keep: u64::MAX, ..self.clone() }
     }
 
     /// What is wrong with what was found in the sector, if anything is.
@@ -322,6 +337,25 @@ mod tests {
         model.acknowledge(zeroes.generation, true);
         assert_eq!(model.judge(0, &bytes), Some(Wrong::FlushedLost));
         assert_eq!(model.judge(0, &[0; BYTES]), None);
+    }
+
+    #[test]
+    fn a_copy_is_of_a_moment_between_question_and_answer() {
+        let mut model = Model::new(7, 1);
+        let write = |model: &mut Model, durable| {
+            let change = model.begin(Effect::Data, 0..1);
+            model.acknowledge(change.generation, durable);
+            sector(model, &change)
+        };
+        let mut all = vec![write(&mut model, false), write(&mut model, false)];
+        model.begin_copy();
+        all.extend([write(&mut model, true), write(&mut model, false)]);
+        model.flushed(model.acknowledgements());
+        let copy = model.copy();
+        all.push(write(&mut model, false));
+        let judged: Vec<_> = all.iter().map(|found| copy.judge(0, found)).collect();
+        assert_eq!(judged, [Some(Wrong::FlushedLost), None, None, None, Some(Wrong::Foreign)]);
+        assert_eq!(model.judge(0, &all[2]), Some(Wrong::FlushedLost), "the disk itself is on");
     }
 
     #[test]

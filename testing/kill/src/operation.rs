@@ -26,6 +26,16 @@ pub struct Expected {
     pub images: Vec<String>,
     /// How many of the guest's changes the last snapshot has flushed.
     pub flushed: u64,
+    /// An image that is a copy of the guest's disk, and what it may hold.
+    pub copy: Option<(String, Model)>,
+}
+
+/// How a job is told where to copy to.
+enum Target {
+    /// As a node, on this backing node.
+    Added(Value),
+    /// By its name, with this `mode`.
+    Named(&'static str),
 }
 
 /// A round on its way: the daemon lives.
@@ -74,7 +84,13 @@ impl<'a> Stage<'a> {
         let sectors = usize::try_from(DISK).map_err(|error| error.to_string())? / BYTES;
         let guest =
             Guest::start(&daemon.nbd(), Model::new(plan.seed | 1 << 63, sectors), plan.seed, plan.depth)?;
-        let expected = Expected { tops: vec![file(0)], sizes: vec![DISK], images: vec![file(0)], flushed: 0 };
+        let expected = Expected {
+            tops: vec![file(0)],
+            sizes: vec![DISK],
+            images: vec![file(0)],
+            flushed: 0,
+            copy: None,
+        };
         let (guest, account, layers) = (Some(guest), None, 1);
         Ok(Self { plan, folder, daemon, monitor, expected, guest, account, layers })
     }
@@ -97,6 +113,7 @@ impl<'a> Stage<'a> {
             Operation::Snapshot => self.snapshots(&mut killer, &mut random),
             Operation::Stream | Operation::Commit | Operation::Active => self.job(&mut killer, &mut random),
             Operation::Mirror => self.mirror(&mut killer, &mut random),
+            Operation::Backup => self.backup(&mut killer, &mut random),
             Operation::Resize => self.resizes(&mut killer, &mut random),
         };
         killer.finish()?;
@@ -212,11 +229,7 @@ impl<'a> Stage<'a> {
             _ => ("top", true, false),
         };
         if is_ours {
-            let below = BackingRef { file: file(2), format: Some("qcow2".to_owned()) };
-            let backing = Some(below).filter(|_| sync == "top");
-            let options = CreateOptions { backing, ..self.plan.create.clone() };
-            make(self.folder, COPY, &options).map_err(Failure::Lost)?;
-            self.expected.images.push(COPY.to_owned());
+            self.make_copy((sync == "top").then_some(2))?;
         }
         let mode = if self.plan.write_blocking[0] { "write-blocking" } else { "background" };
         let mut arguments = Object::new()
@@ -227,24 +240,99 @@ impl<'a> Stage<'a> {
         if self.plan.speed > 0 {
             arguments.insert("speed", self.plan.speed);
         }
-        let command = if is_added {
-            let backing = if sync == "top" { Value::from(node(2)) } else { Value::Null };
-            let added = blockdev(self.plan, COPY, "copy").with("backing", backing);
-            self.monitor.execute("blockdev-add", added)?;
-            arguments.insert("target", "copy");
-            "blockdev-mirror"
-        } else {
-            arguments.insert("target", COPY);
-            arguments.insert("format", "qcow2");
-            arguments.insert("mode", if is_ours { "existing" } else { "absolute-paths" });
-            "drive-mirror"
+        let target = match (is_added, is_ours) {
+            (true, _) => Target::Added(if sync == "top" { Value::from(node(2)) } else { Value::Null }),
+            (false, true) => Target::Named("existing"),
+            (false, false) => Target::Named("absolute-paths"),
         };
+        let command = if is_added { "blockdev-mirror" } else { "drive-mirror" };
+        self.name_target(target, &mut arguments)?;
         killer.reached(Moment::Issued);
         self.monitor.execute(command, arguments)?;
         if !is_ours {
             self.expected.images.push(COPY.to_owned());
         }
         self.follow(COPY.to_owned(), killer, random)
+    }
+
+    /// Makes the image to copy to, on a layer or on nothing.
+    fn make_copy(&mut self, below: Option<usize>) -> Result<(), Failure> {
+        let backing = below.map(|at| BackingRef { file: file(at), format: Some("qcow2".to_owned()) });
+        let options = CreateOptions { backing, ..self.plan.create.clone() };
+        make(self.folder, COPY, &options).map_err(Failure::Lost)?;
+        self.expected.images.push(COPY.to_owned());
+        Ok(())
+    }
+
+    /// The arguments that say where to copy to.
+    fn name_target(&mut self, target: Target, arguments: &mut Object) -> Result<(), Failure> {
+        match target {
+            Target::Added(backing) => {
+                let added = blockdev(self.plan, COPY, "copy").with("backing", backing);
+                self.monitor.execute("blockdev-add", added)?;
+                arguments.insert("target", "copy");
+            }
+            Target::Named(mode) => {
+                arguments.insert("target", COPY);
+                arguments.insert("format", "qcow2");
+                arguments.insert("mode", mode);
+            }
+        }
+        Ok(())
+    }
+
+    /// A backup of the guest's disk to a new image, which the daemon makes or we.
+    fn backup(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        let (sync, is_ours, is_added, compress) = match self.plan.variant {
+            0 => ("full", true, true, false),
+            1 => ("full", false, false, false),
+            2 => ("top", false, false, false),
+            3 => ("top", true, true, true),
+            4 => ("full", true, true, true),
+            _ => ("none", true, true, false),
+        };
+        if is_ours {
+            let below = match sync {
+                "top" => Some(2),
+                // What was overwritten, on top of what was not.
+                "none" => Some(3),
+                _ => None,
+            };
+            self.make_copy(below)?;
+        }
+        let mut arguments = Object::new()
+            .with("job-id", "job0")
+            .with("device", node(3))
+            .with("sync", sync)
+            .with("compress", compress);
+        if self.plan.speed > 0 {
+            arguments.insert("speed", self.plan.speed);
+        }
+        let target = match (is_added, sync) {
+            (true, "top") => Target::Added(Value::from(node(2))),
+            (true, "none") => Target::Added(Value::from(node(3))),
+            (true, _) => Target::Added(Value::Null),
+            (false, _) => Target::Named("absolute-paths"),
+        };
+        let command = if is_added { "blockdev-backup" } else { "drive-backup" };
+        self.name_target(target, &mut arguments)?;
+        if let Some(guest) = &self.guest {
+            guest.begin_copy();
+        }
+        killer.reached(Moment::Issued);
+        self.monitor.execute(command, arguments)?;
+        let copy = self.guest.as_ref().map(Guest::copy);
+        if !is_ours {
+            self.expected.images.push(COPY.to_owned());
+        }
+        if sync == "none" {
+            std::thread::sleep(Duration::from_micros(random.below(30_000)));
+            self.monitor.execute("block-job-cancel", Object::new().with("device", "job0"))?;
+            return self.monitor.event("BLOCK_JOB_CANCELLED", "device", "job0").map(|_| ());
+        }
+        self.follow(COPY.to_owned(), killer, random)?;
+        self.expected.copy = copy.map(|model| (COPY.to_owned(), model));
+        Ok(())
     }
 
     /// The job is ready, and has been for a while: brings it to its end. An active commit goes to the image `base`, a

@@ -26,6 +26,8 @@ pub enum Operation {
     Active,
     /// A mirror of the guest's disk, of all kinds, with block-job-complete or block-job-cancel.
     Mirror,
+    /// A backup of the guest's disk, of all kinds.
+    Backup,
     /// block_resize, back and forth.
     Resize,
 }
@@ -117,7 +119,9 @@ fn moment(operation: Operation, random: &mut Rng) -> (Moment, u64) {
     let ends = [Moment::Status("waiting"), Moment::Status("pending"), Moment::Status("concluded")];
     let at = match operation {
         Operation::Write | Operation::Snapshot | Operation::Resize => return (Moment::Issued, 120_000),
-        Operation::Stream | Operation::Commit => [Moment::Issued, Moment::Issued, random.pick(&ends)],
+        Operation::Stream | Operation::Commit | Operation::Backup => {
+            [Moment::Issued, Moment::Issued, random.pick(&ends)]
+        }
         Operation::Active => [Moment::Issued, Moment::Completing, random.pick(&ends)],
         Operation::Mirror => {
             let late = [random.pick(&ends), Moment::Completing];
