@@ -46,6 +46,16 @@ pub fn tell_on_stderr() -> OnCorrupt {
     Arc::new(|_, found| eprintln!("{found}"))
 }
 
+/// As QEMU tells it, down to the newline that is missing.
+fn tell_of_stale_bitmaps() {
+    let program = std::env::args().next().unwrap_or_default();
+    let program = program.rsplit('/').next().unwrap_or_default();
+    eprint!(
+        "{program}: warning: a program lacking bitmap support modified this file, so all bitmaps are now considered \
+         inconsistent\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+    );
+}
+
 /// Opens nodes.
 pub struct Opener {
     wires: Wires,
@@ -271,7 +281,11 @@ impl Opener {
             options.on_corrupt = Some(Arc::new(move |corruption| on_corrupt(&name, corruption)));
         }
         let image = Qcow2::open(&file.view.cx(), options).await;
-        Ok(Arc::new(image.map_err(|error| OpenError::Qcow2(error.to_string()))?))
+        let image = image.map_err(|error| OpenError::Qcow2(error.to_string()))?;
+        if self.on_corrupt.is_some() && image.header().extensions.bitmaps_stale {
+            tell_of_stale_bitmaps();
+        }
+        Ok(Arc::new(image))
     }
 
     async fn open_child(&self, child: Child, inherited: Inherited) -> Result<Opened, OpenError> {

@@ -4,7 +4,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::bits::{Bits, Words};
+use crate::bits::Bits;
+pub use crate::bits::Words;
 use crate::units::ByteRange;
 use crate::view::Tracker;
 
@@ -154,7 +155,8 @@ impl DirtyBitmap {
         }
     }
 
-    fn next_words(&self, from: u64) -> Option<(u64, Words)> {
+    /// The first of those pieces with anything dirty at or behind the granule `from`. (The piece may begin in front of it.)
+    pub fn next_words(&self, from: u64) -> Option<(u64, Words)> {
         self.state().bits.next_words(from).map(|(first, words)| (first, *words))
     }
 

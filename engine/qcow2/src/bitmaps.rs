@@ -1,9 +1,11 @@
-//! The bitmaps stored in an image, read only: what they are called and where they are.
+//! The bitmaps stored in an image, as they are on disk: the directory says what they are called and where their tables are, a
+//! table where the bits are. What an open image does with them: [`crate::stored`].
 //! Source: qcow2.rst, "Bitmaps extension", "Bitmap directory", "Bitmap table".
 
 use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
 
+use crate::check::words;
 use crate::header::Header;
 
 /// Bytes of a directory entry's fixed part.
@@ -11,9 +13,15 @@ const FIXED: usize = 24;
 /// Largest bitmap table in bytes. QEMU's limit.
 const MAX_TABLE: u64 = 64 << 20;
 /// Largest bitmap in bytes. QEMU's limit.
-const MAX_BITMAP: u64 = 1 << 29;
+pub(crate) const MAX_BITMAP: u64 = 1 << 29;
 /// Longest name in bytes. QEMU's limit.
-const MAX_NAME: usize = 1023;
+pub(crate) const MAX_NAME: usize = 1023;
+/// What the granularity can be, as powers of two. QEMU's limits.
+pub(crate) const GRANULARITY_BITS: std::ops::RangeInclusive<u32> = 9..=31;
+/// The only kind of bitmap that there is: "dirty tracking bitmap".
+const KIND: u8 = 1;
+/// A table entry without a cluster whose bits are all set.
+pub(crate) const ALL_ONES: u64 = 1;
 /// Flag: was not saved after its last change.
 pub const IN_USE: u32 = 1;
 /// Flag: to be kept up to date from opening on.
@@ -26,6 +34,8 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 pub struct StoredBitmap {
     /// Its name.
     pub name: String,
+    /// The name as stored; no encoding is promised.
+    pub(crate) raw_name: Vec<u8>,
     /// [`IN_USE`], [`AUTO`].
     pub flags: u32,
     /// A bit stands for `1 << granularity_bits` bytes of the disk.
@@ -61,6 +71,12 @@ pub enum BitmapError {
     More,
     #[error("Could not read bitmap_table table from image for bitmap '{name}': {error}")]
     Table { name: String, error: IoError },
+    #[error("Could not read bitmap '{name}' from image: {error}")]
+    Bits { name: String, error: IoError },
+    #[error("Bitmap already exists: {0}")]
+    Twice(String),
+    #[error("The bitmaps of the image would take more than {0} bytes of memory")]
+    TooMuch(u64),
 }
 
 /// Reads the directory; empty when the image has no (valid) bitmaps.
@@ -105,15 +121,16 @@ fn entry(bytes: &[u8], header: &Header) -> Result<(StoredBitmap, usize), BitmapE
     if len > bytes.len() {
         return Err(BitmapError::Broken);
     }
-    let name = String::from_utf8_lossy(&bytes[end - name_len..end]).into_owned();
+    let raw_name = bytes[end - name_len..end].to_vec();
     let bitmap = StoredBitmap {
-        name,
+        name: String::from_utf8_lossy(&raw_name).into_owned(),
+        raw_name,
         flags: word(12),
         granularity_bits: u32::from(granularity_bits),
         table_offset: quad(0),
         table_entries: word(8),
     };
-    let known = extra == 0 && kind == 1 && bitmap.flags & !(IN_USE | AUTO) == 0;
+    let known = extra == 0 && kind == KIND && bitmap.flags & !(IN_USE | AUTO) == 0;
     if known && (1..=MAX_NAME).contains(&name_len) && fits(&bitmap, header) {
         Ok((bitmap, len))
     } else {
@@ -121,20 +138,52 @@ fn entry(bytes: &[u8], header: &Header) -> Result<(StoredBitmap, usize), BitmapE
     }
 }
 
-/// Whether the table is where a table may be, and not larger than a bitmap of the disk can be.
+/// The directory as it goes to disk.
+pub(crate) fn serialise(bitmaps: &[StoredBitmap]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for bitmap in bitmaps {
+        bytes.extend(bitmap.table_offset.to_be_bytes());
+        bytes.extend(bitmap.table_entries.to_be_bytes());
+        bytes.extend(bitmap.flags.to_be_bytes());
+        // Both were checked when the bitmap was read or made.
+        bytes.extend([KIND, u8::try_from(bitmap.granularity_bits).unwrap_or(u8::MAX)]);
+        bytes.extend(u16::try_from(bitmap.raw_name.len()).unwrap_or(u16::MAX).to_be_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(&bitmap.raw_name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+    bytes
+}
+
+/// Bytes that a bitmap of that name takes in the directory.
+pub(crate) fn entry_len(name_len: usize) -> u64 {
+    (FIXED + name_len).next_multiple_of(8) as u64
+}
+
+/// Bytes that the bits of a disk of `size` bytes take, a bit for each granule.
+pub(crate) fn bytes_of_bits(size: u64, granularity_bits: u32) -> u64 {
+    size.div_ceil(1 << granularity_bits).div_ceil(8)
+}
+
+/// Whether the table is where a table may be, not larger than a bitmap can be and, if it is to be relied on, large enough for
+/// the disk.
 fn fits(bitmap: &StoredBitmap, header: &Header) -> bool {
     let bytes = bitmap.table_bytes();
-    bitmap.table_entries > 0
+    let reach = u128::from(bitmap.table_entries) * u128::from(header.cluster_size()) * 8;
+    let enough = bitmap.flags & IN_USE != 0
+        || u128::from(header.virtual_size()) <= reach << bitmap.granularity_bits.min(31);
+    enough
+        && bitmap.table_entries > 0
         && bitmap.table_offset != 0
         && bitmap.table_offset.is_multiple_of(header.cluster_size())
-        && (9..=31).contains(&bitmap.granularity_bits)
+        && GRANULARITY_BITS.contains(&bitmap.granularity_bits)
         && bytes <= MAX_TABLE
         && u64::from(bitmap.table_entries) * header.cluster_size()
             <= MAX_BITMAP.next_multiple_of(header.cluster_size())
 }
 
-/// Reads a bitmap's table and gives the offsets of its data clusters.
-pub async fn data_clusters(
+/// Reads a bitmap's table: for each cluster of bits where it is, or 0 (no bit is set), or [`ALL_ONES`].
+pub(crate) async fn table(
     file: &Cx<'_>,
     bitmap: &StoredBitmap,
     header: &Header,
@@ -143,18 +192,25 @@ pub async fn data_clusters(
     let range = ByteRange::new(bitmap.table_offset, bitmap.table_bytes()).ok_or(failed(IoError::EIO))?;
     let into = Iov::scratch(range.buffer_len());
     file.read(range, into.clone()).await.map_err(failed)?;
-    let mut clusters = Vec::new();
-    for chunk in into.to_vec().chunks_exact(8) {
-        let word = chunk.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let table: Vec<u64> = words(&into.to_vec()).collect();
+    for word in &table {
         let offset = word & OFFSET;
         // Without a cluster, bit 0 says "all ones".
-        let flags = if offset == 0 { 1 } else { 0 };
+        let flags = if offset == 0 { ALL_ONES } else { 0 };
         if word & !OFFSET & !flags != 0 || !offset.is_multiple_of(header.cluster_size()) {
             return Err(failed(IoError::EINVAL));
         }
-        if offset != 0 {
-            clusters.push(offset);
-        }
     }
-    Ok(clusters)
+    Ok(table)
+}
+
+/// Reads a bitmap's table and gives the offsets of its data clusters.
+pub async fn data_clusters(
+    file: &Cx<'_>,
+    bitmap: &StoredBitmap,
+    header: &Header,
+) -> Result<Vec<u64>, BitmapError> {
+    let mut table = table(file, bitmap, header).await?;
+    table.retain(|offset| *offset > ALL_ONES);
+    Ok(table)
 }

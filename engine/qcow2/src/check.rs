@@ -21,7 +21,7 @@ use crate::features;
 use crate::header::{Header, HeaderError};
 use crate::refblocks::RefcountBlocks;
 use crate::snapshots::{self, SnapshotError};
-use crate::update::write_features;
+use crate::update::{write_features, write_header};
 use crate::walk::KnownTable;
 
 /// Table entries that are looked at, at most: 8 PiB of 2 KiB clusters, or some minutes.
@@ -264,6 +264,10 @@ impl<'a, 'r> Checker<'a, 'r> {
     }
 
     async fn mark_clean(&mut self) -> Result<(), CheckError> {
+        if self.header.drop_stale_bitmaps() {
+            self.file.flush().await?;
+            write_header(self.file, &self.header).await?;
+        }
         if self.header.has(features::DIRTY | features::CORRUPT) {
             self.file.flush().await?;
             self.header.incompatible &= !(features::DIRTY | features::CORRUPT);

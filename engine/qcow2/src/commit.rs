@@ -142,7 +142,7 @@ impl Qcow2 {
 }
 
 /// Writes all pieces, several at once; neighbours as one.
-async fn write_pieces(cx: &Cx<'_>, mut pieces: Vec<Piece>) -> Result<()> {
+pub(crate) async fn write_pieces(cx: &Cx<'_>, mut pieces: Vec<Piece>) -> Result<()> {
     pieces.sort_unstable_by_key(|(at, _)| *at);
     let mut merged: Vec<Piece> = Vec::with_capacity(pieces.len());
     for (at, bytes) in pieces {

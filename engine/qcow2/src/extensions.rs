@@ -22,9 +22,9 @@ const END: u32 = 0;
 /// Longest backing format name in bytes. QEMU's limit.
 pub(crate) const MAX_FORMAT_NAME: usize = 15;
 /// Most bitmaps in an image. QEMU's limit.
-const MAX_BITMAPS: u32 = 65535;
+pub(crate) const MAX_BITMAPS: u32 = 65535;
 /// Largest bitmap directory in bytes. QEMU's limit: 1024 bytes for each bitmap.
-const MAX_BITMAP_DIRECTORY: u64 = MAX_BITMAPS as u64 * 1024;
+pub(crate) const MAX_BITMAP_DIRECTORY: u64 = MAX_BITMAPS as u64 * 1024;
 
 /// Where a part of the file is that belongs to an extension. Bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -362,6 +362,12 @@ impl Header {
         self.extensions.backing_format = format.filter(|name| !name.is_empty());
     }
 
+    /// Takes out the extension that belongs to bitmaps which do not fit the image any more. Whether there was one.
+    pub(crate) fn drop_stale_bitmaps(&mut self) -> bool {
+        self.extensions.unknown.retain(|(kind, _)| *kind != extensions::BITMAPS);
+        std::mem::take(&mut self.extensions.bitmaps_stale)
+    }
+
     /// The header as QEMU writes it, up to and including the backing file's name (the rest of the cluster is zero).
     /// Fails when it does not fit, or something in it is too long.
     pub fn serialise(&self) -> Result<Vec<u8>, HeaderError> {

@@ -1,6 +1,7 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
 
+mod bitmap_writer;
 pub mod bitmaps;
 pub mod cache;
 pub mod check;
@@ -31,6 +32,7 @@ pub mod refcount;
 mod reserve;
 pub mod resize;
 pub mod snapshots;
+mod stored;
 #[cfg(test)]
 mod tests;
 pub mod update;

@@ -4,6 +4,7 @@
 //!
 //! | lock | kind | held for |
 //! | --- | --- | --- |
+//! | `stored_turn` | async, one | changing what the image says of its bitmaps ([`crate::stored`]); before the first write too |
 //! | `ranges` | guest clusters | an allocating write, zeroing, discarding or populating them, its data I/O included |
 //! | `commit` | async, one | writing metadata back ([`crate::commit`]) |
 //! | `tables` | async, per L1 entry | making an L2 table |
@@ -20,7 +21,7 @@ use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
 
-use crate::bitmaps::{BitmapError, StoredBitmap};
+use crate::bitmaps::BitmapError;
 use crate::cache::{SliceCache, to_words};
 use crate::check::{Finding, Fix, check};
 use crate::commit::Commits;
@@ -33,6 +34,7 @@ use crate::mapping::L1;
 use crate::metadata::Metadata;
 use crate::refcount::Refcounts;
 use crate::reserve::Reserved;
+use crate::stored::{self, Stored};
 use crate::update::write_features;
 
 /// Largest L2 cache that is used unless the user says otherwise, in bytes. QEMU's default.
@@ -196,8 +198,8 @@ pub struct Qcow2 {
     pub(crate) preallocated: OnceLock<bool>,
     /// One change of the size at a time.
     pub(crate) resizing: tokio::sync::Mutex<()>,
-    /// The bitmaps that the image had when it was opened.
-    pub(crate) bitmaps: Vec<StoredBitmap>,
+    pub(crate) stored: Mutex<Stored>,
+    pub(crate) stored_turn: tokio::sync::Mutex<()>,
     writable: AtomicBool,
     /// Something has been written since the image became writable.
     modified: AtomicBool,
@@ -214,7 +216,7 @@ impl Qcow2 {
         let layout = layout(&header, &options)?;
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
         let l1 = read_l1(file, &header).await?;
-        let bitmaps = crate::bitmaps::read(file, &header).await?;
+        let stored = stored::load(file, &header).await?;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
         Ok(Self {
@@ -238,7 +240,8 @@ impl Qcow2 {
             packing: tokio::sync::Mutex::default(),
             preallocated: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
-            bitmaps,
+            stored: Mutex::new(stored),
+            stored_turn: tokio::sync::Mutex::default(),
             writable: AtomicBool::new(false),
             modified: AtomicBool::new(false),
             corrupt: AtomicBool::new(false),
@@ -294,17 +297,15 @@ impl Qcow2 {
         if !self.is_writable() {
             return Err(IoError::EPERM.with("Block node is read-only"));
         }
-        let _turn = self.header_turn.lock().await;
-        // We do not keep bitmaps up to date. The format asks of such programs to clear the bit that says the bitmaps fit the
-        // image, before the first write; the extension and the bitmaps themselves stay as they are.
-        let header = self.header();
-        if header.autoclear & features::BITMAPS != 0 {
-            let autoclear = header.autoclear & !features::BITMAPS;
-            write_features(&cx.below(), &Header { autoclear, ..header }).await?;
-            self.header_mut().autoclear = autoclear;
-        }
+        let _turn = self.stored_turn.lock().await;
+        self.settle_bitmaps(cx).await?;
         self.modified.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// The next change is as if it were the first.
+    pub(crate) fn forget_modified(&self) {
+        self.modified.store(false, Ordering::Release);
     }
 
     /// The image gets ready for writing.
@@ -336,6 +337,7 @@ impl Qcow2 {
             write_features(&cx.below(), &header).await?;
             self.header_mut().autoclear &= !unknown;
         }
+        self.drop_stale_bitmaps(cx).await?;
         self.writable.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -343,7 +345,7 @@ impl Qcow2 {
     /// Nobody writes any more.
     pub(crate) fn become_read_only(&self) {
         self.writable.store(false, Ordering::Relaxed);
-        self.modified.store(false, Ordering::Release);
+        self.forget_modified();
     }
 
     /// Repairs an image that was not closed cleanly, so that its refcounts can be relied on.

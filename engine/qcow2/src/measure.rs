@@ -55,7 +55,7 @@ impl Qcow2 {
         }
         let mut directory: u64 = 0;
         let mut clusters = 0;
-        for bitmap in &self.bitmaps {
+        for bitmap in &self.stored().entries {
             let bits = self.size().div_ceil(1 << bitmap.granularity_bits);
             let data = bits.div_ceil(8).div_ceil(cluster);
             clusters += data + (data * 8).div_ceil(cluster);

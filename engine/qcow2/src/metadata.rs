@@ -139,6 +139,11 @@ impl Qcow2 {
         *self.metadata_mut() = all;
     }
 
+    /// Whether a cluster can be something else than metadata.
+    pub(crate) fn may_be_own(&self, cluster: u64) -> bool {
+        cluster < self.refcounts.end() && self.metadata().owner(cluster, cluster + 1).is_none()
+    }
+
     /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated.
     pub(crate) async fn check_data_place(&self, cx: &Cx<'_>, host: u64, len: u64) -> Result<()> {
         let bits = self.layout.cluster_bits;
@@ -198,7 +203,7 @@ impl Qcow2 {
         self.check_own_run(cx, header.refcount_table_offset, len, Owner::RefcountTable).await
     }
 
-    async fn check_own_run(&self, cx: &Cx<'_>, offset: u64, len: u64, owner: Owner) -> Result<()> {
+    pub(crate) async fn check_own_run(&self, cx: &Cx<'_>, offset: u64, len: u64, owner: Owner) -> Result<()> {
         let bits = self.layout.cluster_bits;
         let (first, count) = (offset >> bits, len.div_ceil(self.layout.cluster()));
         let other = self.metadata().other_owner(first, first.saturating_add(count), owner);

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use underlay_graph::bitmaps::BitmapStore;
 use underlay_graph::info::ImageInfo;
 use underlay_graph::perm::Access;
 use underlay_graph::{
@@ -40,6 +41,10 @@ impl Node for Qcow2 {
     }
 
     fn as_format(&self) -> Option<&dyn Format> {
+        Some(self)
+    }
+
+    fn as_bitmap_store(&self) -> Option<&dyn BitmapStore> {
         Some(self)
     }
 
@@ -110,7 +115,7 @@ impl Node for Qcow2 {
     }
 
     fn image_info(&self) -> ImageInfo {
-        image_info(&self.header(), &self.bitmaps)
+        image_info(&self.header(), &self.stored().directory())
     }
 
     fn is_unusable(&self) -> bool {

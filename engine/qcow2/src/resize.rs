@@ -37,10 +37,7 @@ impl Qcow2 {
         if !size.is_multiple_of(512) {
             return Err(IoError::EINVAL.with("The new size must be a multiple of 512"));
         }
-        if self.header().autoclear & features::BITMAPS != 0 {
-            let text = "Resizing an image with persistent bitmaps is not supported yet";
-            return Err(IoError::ENOTSUP.with(text));
-        }
+        self.check_bitmaps_can_be_resized()?;
         self.begin_change(cx).await?;
         let _turn = self.resizing.lock().await;
         let old = self.size();

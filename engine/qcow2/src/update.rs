@@ -217,7 +217,8 @@ fn differences(from: &[u8], to: &[u8]) -> Vec<Write> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::extensions::Extensions;
+    use crate::extensions::{BitmapsExtension, Extensions, Region};
+    use crate::features;
     use crate::header::{Compression, Crypt};
 
     fn header(version: Version, cluster_bits: u32, name: Option<usize>, format: Option<&str>) -> Header {
@@ -294,6 +295,27 @@ mod tests {
                             &header(version, bits, new_name, new_format),
                         );
                     }
+                }
+            }
+        }
+    }
+
+    /// The extension of the bitmaps begins in the first sector and ends in the next.
+    #[test]
+    fn no_cut_during_a_change_of_the_bitmaps_mixes_two_directories() {
+        let place = |count, offset, len| BitmapsExtension { count, directory: Region { offset, len } };
+        let bitmaps =
+            [None, Some(place(1, 0x5555_0000, 32)), Some(place(9, 0x0012_3456_7801_0000, 0x12_3456))];
+        for (name, format) in [(None, None), (Some(30), Some("qcow2")), (Some(1000), None)] {
+            for bits in [12, 13, 16] {
+                let with = |bitmaps: Option<BitmapsExtension>| {
+                    let mut header = header(Version::V3, bits, name, format);
+                    header.autoclear = if bitmaps.is_some() { features::BITMAPS } else { 0 };
+                    header.extensions.bitmaps = bitmaps;
+                    header
+                };
+                for (old, new) in bitmaps.iter().flat_map(|old| bitmaps.iter().map(move |new| (*old, *new))) {
+                    assert_safe(&with(old), &with(new));
                 }
             }
         }

@@ -9,6 +9,7 @@ mod offline;
 mod power;
 mod reserve;
 mod slices;
+mod stored;
 
 use std::any::Any;
 use std::collections::BTreeMap;

@@ -1,0 +1,184 @@
+//! Writing bitmaps to an image: their bits and tables, in clusters of their own that nothing refers to yet.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use underlay_graph::bitmap::{DirtyBitmap, Words};
+use underlay_graph::bitmaps::PlanBitmap;
+use underlay_graph::{Cx, IoError, Result};
+
+use crate::bitmaps::{ALL_ONES, AUTO, MAX_BITMAP, StoredBitmap, bytes_of_bits};
+use crate::cache::to_bytes;
+use crate::commit::write_pieces;
+use crate::live::Qcow2;
+
+/// Bytes that may wait to be written together.
+const WAITING: usize = 4 << 20;
+
+/// Clusters for new bitmaps, which are given free again if it comes to nothing, and what goes there.
+pub(crate) struct Writer<'a> {
+    image: &'a Qcow2,
+    pub(crate) cx: &'a Cx<'a>,
+    taken: Vec<(u64, u64)>,
+    pieces: Vec<(u64, Vec<u8>)>,
+    waiting: usize,
+}
+
+impl<'a> Writer<'a> {
+    pub(crate) fn new(image: &'a Qcow2, cx: &'a Cx<'a>) -> Self {
+        Self { image, cx, taken: Vec::new(), pieces: Vec::new(), waiting: 0 }
+    }
+
+    /// Puts bytes into clusters of their own, padded with zeroes; where.
+    pub(crate) async fn put(&mut self, mut bytes: Vec<u8>) -> Result<u64> {
+        let cluster = self.image.layout.cluster();
+        let count = (bytes.len() as u64).div_ceil(cluster);
+        let place = self.image.alloc_clusters(self.cx, count).await?;
+        self.taken.push((place.host, count));
+        if !place.fresh {
+            bytes.resize(usize::try_from(count * cluster).map_err(|_| IoError::EFBIG)?, 0);
+        }
+        self.waiting += bytes.len();
+        self.pieces.push((place.host, bytes));
+        if self.waiting > WAITING { self.write_out().await.map(|()| place.host) } else { Ok(place.host) }
+    }
+
+    pub(crate) async fn write_out(&mut self) -> Result<()> {
+        self.waiting = 0;
+        write_pieces(self.cx, std::mem::take(&mut self.pieces)).await
+    }
+
+    /// Writes all bitmaps, and their tables: first those that the image has, in its order, then others, the newest first.
+    pub(crate) async fn bitmaps(
+        &mut self,
+        old: &[StoredBitmap],
+        bitmaps: &[PlanBitmap],
+    ) -> Result<Vec<StoredBitmap>> {
+        let by_name: HashMap<&str, &PlanBitmap> =
+            bitmaps.iter().map(|bitmap| (&*bitmap.name, bitmap)).collect();
+        let known: HashSet<&str> = old.iter().map(|entry| entry.name.as_str()).collect();
+        let mut entries = Vec::with_capacity(bitmaps.len());
+        for entry in old {
+            match by_name.get(entry.name.as_str()) {
+                None => {}
+                Some(bitmap) if bitmap.inconsistent => entries.push(entry.clone()),
+                Some(bitmap) => entries.push(self.bitmap(bitmap, entry.raw_name.clone()).await?),
+            }
+        }
+        // What is not known cannot be stored anew.
+        let is_new = |bitmap: &&PlanBitmap| !known.contains(&*bitmap.name) && !bitmap.inconsistent;
+        for bitmap in bitmaps.iter().rev().filter(is_new) {
+            entries.push(self.bitmap(bitmap, bitmap.name.as_bytes().to_vec()).await?);
+        }
+        Ok(entries)
+    }
+
+    /// Writes the bits of a bitmap, and its table.
+    async fn bitmap(&mut self, bitmap: &PlanBitmap, raw_name: Vec<u8>) -> Result<StoredBitmap> {
+        let bits = everything(bitmap);
+        let granularity_bits = bits.granularity().ilog2();
+        let (size, cluster) = (self.image.size(), self.image.layout.cluster());
+        let len = bytes_of_bits(size, granularity_bits);
+        if !(1..=MAX_BITMAP).contains(&len) {
+            return Err(
+                IoError::EINVAL.with(format!("Bitmap '{}' has a size that cannot be stored", bitmap.name))
+            );
+        }
+        let entries = usize::try_from(len.div_ceil(cluster)).map_err(|_| IoError::EFBIG)?;
+        let mut table = vec![0; entries];
+        let mut clusters = Clusters::new(&bits, size.div_ceil(bits.granularity()), cluster);
+        while let Some((index, bytes)) = clusters.next() {
+            let slot = usize::try_from(index).map_err(|_| IoError::EFBIG)?;
+            table[slot] = match bytes {
+                Some(bytes) => self.put(bytes).await?,
+                None => ALL_ONES,
+            };
+        }
+        let table_offset = self.put(to_bytes(&table)).await?;
+        Ok(StoredBitmap {
+            name: bitmap.name.to_string(),
+            raw_name,
+            flags: if bitmap.enabled { AUTO } else { 0 },
+            granularity_bits,
+            table_offset,
+            table_entries: u32::try_from(entries).map_err(|_| IoError::EFBIG)?,
+        })
+    }
+
+    /// Nothing refers to what was written.
+    pub(crate) async fn undo(self) {
+        for (host, count) in self.taken {
+            self.image.free_unused(self.cx, host, count).await;
+        }
+    }
+}
+
+/// What a bitmap says, with what was written since a job began to hold it.
+fn everything(bitmap: &PlanBitmap) -> Arc<DirtyBitmap> {
+    match &bitmap.successor {
+        None => bitmap.bits.clone(),
+        Some(successor) => {
+            let all = bitmap.bits.copy();
+            all.merge(successor);
+            Arc::new(all)
+        }
+    }
+}
+
+/// The bits of a bitmap in clusters as they are stored, but for those in which none is set.
+struct Clusters<'a> {
+    bits: &'a DirtyBitmap,
+    /// Granules of the disk, and in a cluster of bits.
+    granules: u64,
+    in_cluster: u64,
+    /// No granule below this is needed any more.
+    next: u64,
+    /// Words that begin with the granule of this number.
+    words: Option<(u64, Box<Words>)>,
+}
+
+impl<'a> Clusters<'a> {
+    fn new(bits: &'a DirtyBitmap, granules: u64, cluster: u64) -> Self {
+        Self { bits, granules, in_cluster: cluster * 8, next: 0, words: None }
+    }
+
+    /// Words from a granule at or behind `next` on, in front of which none is dirty.
+    fn words(&mut self) -> Option<(u64, &[u64])> {
+        let known =
+            self.words.as_ref().is_some_and(|(first, words)| first + words.len() as u64 * 64 > self.next);
+        if !known {
+            self.words = self.bits.next_words(self.next).map(|(first, words)| (first, Box::new(words)));
+        }
+        let (first, words) = self.words.as_ref()?;
+        let at = self.next.max(*first);
+        let skipped = usize::try_from((at - first) / 64).ok()?;
+        (at < self.granules).then_some((at, &words[skipped..]))
+    }
+
+    /// The number of a cluster, and its content unless all bits are set.
+    fn next(&mut self) -> Option<(u64, Option<Vec<u8>>)> {
+        loop {
+            let (first, _) = self.words()?;
+            let index = first / self.in_cluster;
+            let start = index * self.in_cluster;
+            let end = (start + self.in_cluster).min(self.granules);
+            let mut bytes = vec![0; usize::try_from((end - start).div_ceil(8)).ok()?];
+            let mut set = 0;
+            while let Some((at, words)) = self.words().filter(|(at, _)| *at < end) {
+                for (granule, word) in (at..end).step_by(64).zip(words) {
+                    // Bits behind the end have no meaning.
+                    let mask = if end - granule < 64 { (1 << (end - granule)) - 1 } else { u64::MAX };
+                    set += u64::from((word & mask).count_ones());
+                    let from = usize::try_from((granule - start) / 8).ok()?;
+                    let to = bytes.len().min(from + 8);
+                    bytes[from..to].copy_from_slice(&(word & mask).to_le_bytes()[..to - from]);
+                }
+                self.next = (at + words.len() as u64 * 64).min(end.next_multiple_of(64));
+            }
+            self.next = end.next_multiple_of(64);
+            if set > 0 {
+                return Some((index, if set == end - start { None } else { Some(bytes) }));
+            }
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! The bitmaps of an open image: loaded when it is opened, marked as in use while it may be written to, and stored again.
+//!
+//! What keeps a bitmap from ever saying too little, whenever the power is cut:
+//!
+//! * before the first write the directory says of each bitmap that it is in use, durably. That changes bits of the directory where
+//!   it is, each in one sector, so whatever part of it gets there, the rest of the directory is as it was;
+//! * to store, data and tables go to clusters that are free, then a new directory that refers to them; when all that is durable,
+//!   with its refcounts, the header changes over to the new directory by one write of one sector ([`crate::update`]). Only
+//!   after that the old clusters are given free ([`crate::frees`]).
+//!
+//! So a cut leaves the old directory, in which everything is in use, or the new one; and clusters that leak, at most. Whoever
+//! opens an image in which bitmaps are in use knows that they say too little; they stay so until they are removed.
+//!
+//! Nobody has to keep the bitmaps of an image that he opens: without [`BitmapStore::begin`] the first write clears the bit that
+//! says that the bitmaps fit the image, as the format asks of programs that do not know bitmaps.
+
+use std::collections::HashSet;
+use std::sync::{MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
+use underlay_graph::{ByteRange, Cx, GraphError, IoError, Result, WriteFlags};
+use underlay_sys::Iov;
+
+use crate::bitmap_writer::Writer;
+use crate::bitmaps::{
+    self, ALL_ONES, AUTO, BitmapError, GRANULARITY_BITS, IN_USE, MAX_BITMAP, MAX_NAME, StoredBitmap,
+    bytes_of_bits,
+};
+use crate::extensions::{BitmapsExtension, MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Region};
+use crate::features;
+use crate::header::{Header, Version};
+use crate::live::Qcow2;
+use crate::metadata::Owner;
+use crate::update::{write_features, write_header};
+
+/// Most memory for the bits of an image. A table may say "all set" without having anything in the file.
+const MAX_MEMORY: u64 = 2 << 30;
+/// Bits are read in pieces of this many bytes.
+const PIECE: u64 = 1 << 20;
+
+/// The bitmaps as the disk has them.
+#[derive(Debug, Default)]
+pub(crate) struct Stored {
+    /// The directory; without the marks that say that an image is open.
+    pub(crate) entries: Vec<StoredBitmap>,
+    /// What was loaded, until somebody begins to write.
+    loaded: Vec<PlanBitmap>,
+    /// Somebody keeps the bitmaps up to date.
+    kept: bool,
+    /// The directory on disk says of every bitmap that it is in use.
+    marked: bool,
+}
+
+impl Stored {
+    /// The directory as the disk has it.
+    pub(crate) fn directory(&self) -> Vec<StoredBitmap> {
+        if self.marked { marked(&self.entries) } else { self.entries.clone() }
+    }
+
+    fn find(&self, name: &str) -> Option<&StoredBitmap> {
+        self.entries.iter().find(|entry| entry.name == name)
+    }
+}
+
+fn marked(entries: &[StoredBitmap]) -> Vec<StoredBitmap> {
+    entries.iter().map(|entry| StoredBitmap { flags: entry.flags | IN_USE, ..entry.clone() }).collect()
+}
+
+/// Reads all bitmaps of an image that is being opened.
+pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> std::result::Result<Stored, BitmapError> {
+    let entries = bitmaps::read(file, header).await?;
+    let mut names = HashSet::new();
+    let mut loaded = Vec::with_capacity(entries.len());
+    let mut memory = 0;
+    for entry in &entries {
+        if !names.insert(entry.name.as_str()) {
+            return Err(BitmapError::Twice(entry.name.clone()));
+        }
+        let granularity = 1 << entry.granularity_bits;
+        // One that takes no room costs about this much.
+        memory += 256 + header.virtual_size() / granularity / (1 << 17);
+        let inconsistent = entry.flags & IN_USE != 0;
+        let bits = DirtyBitmap::new(header.virtual_size(), granularity);
+        if !inconsistent {
+            load_bits(file, header, entry, &bits, &mut memory).await?;
+        }
+        if memory > MAX_MEMORY {
+            return Err(BitmapError::TooMuch(MAX_MEMORY));
+        }
+        let enabled = !inconsistent && entry.flags & AUTO != 0;
+        let bitmap = PlanBitmap::new(&entry.name, bits, enabled);
+        loaded.push(PlanBitmap { persistent: true, inconsistent, ..bitmap });
+    }
+    Ok(Stored { entries, loaded, kept: false, marked: false })
+}
+
+async fn load_bits(
+    file: &Cx<'_>,
+    header: &Header,
+    entry: &StoredBitmap,
+    bits: &DirtyBitmap,
+    memory: &mut u64,
+) -> std::result::Result<(), BitmapError> {
+    let failed = |error| BitmapError::Bits { name: entry.name.clone(), error };
+    let table = bitmaps::table(file, entry, header).await?;
+    let (size, cluster) = (header.virtual_size(), header.cluster_size());
+    let len = bytes_of_bits(size, entry.granularity_bits);
+    if table.len() as u64 != len.div_ceil(cluster) {
+        return Err(failed(IoError::EINVAL));
+    }
+    for (index, offset) in (0..).zip(table).filter(|(_, offset)| *offset != 0) {
+        let here = ByteRange::between(index * cluster, (index * cluster + cluster).min(len));
+        *memory += here.len();
+        if *memory > MAX_MEMORY {
+            return Err(BitmapError::TooMuch(MAX_MEMORY));
+        }
+        if offset == ALL_ONES {
+            let first = (here.start() * 8) << entry.granularity_bits;
+            let end = u128::from(here.end() * 8) << entry.granularity_bits;
+            bits.set(ByteRange::between(first, u64::try_from(end).unwrap_or(u64::MAX).min(size)));
+            continue;
+        }
+        let mut rest = here;
+        while !rest.is_empty() {
+            let (piece, later) = rest.split(PIECE);
+            let place = ByteRange::new(offset + (piece.start() - here.start()), piece.len());
+            let into = Iov::scratch(piece.buffer_len());
+            file.read(place.ok_or(failed(IoError::EIO))?, into.clone()).await.map_err(failed)?;
+            bits.load_words(piece.start() * 8, &words_of(&into.to_vec()));
+            rest = later;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of bits as words.
+fn words_of(bytes: &[u8]) -> Vec<u64> {
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    bytes.chunks(8).map(word).collect()
+}
+
+/// A bitmap that is inconsistent cannot be used for anything.
+fn inconsistent(name: &str) -> IoError {
+    IoError::EINVAL.with_hint(
+        format!("Bitmap '{name}' is inconsistent and cannot be used"),
+        "Try block-dirty-bitmap-remove to delete this bitmap from disk",
+    )
+}
+
+impl Qcow2 {
+    pub(crate) fn stored(&self) -> MutexGuard<'_, Stored> {
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the disk can get another size: the bitmaps do too, so they must be known.
+    pub(crate) fn check_bitmaps_can_be_resized(&self) -> Result<()> {
+        let stored = self.stored();
+        match stored.entries.iter().find(|entry| entry.flags & IN_USE != 0) {
+            _ if stored.entries.is_empty() => Ok(()),
+            Some(entry) => Err(inconsistent(&entry.name)),
+            None if stored.kept => Ok(()),
+            None => Err(IoError::ENOTSUP.with("The image has bitmaps that nobody keeps up to date")),
+        }
+    }
+
+    /// Before the first write: what the image says of its bitmaps must hold whatever is written. The turn of `stored_turn` is
+    /// the caller's.
+    pub(crate) async fn settle_bitmaps(&self, cx: &Cx<'_>) -> Result<()> {
+        if self.stored().kept {
+            return self.mark_bitmaps(cx).await;
+        }
+        let _turn = self.header_turn.lock().await;
+        let header = self.header();
+        if header.autoclear & features::BITMAPS != 0 {
+            let autoclear = header.autoclear & !features::BITMAPS;
+            write_features(&cx.below(), &Header { autoclear, ..header }).await?;
+            self.header_mut().autoclear = autoclear;
+        }
+        Ok(())
+    }
+
+    /// Marks all bitmaps in the directory as in use; durable on return.
+    async fn mark_bitmaps(&self, cx: &Cx<'_>) -> Result<()> {
+        let entries = {
+            let mut stored = self.stored();
+            if stored.marked || stored.entries.iter().all(|entry| entry.flags & IN_USE != 0) {
+                stored.marked = true;
+                return Ok(());
+            }
+            marked(&stored.entries)
+        };
+        let Some(BitmapsExtension { directory, .. }) = self.header().extensions.bitmaps else {
+            return Ok(());
+        };
+        self.check_own_run(cx, directory.offset, directory.len, Owner::Bitmaps).await?;
+        let bytes = bitmaps::serialise(&entries);
+        let range = ByteRange::new(directory.offset, bytes.len() as u64).ok_or(IoError::EFBIG)?;
+        cx.below().write(range, Iov::copy_of(&bytes), WriteFlags::default()).await?;
+        cx.below().flush().await?;
+        self.stored().marked = true;
+        Ok(())
+    }
+
+    /// Takes the extension out of the header that belongs to bitmaps which do not fit the image any more.
+    pub(crate) async fn drop_stale_bitmaps(&self, cx: &Cx<'_>) -> Result<()> {
+        let _turn = self.header_turn.lock().await;
+        let mut header = self.header();
+        if header.drop_stale_bitmaps() {
+            write_header(&cx.below(), &header).await?;
+            *self.header_mut() = header;
+        }
+        Ok(())
+    }
+
+    /// Changes over to a directory of these bitmaps, whose tables and data come from `writer`. Durable on return, as is all
+    /// that was written before. What is not in the new directory is the caller's to give free.
+    async fn change_directory(&self, mut writer: Writer<'_>, entries: &[StoredBitmap]) -> Result<()> {
+        let old = self.header().extensions.bitmaps;
+        let new = match self.write_directory(&mut writer, entries).await {
+            Ok(new) => new,
+            Err(error) => {
+                if self.usable().is_ok() {
+                    writer.undo().await;
+                }
+                return Err(error);
+            }
+        };
+        let run = |extension: BitmapsExtension| {
+            let Region { offset, len } = extension.directory;
+            (offset, len.div_ceil(self.layout.cluster()))
+        };
+        let bits = self.layout.cluster_bits;
+        if let Some((offset, count)) = new.map(run) {
+            self.metadata_mut().add(offset >> bits, count, Owner::Bitmaps);
+        }
+        if let Some((offset, count)) = old.map(run) {
+            self.metadata_mut().remove(offset >> bits, count);
+            self.drop_clusters(offset, count, false);
+        }
+        Ok(())
+    }
+
+    async fn write_directory(
+        &self,
+        writer: &mut Writer<'_>,
+        entries: &[StoredBitmap],
+    ) -> Result<Option<BitmapsExtension>> {
+        let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
+        let bytes = bitmaps::serialise(entries);
+        let len = bytes.len() as u64;
+        if count > MAX_BITMAPS || len > MAX_BITMAP_DIRECTORY {
+            return Err(IoError::EFBIG.with("Not enough space in the bitmap directory"));
+        }
+        let new = match count {
+            0 => None,
+            _ => {
+                Some(BitmapsExtension { count, directory: Region { offset: writer.put(bytes).await?, len } })
+            }
+        };
+        writer.write_out().await?;
+        self.write_refcounts(writer.cx).await?;
+        self.name_directory(writer.cx, new).await?;
+        Ok(new)
+    }
+
+    /// Writes the header with another directory, or without one.
+    async fn name_directory(&self, cx: &Cx<'_>, new: Option<BitmapsExtension>) -> Result<()> {
+        let _turn = self.header_turn.lock().await;
+        let old = self.header();
+        let mut header = old.clone();
+        header.extensions.bitmaps = new;
+        header.autoclear = match new {
+            Some(_) => header.autoclear | features::BITMAPS,
+            None => header.autoclear & !features::BITMAPS,
+        };
+        if let Err(error) = write_header(&cx.below(), &header).await {
+            // The disk may have the one or the other header now. It must be the old one, or nothing may be written any more.
+            if let Err(second) = write_header(&cx.below(), &old).await {
+                tracing::error!(%second, "the header may name bitmaps that are not up to date");
+                self.give_up();
+            }
+            return Err(error);
+        }
+        *self.header_mut() = header;
+        Ok(())
+    }
+
+    /// The clusters of a bitmap are not needed any more: they must not be in the directory. What could not have been
+    /// the bitmap's own is left alone.
+    async fn drop_bitmap(&self, cx: &Cx<'_>, entry: &StoredBitmap) {
+        let cluster = self.layout.cluster();
+        let mut clusters = match bitmaps::data_clusters(&cx.below(), entry, &self.header()).await {
+            Ok(clusters) => clusters,
+            Err(error) => {
+                tracing::warn!(%error, "clusters leaked");
+                Vec::new()
+            }
+        };
+        let table = (0..entry.table_bytes().div_ceil(cluster)).map(|i| entry.table_offset + i * cluster);
+        clusters.extend(table);
+        clusters.sort_unstable();
+        clusters.dedup();
+        clusters.retain(|offset| self.may_be_own(offset / cluster));
+        for offset in clusters {
+            self.drop_clusters(offset, 1, false);
+        }
+    }
+}
+
+#[async_trait]
+impl BitmapStore for Qcow2 {
+    fn loaded(&self) -> Vec<PlanBitmap> {
+        self.stored().loaded.clone()
+    }
+
+    fn check_new(
+        &self,
+        cx: &Cx<'_>,
+        others: &[PlanBitmap],
+        name: &str,
+        granularity: u64,
+    ) -> std::result::Result<(), GraphError> {
+        let node = cx.view().name();
+        let refused = |why: &str| {
+            Err(GraphError::new(format!("Can't make bitmap '{name}' persistent in '{node}': {why}")))
+        };
+        let mut header = self.header();
+        if header.version < Version::V3 {
+            return refused("Cannot store dirty bitmaps in qcow2 v2 files");
+        }
+        if name.len() > MAX_NAME {
+            return refused(&format!("Name length exceeds maximum ({MAX_NAME} characters)"));
+        }
+        if granularity > 1 << GRANULARITY_BITS.end() {
+            return refused(&format!(
+                "Granularity exceeds maximum ({} bytes)",
+                1u64 << GRANULARITY_BITS.end()
+            ));
+        }
+        if granularity < 1 << GRANULARITY_BITS.start() {
+            return refused(&format!(
+                "Granularity is under minimum ({} bytes)",
+                1u64 << GRANULARITY_BITS.start()
+            ));
+        }
+        if bytes_of_bits(self.size(), granularity.ilog2()) > MAX_BITMAP {
+            return refused("Too much space will be occupied by the bitmap. Use larger granularity");
+        }
+        if self.size() == 0 {
+            return refused("The disk has no length");
+        }
+        let others = || others.iter().filter(|other| other.persistent);
+        if others().count() as u64 >= u64::from(MAX_BITMAPS) {
+            return refused("Maximum number of persistent bitmaps is already reached");
+        }
+        let used: u64 = others().map(|other| bitmaps::entry_len(other.name.len())).sum();
+        if used + bitmaps::entry_len(name.len()) > MAX_BITMAP_DIRECTORY {
+            return refused("Not enough space in the bitmap directory");
+        }
+        let place = BitmapsExtension { count: 1, directory: Region { offset: 0, len: 0 } };
+        header.extensions.bitmaps.get_or_insert(place);
+        match header.serialise() {
+            Ok(_) => Ok(()),
+            Err(_) => refused("There is no room for it in the header"),
+        }
+    }
+
+    async fn begin(&self, cx: &Cx<'_>) -> Result<()> {
+        let _turn = self.stored_turn.lock().await;
+        {
+            let mut stored = self.stored();
+            stored.kept = true;
+            stored.loaded.clear();
+        }
+        self.mark_bitmaps(cx).await
+    }
+
+    async fn store(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
+        let _turn = self.stored_turn.lock().await;
+        self.usable()?;
+        let old = self.stored().entries.clone();
+        if old.is_empty() && bitmaps.is_empty() {
+            return Ok(());
+        }
+        if !self.is_writable() {
+            return Err(IoError::EPERM);
+        }
+        let mut writer = Writer::new(self, cx);
+        let entries = match writer.bitmaps(&old, bitmaps).await {
+            Ok(entries) => entries,
+            Err(error) => {
+                writer.undo().await;
+                return Err(error);
+            }
+        };
+        self.change_directory(writer, &entries).await?;
+        let kept: HashSet<u64> = entries.iter().map(|entry| entry.table_offset).collect();
+        {
+            let mut stored = self.stored();
+            (stored.entries, stored.marked) = (entries, false);
+        }
+        // Whoever writes all the same marks them again first.
+        self.forget_modified();
+        for entry in old.iter().filter(|entry| !kept.contains(&entry.table_offset)) {
+            self.drop_bitmap(cx, entry).await;
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()> {
+        self.begin_change(cx).await?;
+        let _turn = self.stored_turn.lock().await;
+        let (gone, rest, on_disk) = {
+            let stored = self.stored();
+            let Some(gone) = stored.find(name).cloned() else { return Ok(()) };
+            let rest: Vec<_> = stored.entries.iter().filter(|entry| entry.name != name).cloned().collect();
+            let on_disk = if stored.marked { marked(&rest) } else { rest.clone() };
+            (gone, rest, on_disk)
+        };
+        self.change_directory(Writer::new(self, cx), &on_disk).await?;
+        self.stored().entries = rest;
+        self.drop_bitmap(cx, &gone).await;
+        self.commit(cx).await
+    }
+}

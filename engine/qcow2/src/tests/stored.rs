@@ -1,0 +1,254 @@
+//! Bitmaps that an image keeps: what is stored is loaded, whatever the power cut.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
+use underlay_graph::{ByteRange, Cx, Node, Preallocation};
+
+use super::{Disk, Rng, Setup, Shape, open, run, view_of};
+use crate::check::{Finding, Fix, Outcome, check};
+use crate::live::{OpenOptions, Qcow2};
+
+fn shape(seed: u64) -> Shape {
+    let bits = [9, 10, 12, 14, 16][usize::try_from(seed % 5).unwrap()];
+    Shape { bits, order: 4, extended: false, v3: true, zstd: false, size: (8 << 20) + 512 * (seed % 3) }
+}
+
+/// All that is dirty.
+fn ranges(bits: &DirtyBitmap) -> Vec<ByteRange> {
+    let (mut all, mut from) = (Vec::new(), 0);
+    while let Some(run) = bits.peek(from, u64::MAX) {
+        from = run.end().next_multiple_of(bits.granularity());
+        all.push(run);
+    }
+    all
+}
+
+/// What a bitmap says: granularity, whether it is enabled and known, its bits.
+type Said = (u64, bool, bool, Vec<ByteRange>);
+
+fn said(bitmaps: &[PlanBitmap]) -> BTreeMap<String, Said> {
+    let one = |bitmap: &PlanBitmap| {
+        let said = (bitmap.bits.granularity(), bitmap.enabled, bitmap.inconsistent, ranges(&bitmap.bits));
+        (bitmap.name.to_string(), said)
+    };
+    bitmaps.iter().map(one).collect()
+}
+
+fn random_bits(rng: &mut Rng, size: u64, granularity: u64) -> DirtyBitmap {
+    let bits = DirtyBitmap::new(size, granularity);
+    match rng.below(4) {
+        0 => {}
+        1 => bits.set(ByteRange::between(0, size)),
+        _ => {
+            for _ in 0..rng.below(20) {
+                let start = rng.below(size);
+                bits.set(ByteRange::between(start, (start + 1 + rng.below(100_000)).min(size)));
+            }
+        }
+    }
+    bits
+}
+
+fn random_bitmaps(rng: &mut Rng, size: u64) -> Vec<PlanBitmap> {
+    let mut all = Vec::new();
+    for name in ["a", "b", "the third", "d"] {
+        if rng.below(4) > 0 {
+            let granularity = 512 << rng.below(10);
+            let bits = random_bits(rng, size, granularity);
+            let bitmap = PlanBitmap::new(name, bits, rng.below(2) == 0);
+            all.push(PlanBitmap { persistent: true, ..bitmap });
+        }
+    }
+    all
+}
+
+fn checked(cx: &Cx<'_>) -> Outcome {
+    let mut lines = Vec::new();
+    let mut note = |finding: Finding| lines.push(finding);
+    let outcome = run(check(cx, Fix::None, &mut note)).expect("it can be checked");
+    assert_eq!((outcome.corruptions, outcome.check_errors), (0, 0), "{lines:?}");
+    outcome
+}
+
+fn opened(content: Vec<u8>) -> Setup {
+    open(Disk::new(content, 1), None, OpenOptions::default(), false)
+}
+
+/// What an image of this content has, which must be sound. Also how many clusters leak.
+fn loaded(content: Vec<u8>) -> (BTreeMap<String, Said>, u64) {
+    let disk = Disk::new(content.clone(), 1);
+    let outcome = checked(&view_of(disk).cx());
+    (said(&opened(content).image.loaded()), outcome.leaks)
+}
+
+fn begin(image: &Qcow2, setup: &Setup) {
+    run(image.begin(&setup.view.cx())).unwrap();
+}
+
+#[test]
+fn what_is_stored_is_loaded() {
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed);
+        let shape = shape(seed);
+        let disk = Disk::new(shape.image(false), seed).forget_cuts();
+        for round in 0..4 {
+            let setup = open(disk.clone(), None, OpenOptions::default(), true);
+            begin(&setup.image, &setup);
+            setup.write(rng.below(100) * 4096, &[7; 5000]).unwrap();
+            let bitmaps = random_bitmaps(&mut rng, shape.size);
+            run(setup.image.store(&setup.view.cx(), &bitmaps)).unwrap();
+            setup.close();
+            let (found, leaks) = loaded(disk.content());
+            assert_eq!((found, leaks), (said(&bitmaps), 0), "seed {seed} round {round}");
+        }
+    }
+}
+
+#[test]
+fn a_bitmap_that_a_job_holds_keeps_what_was_written_since() {
+    let shape = shape(4);
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    let (bits, since) = (DirtyBitmap::new(shape.size, 4096), DirtyBitmap::new(shape.size, 4096));
+    bits.set(ByteRange::between(0, 4096));
+    since.set(ByteRange::between(8192, 12288));
+    let held = PlanBitmap { persistent: true, ..PlanBitmap::new("held", bits, true) };
+    let held = PlanBitmap { busy: true, successor: Some(Arc::new(since)), ..held };
+    run(setup.image.store(&setup.view.cx(), &[held])).unwrap();
+    setup.close();
+    let expected = vec![ByteRange::between(0, 4096), ByteRange::between(8192, 12288)];
+    assert_eq!(loaded(disk.content()).0["held"], (4096, true, false, expected));
+}
+
+#[test]
+fn an_image_that_was_not_closed_says_that_its_bitmaps_are_not_known() {
+    let shape = shape(4);
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    let bitmap = |name| PlanBitmap {
+        persistent: true,
+        ..PlanBitmap::new(name, random_bits(&mut Rng::new(5), shape.size, 512), true)
+    };
+    let stored = [bitmap("a"), bitmap("b")];
+    setup.write(0, &[1; 512]).unwrap();
+    run(setup.image.store(&setup.view.cx(), &stored)).unwrap();
+    assert_eq!(loaded(disk.content()).0, said(&stored));
+    // A write after all: nothing that is on disk then may be relied on.
+    setup.write(0, &[1; 512]).unwrap();
+    let unknown = |name: &str| (name.to_owned(), (512, false, true, Vec::new()));
+    assert_eq!(loaded(disk.content()).0, BTreeMap::from(["a", "b"].map(unknown)));
+    // Nobody learns more by opening and closing it; one can be removed.
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    let mut bitmaps = setup.image.loaded();
+    begin(&setup.image, &setup);
+    assert!(run(setup.image.resize(&setup.view.cx(), 1 << 20, Preallocation::Off)).is_err());
+    run(setup.image.remove(&setup.view.cx(), "a")).unwrap();
+    run(setup.image.remove(&setup.view.cx(), "a")).unwrap();
+    // Also not if somebody believes that it is still there.
+    bitmaps.push(PlanBitmap { inconsistent: true, ..bitmap("a") });
+    run(setup.image.store(&setup.view.cx(), &bitmaps)).unwrap();
+    setup.close();
+    let (found, leaks) = loaded(disk.content());
+    assert_eq!((found, leaks), (BTreeMap::from([unknown("b")]), 0));
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    run(setup.image.remove(&setup.view.cx(), "b")).unwrap();
+    setup.close();
+    let header = setup.image.header();
+    assert_eq!((header.autoclear, header.extensions.bitmaps), (0, None));
+    assert_eq!(loaded(disk.content()), (BTreeMap::new(), 0));
+}
+
+/// Cuts the power at every flush, while bitmaps are stored, marked and removed and a guest writes.
+#[test]
+fn a_power_cut_leaves_bitmaps_as_they_were_or_as_they_are_or_unknown() {
+    let mut seen = [0; 3];
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed);
+        let shape = shape(seed);
+        let disk = Disk::new(shape.image(seed % 2 == 0), seed);
+        let mut before = Vec::new();
+        for round in 0..4 {
+            let setup = open(disk.clone(), None, OpenOptions::default(), true);
+            disk.record_cuts();
+            begin(&setup.image, &setup);
+            let untouched = disk.take_cuts();
+            disk.record_cuts();
+            setup.write(rng.below(100) * 4096, &[7; 5000]).unwrap();
+            if rng.below(2) == 0 {
+                run(setup.image.remove(&setup.view.cx(), "b")).unwrap();
+            }
+            run(setup.view.cx().flush()).unwrap();
+            let written = disk.take_cuts();
+            disk.record_cuts();
+            let bitmaps = random_bitmaps(&mut rng, shape.size);
+            run(setup.image.store(&setup.view.cx(), &bitmaps)).unwrap();
+            setup.close();
+            let storing = disk.take_cuts();
+            let context = format!("seed {seed} round {round}");
+            let (old, new) = (said(&before), said(&bitmaps));
+            for cut in untouched {
+                judge(&loaded(cut).0, &[&old], &mut seen, &context);
+            }
+            for cut in written {
+                judge(&loaded(cut).0, &[], &mut seen, &context);
+            }
+            for cut in storing {
+                judge(&loaded(cut).0, &[&new], &mut seen, &context);
+            }
+            before = bitmaps;
+        }
+    }
+    // Not for nothing.
+    assert!(seen.iter().all(|count| *count > 100), "{seen:?}");
+}
+
+/// Every bitmap says what it says in one of `known`, or that it is not known what it says.
+fn judge(found: &BTreeMap<String, Said>, known: &[&BTreeMap<String, Said>], seen: &mut [u32; 3], at: &str) {
+    seen[0] += u32::from(found.is_empty());
+    for (name, said) in found {
+        if said.2 {
+            seen[1] += 1;
+            continue;
+        }
+        seen[2] += 1;
+        assert!(known.iter().any(|known| known.get(name) == Some(said)), "{at}: {name} {said:?} {known:?}");
+    }
+}
+
+/// A disk that fails at any write while bitmaps are stored: the image is sound, and says the old or that it does not know.
+#[test]
+fn a_disk_that_fails_keeps_the_image_sound() {
+    let mut failed = 0;
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let shape = shape(seed);
+        let disk = Disk::new(shape.image(false), seed);
+        let setup = open(disk.clone(), None, OpenOptions::default(), true);
+        begin(&setup.image, &setup);
+        let first = random_bitmaps(&mut rng, shape.size);
+        run(setup.image.store(&setup.view.cx(), &first)).unwrap();
+        begin(&setup.image, &setup);
+        setup.write(0, &[7; 5000]).unwrap();
+        let second = random_bitmaps(&mut rng, shape.size);
+        disk.fail_after(Some(rng.below(12)));
+        let outcome = run(setup.image.store(&setup.view.cx(), &second));
+        let cut = disk.power_cut(seed);
+        disk.fail_after(None);
+        failed += u32::from(outcome.is_err());
+        let expected = said(&second);
+        judge(&loaded(cut).0, &[&expected], &mut [0; 3], &format!("seed {seed}"));
+        if outcome.is_err() && !setup.image.is_unusable() {
+            // Once more, now that there is room.
+            run(setup.image.store(&setup.view.cx(), &second)).unwrap();
+            setup.close();
+            assert_eq!(loaded(disk.content()).0, expected, "seed {seed}");
+        }
+    }
+    assert!(failed > 50, "{failed}");
+}
