@@ -24,12 +24,13 @@ Commands:
   img               make, check and convert disk images (qemu-img)
   io                read and write in disk images (qemu-io)
   nbd               serve one disk image to NBD clients, or list what a server has (qemu-nbd)
+  shell             type commands to a daemon that runs, or to QEMU (qmp-shell)
   tour              see a chain of images changed under a writing guest, and verified
   install-links DIR make symbolic links in DIR, so that the programs answer to QEMU's names
   help, version
 
-Each command takes --help. Started by the name qemu-storage-daemon, qemu-img, qemu-io or qemu-nbd, this is that
-program.
+Each command takes --help. Started by the name qemu-storage-daemon, qemu-img, qemu-io, qemu-nbd or qmp-shell, this is
+that program.
 ";
 
 fn main() {
@@ -43,6 +44,7 @@ fn main() {
         "qemu-img" => img(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
         "qemu-nbd" => underlay_nbd_server::main(&program, &rest),
+        "qmp-shell" => underlay_shell::main(&program, &rest),
         _ => underlay(&rest),
     });
 }
@@ -63,6 +65,7 @@ fn underlay(words: &[String]) -> i32 {
         "img" => img("qemu-img", rest),
         "io" => underlay_io::main("qemu-io", rest),
         "nbd" => underlay_nbd_server::main("qemu-nbd", rest),
+        "shell" => underlay_shell::main("qmp-shell", rest),
         "tour" => underlay_tour::main(rest),
         "install-links" => links::install(rest),
         "help" | "--help" | "-h" => {

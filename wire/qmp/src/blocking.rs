@@ -1,43 +1,24 @@
 //! The client's side over a blocking UNIX socket: for tools and tests.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::json::{self, Object, Value};
+pub use crate::client::Failure;
+use crate::client::{Client, Heard, Reply};
+use crate::json::{Object, Value};
 
 /// How long the daemon may take to listen, to answer, or to send an event that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Why a call got no answer, or not the wanted one.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
-    /// The daemon refused the command: its name, and the daemon's sentence.
-    #[error("{0}: {1}")]
-    Refused(String, String),
-    /// The connection is lost, or the daemon does not speak QMP.
-    #[error("monitor: {0}")]
-    Lost(String),
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(error: std::io::Error) -> Self {
-        Self::Lost(error.to_string())
-    }
-}
-
-impl From<Failure> for String {
-    fn from(failure: Failure) -> Self {
-        failure.to_string()
-    }
-}
-
 /// A monitor's client.
 #[derive(Debug)]
 pub struct Monitor {
-    reader: BufReader<UnixStream>,
+    stream: UnixStream,
+    client: Client,
+    replies: VecDeque<Reply>,
     events: VecDeque<Object>,
 }
 
@@ -60,26 +41,21 @@ impl Monitor {
     /// Negotiates on a connection.
     pub fn negotiate(stream: UnixStream) -> Result<Self, Failure> {
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut monitor = Self { reader: BufReader::new(stream), events: VecDeque::new() };
+        let (replies, events) = (VecDeque::new(), VecDeque::new());
+        let mut monitor = Self { stream, client: Client::default(), replies, events };
         monitor.execute("qmp_capabilities", Object::new())?;
         Ok(monitor)
     }
 
     /// Executes a command; events that come meanwhile are kept.
     pub fn execute(&mut self, command: &str, arguments: Object) -> Result<Value, Failure> {
-        let request = Object::new().with("execute", command).with("arguments", arguments);
-        let line = format!("{}\n", Value::Object(request));
-        self.reader.get_mut().write_all(line.as_bytes())?;
+        let bytes = self.client.execute(command, arguments);
+        self.stream.write_all(&bytes)?;
         loop {
-            let mut message = self.message()?;
-            if let Some(result) = message.remove("return") {
-                return Ok(result);
+            if let Some(reply) = self.replies.pop_front() {
+                return reply.result().map_err(|(_, desc)| Failure::Refused(command.to_owned(), desc));
             }
-            if let Some(error) = message.get("error").and_then(Value::as_object) {
-                let desc = error.get("desc").and_then(Value::as_str).unwrap_or_default();
-                return Err(Failure::Refused(command.to_owned(), desc.to_owned()));
-            }
-            self.keep(message);
+            self.hear()?;
         }
     }
 
@@ -89,8 +65,7 @@ impl Monitor {
             if let Some(event) = self.events.pop_front() {
                 return Ok(event);
             }
-            let message = self.message()?;
-            self.keep(message);
+            self.hear()?;
         }
     }
 
@@ -106,45 +81,51 @@ impl Monitor {
         }
     }
 
-    /// Keeps a message if it is an event. Greetings are passed over: a client that comes while the reference's
-    /// daemon still starts may get two.
-    fn keep(&mut self, message: Object) {
-        if message.get("event").is_some() {
-            self.events.push_back(message);
-        }
-    }
-
-    fn message(&mut self) -> Result<Object, Failure> {
-        let mut line = Vec::new();
-        if self.reader.read_until(b'\n', &mut line)? == 0 {
+    /// Reads once, and keeps what there is.
+    fn hear(&mut self) -> Result<(), Failure> {
+        let mut bytes = [0; 1 << 16];
+        let read = self.stream.read(&mut bytes)?;
+        if read == 0 {
             return Err(Failure::Lost("the daemon closed it".to_owned()));
         }
-        match json::parse(&line) {
-            Ok(Value::Object(object)) => Ok(object),
-            Ok(_) => Err(Failure::Lost("the daemon sent something that is no message".to_owned())),
-            Err(error) => Err(Failure::Lost(error.to_string())),
+        for heard in self.client.push(bytes.get(..read).unwrap_or_default())? {
+            match heard {
+                Heard::Greeting(_) => {}
+                Heard::Reply(reply) => self.replies.push_back(reply),
+                Heard::Event(event) => self.events.push_back(event),
+            }
         }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
+
     use super::*;
 
     #[test]
     fn replies_and_events_are_told_apart() {
-        let (client, mut server) = UnixStream::pair().expect("sockets");
-        let lines = "{\"QMP\": {}}\n{\"return\": {}}\n\
-                     {\"event\": \"A\", \"data\": {\"id\": \"x\"}}\n{\"error\": {\"class\": \"C\", \"desc\": \"no\"}}\n\
-                     {\"event\": \"B\", \"data\": {\"id\": \"y\"}}\n{\"return\": 7}\n";
-        server.write_all(lines.as_bytes()).expect("sent");
+        let (client, server) = UnixStream::pair().expect("sockets");
+        let answers = [
+            "{\"QMP\": {}}\n{\"return\": {}}\n",
+            "{\"event\": \"A\", \"data\": {\"id\": \"x\"}}\n{\"error\": {\"class\": \"C\", \"desc\": \"no\"}}\n",
+            "{\"event\": \"B\", \"data\": {\"id\": \"y\"}}\n{\"return\": 7}\n",
+        ];
+        let server = std::thread::spawn(move || {
+            for (answer, request) in answers.into_iter().zip(BufReader::new(&server).lines()) {
+                request.expect("a request");
+                (&server).write_all(answer.as_bytes()).expect("sent");
+            }
+        });
         let mut monitor = Monitor::negotiate(client).expect("negotiated");
         let refused = Failure::Refused("first".into(), "no".into());
         assert_eq!(monitor.execute("first", Object::new()), Err(refused));
         assert_eq!(monitor.execute("second", Object::new()), Ok(Value::Int(7)));
         let found = monitor.event("B", "id", "y").expect("kept");
         assert_eq!(found.get("id"), Some(&"y".into()));
-        drop(server);
+        server.join().expect("the server");
         assert!(matches!(monitor.next_event(), Err(Failure::Lost(_))));
     }
 }

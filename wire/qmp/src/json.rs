@@ -3,7 +3,7 @@
 mod parse;
 mod print;
 
-pub use parse::{ParseError, parse, parse_message};
+pub use parse::{ParseError, is_character, parse, parse_message};
 pub use print::printed_order;
 
 /// A JSON value.
@@ -63,7 +63,12 @@ impl Value {
 
     /// Printed over several lines, four blanks a level.
     pub fn to_pretty(&self) -> String {
-        print::pretty(self)
+        print::to_text(self, print::Style { lines: true, as_it_came: false })
+    }
+
+    /// Printed for people: members in the order in which they came, in one line or over several.
+    pub fn as_it_came(&self, lines: bool) -> String {
+        print::to_text(self, print::Style { lines, as_it_came: true })
     }
 }
 

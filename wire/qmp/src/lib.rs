@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blocking;
+pub mod client;
 pub mod codec;
 pub mod json;
 pub mod keyval;

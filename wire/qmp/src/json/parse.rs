@@ -232,8 +232,8 @@ impl Parser<'_> {
     }
 }
 
-/// Whether a code stands for a character at all.
-fn is_character(c: char) -> bool {
+/// Whether a code stands for a character at all: texts hold no others.
+pub fn is_character(c: char) -> bool {
     let code = u32::from(c);
     code & 0xfffe != 0xfffe && !(0xfdd0..=0xfdef).contains(&code)
 }

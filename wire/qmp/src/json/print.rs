@@ -31,67 +31,72 @@ pub fn printed_order(object: &Object) -> Vec<String> {
     in_order(object).into_iter().map(|(name, _)| name.to_owned()).collect()
 }
 
+/// How to print.
+#[derive(Clone, Copy)]
+pub(super) struct Style {
+    /// Over several lines, four blanks a level.
+    pub(super) lines: bool,
+    /// Members as they came, and nothing between the braces of an empty object; else all as QEMU.
+    pub(super) as_it_came: bool,
+}
+
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::List(values) => {
-                f.write_char('[')?;
-                for (at, value) in values.iter().enumerate() {
-                    f.write_str(if at == 0 { "" } else { ", " })?;
-                    value.fmt(f)?;
-                }
-                f.write_char(']')
-            }
-            Self::Object(object) => {
-                f.write_char('{')?;
-                for (at, (name, value)) in in_order(object).into_iter().enumerate() {
-                    f.write_str(if at == 0 { "" } else { ", " })?;
-                    string(f, name)?;
-                    f.write_str(": ")?;
-                    value.fmt(f)?;
-                }
-                f.write_char('}')
-            }
-            scalar => print_scalar(f, scalar),
-        }
+        print(f, self, Style { lines: false, as_it_came: false }, 0)
     }
 }
 
-pub(super) fn pretty(value: &Value) -> String {
+pub(super) fn to_text(value: &Value, style: Style) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
-    let _ = print_pretty(&mut out, value, 0);
+    let _ = print(&mut out, value, style, 0);
     out
 }
 
-fn print_pretty(out: &mut String, value: &Value, depth: usize) -> fmt::Result {
-    let line = |out: &mut String, depth: usize| write!(out, "\n{:width$}", "", width = depth * 4);
+fn print(out: &mut impl Write, value: &Value, style: Style, depth: usize) -> fmt::Result {
     match value {
         Value::List(values) => {
-            out.push('[');
+            out.write_char('[')?;
             for (at, value) in values.iter().enumerate() {
-                out.push_str(if at == 0 { "" } else { "," });
-                line(out, depth + 1)?;
-                print_pretty(out, value, depth + 1)?;
+                begin_item(out, style, at, depth)?;
+                print(out, value, style, depth + 1)?;
             }
-            line(out, depth)?;
-            out.push(']');
+            end_items(out, style, values.is_empty(), depth)?;
+            out.write_char(']')
         }
         Value::Object(object) => {
-            out.push('{');
-            for (at, (name, value)) in in_order(object).into_iter().enumerate() {
-                out.push_str(if at == 0 { "" } else { "," });
-                line(out, depth + 1)?;
+            out.write_char('{')?;
+            let members = if style.as_it_came { object.iter().collect() } else { in_order(object) };
+            for (at, (name, value)) in members.into_iter().enumerate() {
+                begin_item(out, style, at, depth)?;
                 string(out, name)?;
-                out.push_str(": ");
-                print_pretty(out, value, depth + 1)?;
+                out.write_str(": ")?;
+                print(out, value, style, depth + 1)?;
             }
-            line(out, depth)?;
-            out.push('}');
+            end_items(out, style, object.is_empty(), depth)?;
+            out.write_char('}')
         }
-        scalar => print_scalar(out, scalar)?,
+        scalar => print_scalar(out, scalar),
     }
-    Ok(())
+}
+
+fn begin_item(out: &mut impl Write, style: Style, at: usize, depth: usize) -> fmt::Result {
+    match (style.lines, at) {
+        (true, at) => {
+            out.write_str(if at == 0 { "" } else { "," })?;
+            new_line(out, depth + 1)
+        }
+        (false, 0) => Ok(()),
+        (false, _) => out.write_str(", "),
+    }
+}
+
+fn end_items(out: &mut impl Write, style: Style, empty: bool, depth: usize) -> fmt::Result {
+    if style.lines && !(empty && style.as_it_came) { new_line(out, depth) } else { Ok(()) }
+}
+
+fn new_line(out: &mut impl Write, depth: usize) -> fmt::Result {
+    write!(out, "\n{:width$}", "", width = depth * 4)
 }
 
 fn print_scalar(out: &mut impl Write, value: &Value) -> fmt::Result {
@@ -180,5 +185,16 @@ mod tests {
             value.to_pretty(),
             "{\n    \"a\": [\n        1,\n        {\n        }\n    ],\n    \"b\": [\n    ]\n}"
         );
+    }
+
+    #[test]
+    fn as_it_came() {
+        let value = parse(br#"{"execute":"x","arguments":{"node-name":"n","driver":1,"a":[],"b":[{},2]}}"#);
+        let value = value.expect("valid");
+        let line = r#"{"execute": "x", "arguments": {"node-name": "n", "driver": 1, "a": [], "b": [{}, 2]}}"#;
+        assert_eq!(value.as_it_came(false), line);
+        let lines = "{\n    \"execute\": \"x\",\n    \"arguments\": {\n        \"node-name\": \"n\",\n        \
+                     \"driver\": 1,\n        \"a\": [],\n        \"b\": [\n            {},\n            2\n        ]\n    }\n}";
+        assert_eq!(value.as_it_came(true), lines);
     }
 }
