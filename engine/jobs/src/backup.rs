@@ -94,7 +94,9 @@ impl Jobs {
     /// Starts a backup.
     pub async fn backup(self: &Arc<Self>, graph: &Arc<Graph>, args: BackupArgs) -> Result<Started, JobError> {
         let mut draft = self.draft_backup(graph, args, &[])?;
-        graph.change(|plan| draft.wire(plan)).await?;
+        if let Err(why) = graph.change(|plan| draft.wire(plan)).await {
+            return Err(self.refused(&draft.job, &draft.settings, why));
+        }
         if let Err(error) = draft.enlist() {
             let job = draft.job.clone();
             draft.work.abandon(&job).await;
@@ -154,6 +156,9 @@ fn check(
             if taken.contains(node) {
                 let (node, job) = (plan.node(*node).name.to_string(), Kind::Backup.as_str());
                 return Err(GraphError::Busy { node, job }.into());
+            }
+            if plan.node(*node).read_only {
+                return Err(wrong(format!("Could not create node: {}", GraphError::ReadOnly)));
             }
             wires.view(*node)
         }

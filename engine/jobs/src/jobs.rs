@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use underlay_graph::GraphError;
 use underlay_graph::units::is_well_formed_id;
 
 use crate::error::{JobError, Stop};
@@ -181,6 +182,19 @@ impl Jobs {
     pub(crate) fn withdraw(&self, job: &Arc<Job>) {
         job.withdraw();
         self.forget(job);
+    }
+
+    /// A change of the graph that was refused: that users do not get on QEMU finds only when the job is there, so it
+    /// shows for a moment.
+    pub(crate) fn refused(&self, job: &Arc<Job>, settings: &Settings, why: GraphError) -> JobError {
+        if matches!(why, GraphError::Conflict(_) | GraphError::ReadOnly) {
+            if let Err(error) = self.enlist(job, settings) {
+                return error;
+            }
+            job.begin(Status::Null);
+            self.forget(job);
+        }
+        why.into()
     }
 
     fn forget(&self, job: &Arc<Job>) {

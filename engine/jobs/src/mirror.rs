@@ -132,7 +132,8 @@ impl Jobs {
         job.set_copy_mode(tracked.blocking.clone());
         let MirrorArgs { settings, source, target, replaces, sync, target_is_zero, unmap, .. } = args;
         let name = args.filter_node_name.as_deref();
-        let wiring = graph.change(|plan| wire(plan, source, target, name, &job, &tracked)).await?;
+        let wired = graph.change(|plan| wire(plan, source, target, name, &job, &tracked)).await;
+        let wiring = wired.map_err(|why| self.refused(&job, &settings, why))?;
         let graph = graph.clone();
         let mirror = Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, switch: false };
         self.launch(job, &settings, Box::new(mirror)).await
@@ -218,7 +219,7 @@ fn wire(
     };
     let claim = Claim::take(plan, Kind::Mirror, vec![source, target], Vec::new())?;
     if plan.node(target).read_only {
-        return Err(GraphError::new("Block node is read-only"));
+        return Err(GraphError::ReadOnly);
     }
     let tracker: Arc<dyn Tracker> = tracked.clone();
     plan.node_mut(source).trackers.push(tracker.clone());

@@ -61,7 +61,7 @@ pub struct Copies {
     /// Clusters that can be read as they were.
     visible: DirtyBitmap,
     turns: RangeLock,
-    /// Bytes copied so far.
+    /// Bytes copied so far, in whole clusters.
     copied: Arc<AtomicU64>,
     /// Why the moment is lost: something was overwritten that could not be copied.
     lost: OnceLock<IoError>,
@@ -95,14 +95,14 @@ impl Copies {
         self.how
     }
 
-    /// Bytes copied so far, by anybody.
+    /// Bytes copied so far, by anybody, in whole clusters.
     pub fn copied(&self) -> &Arc<AtomicU64> {
         &self.copied
     }
 
     /// Bytes still to be copied, in whole clusters.
     pub fn left(&self) -> u64 {
-        self.todo.count()
+        self.todo.count_whole()
     }
 
     /// The first clusters at or behind the start of `range` that are to be copied, as far as they touch it.
@@ -162,7 +162,7 @@ impl Copies {
             }
             let done = self.copy_first(ends, run).await?;
             self.todo.clear(done);
-            self.copied.fetch_add(done.len(), Ordering::Relaxed);
+            self.copied.fetch_add(done.len().next_multiple_of(self.how.cluster), Ordering::Relaxed);
             if self.how.discard_source {
                 discard_copied(ends, done).await;
             }
