@@ -1,11 +1,9 @@
 //! block-dirty-bitmap-*: each an edit of the plan, alone or in a transaction.
 
-use async_trait::async_trait;
 use sha2::{Digest, Sha256};
 use underlay_graph::bitmap::DirtyBitmap;
-use underlay_graph::bitmaps::NewBitmap;
+use underlay_graph::bitmaps::{Forget, NewBitmap};
 use underlay_graph::graph::LastStep;
-use underlay_graph::plan::Wires;
 use underlay_graph::{GraphError, NodeId, Plan};
 use underlay_qmp::json::{Object, Value};
 
@@ -91,13 +89,13 @@ impl Action {
     }
 
     /// After all actions were done: lets go what this one gives up.
-    fn finish(&self, plan: &mut Plan) -> Option<Gone> {
+    fn finish(&self, plan: &mut Plan) -> Option<(NodeId, String)> {
         let node = plan.find(&self.node).filter(|_| matches!(self.verb, Verb::Remove))?;
         let stored = plan.bitmap(node, &self.name).ok()?.persistent;
         plan.drop_bitmap(node, &self.name);
         stored.then(|| {
             plan.touch(node);
-            Gone { node, name: self.name.clone() }
+            (node, self.name.clone())
         })
     }
 }
@@ -123,27 +121,6 @@ fn sources(arguments: &mut Arguments, node: &str) -> Vec<Source> {
         _ => None,
     };
     list.into_iter().filter_map(source).collect()
-}
-
-/// A bitmap that an image may keep and shall not any more.
-struct Gone {
-    node: NodeId,
-    name: String,
-}
-
-struct Forget(Vec<Gone>);
-
-#[async_trait]
-impl LastStep for Forget {
-    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        for Gone { node, name } in self.0 {
-            let view = new.view(node);
-            if let Some(store) = view.node().as_bitmap_store() {
-                store.remove(&view.cx(), &name).await?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A command of its own.

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::bitmap::DirtyBitmap;
-use crate::error::{GraphError, Result};
+use crate::error::{GraphError, IoError, Result};
+use crate::graph::LastStep;
 use crate::info::cluster_size;
-use crate::plan::{NodeId, Plan};
+use crate::plan::{NodeId, Plan, Wires};
 use crate::units::ByteRange;
 use crate::view::{Cx, Tracker};
 
@@ -97,6 +98,14 @@ impl PlanBitmap {
     }
 }
 
+/// Why a bitmap that is inconsistent cannot be used for anything.
+pub fn inconsistent(name: &str) -> IoError {
+    IoError::EINVAL.with_hint(
+        format!("Bitmap '{name}' is inconsistent and cannot be used"),
+        "Try block-dirty-bitmap-remove to delete this bitmap from disk",
+    )
+}
+
 /// What somebody wants to do with a bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
@@ -161,7 +170,7 @@ impl Plan {
             return wrong("is readonly and cannot be modified");
         }
         if purpose != Purpose::Remove && bitmap.inconsistent {
-            return wrong("is inconsistent and cannot be used");
+            return Err(inconsistent(name).into());
         }
         Ok(bitmap)
     }
@@ -362,6 +371,23 @@ pub trait BitmapStore: Send + Sync {
     }
     /// Makes that durable.
     async fn cover(&self, _cx: &Cx<'_>, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Takes bitmaps, by node and name, out of the images that keep them: the last step of a change that drops them.
+#[derive(Debug)]
+pub struct Forget(pub Vec<(NodeId, String)>);
+
+#[async_trait]
+impl LastStep for Forget {
+    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> std::result::Result<(), GraphError> {
+        for (node, name) in self.0 {
+            let view = new.view(node);
+            if let Some(store) = view.node().as_bitmap_store() {
+                store.remove(&view.cx(), &name).await?;
+            }
+        }
         Ok(())
     }
 }

@@ -216,6 +216,11 @@ impl GraphError {
         Self::Other { class: Class::Generic, text: text.into() }
     }
 
+    /// What tools print below the message.
+    pub fn hint(&self) -> Option<&str> {
+        if let Self::Io(error) = self { error.hint() } else { None }
+    }
+
     /// The class that a QMP client sees.
     pub fn class(&self) -> Class {
         match self {

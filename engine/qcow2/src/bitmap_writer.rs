@@ -155,7 +155,8 @@ impl<'a> Clusters<'a> {
         (at < self.granules).then_some((at, &words[skipped..]))
     }
 
-    /// The number of a cluster, and its content unless all bits are set.
+    /// The number of a cluster, and its content unless all bits are set. (The last cluster may be longer than the disk: QEMU
+    /// would believe that the bits behind the end are set as well.)
     fn next(&mut self) -> Option<(u64, Option<Vec<u8>>)> {
         loop {
             let (first, _) = self.words()?;
@@ -177,7 +178,7 @@ impl<'a> Clusters<'a> {
             }
             self.next = end.next_multiple_of(64);
             if set > 0 {
-                return Some((index, if set == end - start { None } else { Some(bytes) }));
+                return Some((index, if set == self.in_cluster { None } else { Some(bytes) }));
             }
         }
     }

@@ -37,7 +37,7 @@ impl Qcow2 {
         if !size.is_multiple_of(512) {
             return Err(IoError::EINVAL.with("The new size must be a multiple of 512"));
         }
-        self.check_bitmaps_can_be_resized()?;
+        self.check_bitmaps_can_be_resized(size)?;
         self.begin_change(cx).await?;
         let _turn = self.resizing.lock().await;
         let old = self.size();

@@ -19,7 +19,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
-use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
+use underlay_graph::bitmaps::{BitmapStore, PlanBitmap, inconsistent};
 use underlay_graph::{ByteRange, Cx, GraphError, IoError, Result, WriteFlags};
 use underlay_sys::Iov;
 
@@ -141,27 +141,25 @@ fn words_of(bytes: &[u8]) -> Vec<u64> {
     bytes.chunks(8).map(word).collect()
 }
 
-/// A bitmap that is inconsistent cannot be used for anything.
-fn inconsistent(name: &str) -> IoError {
-    IoError::EINVAL.with_hint(
-        format!("Bitmap '{name}' is inconsistent and cannot be used"),
-        "Try block-dirty-bitmap-remove to delete this bitmap from disk",
-    )
-}
-
 impl Qcow2 {
     pub(crate) fn stored(&self) -> MutexGuard<'_, Stored> {
         self.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the disk can get another size: the bitmaps do too, so they must be known.
-    pub(crate) fn check_bitmaps_can_be_resized(&self) -> Result<()> {
+    /// Whether the disk can be `size` bytes long: the bitmaps change with it, so they must be known, and be possible then.
+    pub(crate) fn check_bitmaps_can_be_resized(&self, size: u64) -> Result<()> {
         let stored = self.stored();
-        match stored.entries.iter().find(|entry| entry.flags & IN_USE != 0) {
-            _ if stored.entries.is_empty() => Ok(()),
-            Some(entry) => Err(inconsistent(&entry.name)),
-            None if stored.kept => Ok(()),
-            None => Err(IoError::ENOTSUP.with("The image has bitmaps that nobody keeps up to date")),
+        if let Some(entry) = stored.entries.iter().find(|entry| entry.flags & IN_USE != 0) {
+            return Err(inconsistent(&entry.name));
+        }
+        let too_large = |entry: &&StoredBitmap| bytes_of_bits(size, entry.granularity_bits) > MAX_BITMAP;
+        if let Some(entry) = stored.entries.iter().find(too_large) {
+            let text = format!("Bitmap '{}' would be too large for the image to keep it", entry.name);
+            return Err(IoError::EFBIG.with(text));
+        }
+        match stored.entries.is_empty() || stored.kept {
+            true => Ok(()),
+            false => Err(IoError::ENOTSUP.with("The image has bitmaps that nobody keeps up to date")),
         }
     }
 

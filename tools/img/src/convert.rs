@@ -14,7 +14,7 @@ use underlay_sys::{Iov, rt};
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
-use crate::{Failure, Outcome, create, option_help, sizes};
+use crate::{Failure, Outcome, bitmap, create, option_help, sizes};
 
 const KNOWN: Known = Known {
     short: "hf:O:B:F:CcpS:o:m:WnqUt:T:l:r:",
@@ -185,9 +185,6 @@ impl Request {
         if self.skip_broken_bitmaps && !self.bitmaps {
             return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
-        if self.bitmaps {
-            return Err(crate::unsupported("bitmaps"));
-        }
         let format = self.target_format().to_owned();
         for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {
             match name.as_str() {
@@ -254,6 +251,12 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         inputs.push((total, length, Arc::new(input)));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
+    if request.bitmaps {
+        let [(_, _, source)] = inputs.as_slice() else {
+            return Err(Failure::new("Copying bitmaps only possible with single source"));
+        };
+        bitmap::check_source(source, request.skip_broken_bitmaps)?;
+    }
     if !request.no_create {
         if request.compressed && request.target_format() == "raw" {
             return Err(Failure::new("Compression not supported for this file format"));
@@ -275,6 +278,9 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     let output = Arc::new(image(target, how).await?);
     if request.compressed && output.is_raw() {
         return Err(Failure::new("Compression not supported for this file format"));
+    }
+    if request.bitmaps {
+        bitmap::check_target(&output)?;
     }
     if output.length().await? < total {
         return Err(Failure::new("output file is smaller than input file"));
@@ -302,6 +308,9 @@ async fn copy_all(
         let progress = &progress;
         let copy = Copy { input: &input, output, request, start, length, total, known_zero, below, progress };
         copy.run(&mut pace).await?;
+        if request.bitmaps {
+            bitmap::copy_all(&input, output).await?;
+        }
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
     progress.show(100.0);

@@ -1,6 +1,7 @@
 //! The command line of qemu-img on Underlay's engine: a file per subcommand.
 #![forbid(unsafe_code)]
 
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -41,6 +42,11 @@ impl Failure {
         Self { message: Some(message.into()), status: 1, help: None, named: false }
     }
 
+    /// A message and perhaps a line below it.
+    pub fn with_hint(message: String, hint: Option<&str>) -> Self {
+        Self::new(hint.map_or_else(|| message.clone(), |hint| format!("{message}\n{hint}")))
+    }
+
     /// The words cannot be understood: a message that points to a subcommand's help.
     pub fn usage(message: impl Into<String>, command: &'static str) -> Self {
         Self { help: Some(command), ..Self::new(message) }
@@ -73,10 +79,13 @@ const HELP: &str = "\
 Usage: qemu-img SUBCOMMAND [options]
 Makes, checks, converts and resizes disk images.
 
+  bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE)... [-f FMT]
+         [-b SOURCE_FILENAME [-F SOURCE_FMT]] FILENAME BITMAP
   check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME
   commit [-f FMT] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME
   compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
-  convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N] FILENAME [...] OUTPUT
+  convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N]
+          [--bitmaps [--skip-broken-bitmaps]] FILENAME [...] OUTPUT
   create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]
   dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
   info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
@@ -90,7 +99,7 @@ no -f. So is OUTPUT with --target-image-opts, which needs -n.
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 
-const LATER: [&str; 4] = ["amend", "bench", "bitmap", "snapshot"];
+const LATER: [&str; 3] = ["amend", "bench", "snapshot"];
 
 /// Most threads that copy.
 const MOST_THREADS: usize = 4;
@@ -103,7 +112,12 @@ fn on_all_processors(words: &[String]) -> Outcome {
     let words = words.to_vec();
     let home = threads.first().map(IoThread::spawner);
     let home = home.ok_or_else(|| Failure::new("Cannot start threads"))?;
-    block_on(home.run(async move { convert::run(&words).await }))
+    block_on(home.run(async move { open::closing(convert::run(&words)).await }))
+}
+
+/// Converts nothing: one thread is enough.
+fn on_one_thread(command: impl Future<Output = Outcome>) -> Outcome {
+    block_on(open::closing(command))
 }
 
 /// Runs the program; the exit status.
@@ -143,17 +157,18 @@ fn run(command: &str, rest: &[String]) -> Outcome {
             println!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
             Ok(())
         }
-        "check" => block_on(check::run(rest)),
-        "commit" => block_on(commit::run(rest)),
-        "compare" => block_on(compare::run(rest)),
+        "bitmap" => on_one_thread(bitmap::run(rest)),
+        "check" => on_one_thread(check::run(rest)),
+        "commit" => on_one_thread(commit::run(rest)),
+        "compare" => on_one_thread(compare::run(rest)),
         "convert" => on_all_processors(rest),
-        "create" => block_on(create::run(rest)),
-        "dd" => block_on(dd::run(rest)),
-        "info" => block_on(info::run(rest)),
-        "map" => block_on(map::run(rest)),
-        "measure" => block_on(measure::run(rest)),
-        "rebase" => block_on(rebase::run(rest)),
-        "resize" => block_on(resize::run(rest)),
+        "create" => on_one_thread(create::run(rest)),
+        "dd" => on_one_thread(dd::run(rest)),
+        "info" => on_one_thread(info::run(rest)),
+        "map" => on_one_thread(map::run(rest)),
+        "measure" => on_one_thread(measure::run(rest)),
+        "rebase" => on_one_thread(rebase::run(rest)),
+        "resize" => on_one_thread(resize::run(rest)),
         later if LATER.contains(&later) => {
             Err(Failure::new(format!("subcommand '{later}' is not part of this version of Underlay")))
         }

@@ -1,6 +1,6 @@
 //! Opening images for a tool: a graph of one's own, and everything flushed and closed at the end.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underlay_drivers::filename;
 use underlay_drivers::open::tell_on_stderr;
@@ -12,7 +12,7 @@ use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Root,
 
 use underlay_qmp::json::Value;
 
-use crate::Failure;
+use crate::{Failure, Outcome};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,13 +50,13 @@ pub struct Image {
 
 /// Opens an image; errors are worded as qemu-img's, but for its name.
 pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
+    image_in(Graph::new(), name, how).await
+}
+
+/// The same beside the images that are open already.
+pub async fn image_in(graph: Arc<Graph>, name: &str, how: How<'_>) -> Result<Image, Failure> {
     let failed = |error: &dyn std::fmt::Display, hint: Option<&str>| {
-        let text = error.to_string();
-        let text = format!("Could not open '{name}': {text}");
-        Failure::new(match hint {
-            Some(hint) => format!("{text}\n{hint}"),
-            None => text,
-        })
+        Failure::with_hint(format!("Could not open '{name}': {error}"), hint)
     };
     let mut spec = match how.image_opts {
         true => listed(name, how, &|error| failed(error, None))?,
@@ -69,7 +69,6 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
     spec.read_only.get_or_insert(!how.write);
     spec.force_share.get_or_insert(how.force_share);
     spec.discard.get_or_insert(true);
-    let graph = Graph::new();
     let policy = if how.no_backing { BackingPolicy::Ignore } else { BackingPolicy::Follow };
     let opened = Opener::new(&graph, policy, Some(tell_on_stderr())).open(spec).await;
     let new = opened.map_err(|error| failed(&error, error.cause().and_then(|cause| cause.hint())))?;
@@ -91,16 +90,43 @@ pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
         Ok((node, plan.add_root(root)))
     };
     let changed = graph.change(edit).await;
-    let (node, root_id) = changed.map_err(|error| {
-        let hint = match &error {
-            underlay_graph::GraphError::Io(error) => error.hint().map(str::to_owned),
-            _ => None,
-        };
-        failed(&error, hint.as_deref())
-    })?;
+    let (node, root_id) = changed.map_err(|error| failed(&error, error.hint()))?;
+    open_images().push((graph.clone(), node));
     let root = graph.root(root_id).ok_or_else(|| Failure::new("the image was closed"))?;
     let name = if how.image_opts { filename::of_alone(&graph.wires().view(node)) } else { name.to_owned() };
     Ok(Image { name, probed, graph, node, root_id, root })
+}
+
+/// The images that are open.
+fn open_images() -> MutexGuard<'static, Vec<(Arc<Graph>, NodeId)>> {
+    static OPEN: Mutex<Vec<(Arc<Graph>, NodeId)>> = Mutex::new(Vec::new());
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn let_go(plan: &mut underlay_graph::Plan, node: NodeId) {
+    if plan.get(node).is_some() {
+        plan.node_mut(node).monitor_owned = false;
+    }
+}
+
+/// Runs a command, and closes the images that it leaves open because it has failed: an image keeps what it has to
+/// keep (its bitmaps, say) only when it is closed.
+pub async fn closing(command: impl Future<Output = Outcome>) -> Outcome {
+    let outcome = command.await;
+    let left = std::mem::take(&mut *open_images());
+    for (graph, node) in left.into_iter().rev() {
+        let closed = graph.change(|plan| {
+            let own: Vec<_> =
+                plan.roots_of(node).filter(|(_, root)| !root.pinned).map(|(id, _)| id).collect();
+            own.into_iter().for_each(|root| plan.remove_root(root));
+            let_go(plan, node);
+            Ok(())
+        });
+        if let Err(error) = closed.await {
+            eprintln!("qemu-img: Error while closing the image: {error}");
+        }
+    }
+    outcome
 }
 
 /// The description of an image that a list of options gives.
@@ -232,11 +258,10 @@ impl Image {
     /// Flushes and closes it.
     pub async fn close(self) -> Result<(), Failure> {
         let flushed = self.root.flush().await;
+        open_images().retain(|(graph, node)| !(Arc::ptr_eq(graph, &self.graph) && *node == self.node));
         let closed = self.graph.change(|plan| {
             plan.remove_root(self.root_id);
-            if plan.get(self.node).is_some() {
-                plan.node_mut(self.node).monitor_owned = false;
-            }
+            let_go(plan, self.node);
             Ok(())
         });
         closed.await.map_err(|error| Failure::new(error.to_string()))?;

@@ -72,7 +72,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let how = How { format: format.as_deref(), image_opts, write: true, resize: true, ..How::default() };
     let opened = image(name, how).await?;
     opened.warn_if_guessed();
-    let error = |error: underlay_graph::IoError| Failure::new(error.to_string());
+    let error = |error: underlay_graph::IoError| Failure::with_hint(error.to_string(), error.hint());
     let now = opened.root.length().await.map_err(error)?;
     let signed = |number: u64| i64::try_from(number).is_ok();
     let total = match sign {

@@ -165,6 +165,26 @@ fn an_image_that_was_not_closed_says_that_its_bitmaps_are_not_known() {
     assert_eq!(loaded(disk.content()), (BTreeMap::new(), leaked));
 }
 
+#[test]
+fn a_disk_does_not_get_so_long_that_a_bitmap_could_not_be_kept() {
+    let shape = Shape { bits: 16, order: 4, extended: false, v3: true, zstd: false, size: 1 << 20 };
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    let bitmap = PlanBitmap::new("fine", DirtyBitmap::new(shape.size, 512), true);
+    let bitmap = PlanBitmap { persistent: true, ..bitmap };
+    begin(&setup.image, &setup);
+    run(setup.image.store(&setup.view.cx(), std::slice::from_ref(&bitmap))).unwrap();
+    begin(&setup.image, &setup);
+    let resize = |size| run(setup.image.resize(&setup.view.cx(), size, Preallocation::Off));
+    assert!(resize((1 << 41) + 512).is_err());
+    resize(1 << 41).unwrap();
+    let longer = PlanBitmap { bits: Arc::new(DirtyBitmap::new(1 << 41, 512)), ..bitmap };
+    longer.bits.set(ByteRange::between((1 << 41) - 1, 1 << 41));
+    run(setup.image.store(&setup.view.cx(), std::slice::from_ref(&longer))).unwrap();
+    setup.close();
+    assert_eq!(loaded(disk.content()), (said(&[longer]), 0));
+}
+
 /// Cuts the power at every flush, while bitmaps are stored, marked and removed and a guest writes.
 #[test]
 fn a_power_cut_leaves_bitmaps_as_they_were_or_as_they_are_or_unknown() {

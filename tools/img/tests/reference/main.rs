@@ -81,6 +81,11 @@ fn options() {
 }
 
 #[test]
+fn bitmap() {
+    compare(include_str!("../scripts/bitmap.txt"));
+}
+
+#[test]
 fn nbd() {
     if script::has(&["qemu-nbd"]) {
         compare(include_str!("../scripts/nbd.txt"));
@@ -110,8 +115,7 @@ fn refused_options() {
         ("measure -l snapshot.id=1 x", 1, "-l"),
         ("measure --object secret,id=a,data=b x", 1, "--object"),
         ("dd --object secret,id=a,data=b if=x of=y", 1, "--object"),
-        ("convert --bitmaps -O qcow2 y x", 1, "--bitmaps"),
-        ("convert --bitmaps --skip-broken-bitmaps -O qcow2 y x", 1, "--bitmaps"),
+        ("bitmap --add --object secret,id=a,data=b x y", 1, "--object"),
     ] {
         let mut program = std::process::Command::new(script::example("qemu-img"));
         let output = program.args(line.split(' ')).current_dir(&folder).output().expect("our program");

@@ -36,8 +36,10 @@ struct Side {
 }
 
 /// What scripts may use beside programs: a server in the background, waiting until its process is over (and its image
-/// free), waiting until one answers; an image that somebody else has open meanwhile; and a filter for how much room files
-/// take up. Nothing is waited for for ever, and no server is left.
+/// free), waiting until one answers; an image that somebody else has open meanwhile; a filter for how much room files
+/// take up; how the reference's daemon finds the bitmaps of an image, bits and all; a bitmap (by its place in the directory, where
+/// names have one letter) that looks as if its image had not been closed; and an image that looks as if a program that knows no
+/// bitmaps had written to it. Nothing is waited for for ever, and no server is left.
 const HELPERS: &str = r#"
 serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); }
 over() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done" || kill $server; }
@@ -45,6 +47,18 @@ ready() { timeout 10 sh -c "until qemu-nbd -L -k '$PWD/s' > /dev/null 2>&1; do s
 held() { mkfifo input; qemu-io "$1" < input > held & exec 3> input; echo length >&3
          timeout 10 sh -c "until grep -q MiB held; do sleep 0.01; done"; }
 free() { exec 3>&-; wait; rm input held; }
+said() {
+    { echo '{"execute":"qmp_capabilities"}{"execute":"query-named-block-nodes"}'
+      sha='{"execute":"x-debug-block-dirty-bitmap-sha256","arguments":{"node":"n","name":"\1"}}'
+      qemu-img info "$1" | sed -n "s/^ *name: \(.*\)/$sha/p"
+      echo '{"execute":"quit"}'
+    } | qemu-storage-daemon --chardev stdio,id=m --monitor m \
+          --blockdev driver=qcow2,node-name=n,read-only=on,file.driver=file,file.filename="$1" |
+        tr '{' '\n' | grep -e recording -e sha256 -e desc | sed 's/}.*//'
+}
+flagged() { printf '\3' | dd of="$1" bs=1 conv=notrunc 2> /dev/null \
+              seek=$(($(od -An -tu8 --endian=big -j 528 -N 8 "$1") + 32 * $2 + 15)); }
+stale() { printf '\0' | dd of="$1" bs=1 seek=95 conv=notrunc 2> /dev/null; }
 blind() { sed 's/\(disk size: \|file length: \|"actual-size": \).*/\1/'; }
 "#;
 
