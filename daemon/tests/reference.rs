@@ -278,6 +278,11 @@ fn corrupt() {
 }
 
 #[test]
+fn backup_bitmap() {
+    compare("backup_bitmap");
+}
+
+#[test]
 fn backup() {
     compare("backup");
 }

@@ -4,7 +4,7 @@ use underlay_drivers::filter::copy_before_write::{CbwOptions, OnCbwError};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::DetectZeroes;
 use underlay_graph::{NewNode, NodeId, Plan, Role, Wiring};
-use underlay_jobs::{BackupArgs, BackupDraft, BackupSync, BackupTarget};
+use underlay_jobs::{BackupArgs, BackupBitmap, BackupDraft, BackupSync, BackupTarget, BitmapMode};
 
 use super::arguments::Arguments;
 use super::{job, lookup, snapshot};
@@ -13,54 +13,65 @@ use crate::state::Daemon;
 
 /// blockdev-backup
 pub async fn blockdev_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let args = blockdev_args(&daemon.graph.plan(), arguments)?;
+    let mut trial = Plan::clone(&daemon.graph.plan());
+    let args = blockdev_args(&mut trial, arguments)?;
     job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
     Ok(())
 }
 
 /// drive-backup: the target is a file, made for it unless the mode is `existing`.
 pub async fn drive_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let args = drive_args(daemon, arguments).await?;
+    let mut trial = Plan::clone(&daemon.graph.plan());
+    let args = drive_args(daemon, &mut trial, arguments).await?;
     job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
     Ok(())
 }
 
-/// Either command as an action of a transaction, shown but not started. `taken` are the targets of those before it.
+/// Either command as an action of a transaction, shown but not started. `taken` are the targets of those before it, and `trial`
+/// has the bitmaps as they leave them; from now on this one's is held there.
 pub async fn draft(
     daemon: &Daemon,
+    trial: &mut Plan,
     kind: &str,
     arguments: &mut Arguments,
     taken: &[NodeId],
 ) -> CommandResult<BackupDraft> {
     let args = match kind {
-        "drive-backup" => drive_args(daemon, arguments).await?,
-        _ => blockdev_args(&daemon.graph.plan(), arguments)?,
+        "drive-backup" => drive_args(daemon, trial, arguments).await?,
+        _ => blockdev_args(trial, arguments)?,
     };
     let draft = daemon.jobs.draft_backup(&daemon.graph, args, taken)?;
     draft.enlist()?;
     Ok(draft)
 }
 
-fn blockdev_args(plan: &Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
-    let source = lookup::either(plan, &arguments.text("device"))?;
-    let target = lookup::either(plan, &arguments.text("target"))?;
-    args(arguments, source, BackupTarget::Existing(target))
+fn blockdev_args(trial: &mut Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+    let source = lookup::either(trial, &arguments.text("device"))?;
+    let target = lookup::either(trial, &arguments.text("target"))?;
+    args(trial, arguments, source, BackupTarget::Existing(target))
 }
 
-async fn drive_args(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+async fn drive_args(
+    daemon: &Daemon,
+    trial: &mut Plan,
+    arguments: &mut Arguments,
+) -> CommandResult<BackupArgs> {
     let plan = daemon.graph.plan();
     let source = lookup::either(&plan, &arguments.text("device"))?;
     underlay_jobs::commit::check_root(&plan, source)?;
     let file = arguments.text("target");
     let existing = arguments.optional_text("mode").as_deref() == Some("existing");
     let format = arguments.optional_text("format");
-    let mut args = args(arguments, source, BackupTarget::Existing(source))?;
+    let mut args = args(trial, arguments, source, BackupTarget::Existing(source))?;
     let wires = daemon.graph.wires();
     let own = plan.skip_filters(source);
     let format = format.or_else(|| (!existing).then(|| wires.view(own).node().driver().to_owned()));
+    if args.sync == BackupSync::Top && plan.backing(own).is_none() {
+        args.sync = BackupSync::Full;
+    }
     // What the copy leaves out is below it.
     let below = match args.sync {
-        BackupSync::Full => None,
+        BackupSync::Full | BackupSync::Bitmap => None,
         BackupSync::Top => plan.backing(own),
         BackupSync::None => Some(own),
     };
@@ -100,8 +111,13 @@ async fn open_target(
 }
 
 /// What both commands say alike.
-fn args(arguments: &mut Arguments, source: NodeId, target: BackupTarget) -> CommandResult<BackupArgs> {
-    let sync = sync_mode(arguments)?;
+fn args(
+    trial: &mut Plan,
+    arguments: &mut Arguments,
+    source: NodeId,
+    target: BackupTarget,
+) -> CommandResult<BackupArgs> {
+    let (sync, bitmap) = sync_mode(trial, arguments, source)?;
     let mut perf = arguments.object("x-perf").unwrap_or_else(|| Arguments::new(Default::default()));
     // `use-copy-range` is a hint: our copies go through memory either way.
     let workers = perf.number("max-workers", 64);
@@ -126,35 +142,60 @@ fn args(arguments: &mut Arguments, source: NodeId, target: BackupTarget) -> Comm
         source,
         target,
         sync,
+        bitmap,
         how,
         most_in_flight: usize::try_from(workers).unwrap_or(usize::MAX),
         filter_node_name: arguments.optional_text("filter-node-name"),
     })
 }
 
-fn sync_mode(arguments: &mut Arguments) -> CommandResult<BackupSync> {
+/// What is to be copied, and the bitmap, which is held in `trial`.
+fn sync_mode(
+    trial: &mut Plan,
+    arguments: &mut Arguments,
+    source: NodeId,
+) -> CommandResult<(BackupSync, Option<BackupBitmap>)> {
+    let refused = |text: String| Err(CommandError::new(text));
     let sync = arguments.text("sync");
-    let (bitmap, mode) = (arguments.optional_text("bitmap"), arguments.optional_text("bitmap-mode"));
-    let wants_bitmap = matches!(sync.as_str(), "incremental" | "bitmap");
-    match (bitmap, mode) {
-        (None, _) if wants_bitmap => {
-            let text = format!("must provide a valid bitmap name for '{sync}' sync mode");
-            return Err(CommandError::new(text));
-        }
-        (None, Some(_)) => return Err(CommandError::new("Cannot specify bitmap sync mode without a bitmap")),
-        (Some(_), Some(mode)) if sync == "incremental" && mode != "on-success" => {
-            let text = "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
-            return Err(CommandError::new(text));
-        }
-        // No node has a bitmap yet.
-        (Some(bitmap), _) => {
-            return Err(CommandError::new(format!("Bitmap '{bitmap}' could not be found")));
-        }
-        (None, None) => {}
-    }
-    Ok(match sync.as_str() {
+    let (name, mode) = (arguments.optional_text("bitmap"), arguments.optional_text("bitmap-mode"));
+    let copied = match &*sync {
+        "incremental" | "bitmap" => BackupSync::Bitmap,
         "top" => BackupSync::Top,
         "none" => BackupSync::None,
         _ => BackupSync::Full,
-    })
+    };
+    let name = match (name, mode.is_some()) {
+        (None, _) if copied == BackupSync::Bitmap => {
+            return refused(format!("must provide a valid bitmap name for '{sync}' sync mode"));
+        }
+        (None, true) => return refused("Cannot specify bitmap sync mode without a bitmap".to_owned()),
+        (None, false) => return Ok((copied, None)),
+        (Some(name), _) => name,
+    };
+    if sync == "incremental" && mode.as_deref().is_some_and(|mode| mode != "on-success") {
+        let text = "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
+        return refused(text.to_owned());
+    }
+    if trial.bitmap(source, &name).is_err() {
+        return refused(format!("Bitmap '{name}' could not be found"));
+    }
+    let mode = match mode.as_deref() {
+        None if sync != "incremental" => {
+            return refused("Bitmap sync mode must be given when providing a bitmap".to_owned());
+        }
+        Some("always") => BitmapMode::Always,
+        Some("never") => BitmapMode::Never,
+        _ => BitmapMode::OnSuccess,
+    };
+    if copied == BackupSync::None {
+        return refused("sync mode 'none' does not produce meaningful bitmap outputs".to_owned());
+    }
+    if mode == BitmapMode::Never && copied != BackupSync::Bitmap {
+        return refused(format!(
+            "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'"
+        ));
+    }
+    let bitmap = BackupBitmap { name, mode };
+    bitmap.hold(trial, source)?;
+    Ok((copied, Some(bitmap)))
 }

@@ -3,6 +3,7 @@
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::{BackingPolicy, NodeSpec, filename};
 use underlay_graph::{NewNode, NodeId, Plan};
+use underlay_jobs::mirror::check_granularity;
 use underlay_jobs::{MirrorArgs, SyncMode, Target};
 
 use super::arguments::Arguments;
@@ -16,8 +17,8 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
     let source = lookup::either(&plan, &arguments.text("device"))?;
     let target = lookup::either(&plan, &arguments.text("target"))?;
     let is_zero = arguments.flag("target-is-zero", false);
-    let sync = sync_mode(&arguments.text("sync"))?;
-    let args = args(&plan, arguments, source, Target::Existing(target), sync)?;
+    let mode = arguments.text("sync");
+    let args = args(&plan, arguments, source, Target::Existing(target), &mode)?;
     drop(plan);
     let args = MirrorArgs { target_is_zero: is_zero, ..args };
     job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
@@ -51,16 +52,15 @@ pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Command
         let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
         snapshot::create_image(&file, format, size, view.as_deref()).await?;
     }
-    let sync = sync_mode(&mode)?;
     let node = open_target(daemon, source, &file, format.as_deref(), node_name).await?;
     let below = match existing {
         true => named_below(daemon, source, &file, &node)?,
         false => below,
     };
-    let fresh = !existing && sync == SyncMode::Full;
+    let fresh = !existing && mode == "full";
     let target = Target::New { node: Box::new(node), backing: below };
     let unmap = arguments.flag("unmap", true);
-    let args = MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, sync)? };
+    let args = MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, &mode)? };
     drop(plan);
     job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
     Ok(())
@@ -118,7 +118,7 @@ fn args(
     arguments: &mut Arguments,
     source: NodeId,
     target: Target,
-    sync: SyncMode,
+    mode: &str,
 ) -> CommandResult<MirrorArgs> {
     let replaces = match arguments.optional_text("replaces") {
         Some(name) => Some(
@@ -127,13 +127,16 @@ fn args(
         ),
         None => None,
     };
+    let granularity = optional_number(arguments, "granularity").map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    check_granularity(granularity)?;
+    let sync = sync_mode(mode)?;
     Ok(MirrorArgs {
         settings: job::settings(arguments),
         source,
         target,
         replaces,
         sync,
-        granularity: optional_number(arguments, "granularity").map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+        granularity,
         buf_size: optional_number(arguments, "buf-size"),
         write_blocking: arguments.optional_text("copy-mode").as_deref() == Some("write-blocking"),
         target_is_zero: false,

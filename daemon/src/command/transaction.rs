@@ -147,7 +147,7 @@ async fn prepare(
         }
         "abort" => Err(CommandError::new("Transaction aborted using Abort action")),
         _ if is_backup(kind) => {
-            let draft = backup::draft(daemon, kind, &mut data, &earlier.targets).await?;
+            let draft = backup::draft(daemon, trial, kind, &mut data, &earlier.targets).await?;
             Ok(Action::Backup(Box::new(draft)))
         }
         other => Err(CommandError::new(format!("Action '{other}' is not supported yet"))),

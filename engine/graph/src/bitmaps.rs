@@ -108,7 +108,7 @@ pub fn inconsistent(name: &str) -> IoError {
 
 /// What somebody wants to do with a bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Purpose {
+pub enum Purpose {
     /// To change what it says.
     Change,
     /// To rely on what it says.
@@ -278,13 +278,15 @@ impl Plan {
         Ok(())
     }
 
-    /// A job will work with a bitmap: nobody else may, and what is written from the moment on is noted beside it.
+    /// A job will work with a bitmap: nobody else may, and what is written from the moment on is noted beside it. What the job
+    /// will do with it in the end is its `purpose`.
     pub fn hold_bitmap(
         &mut self,
         node: NodeId,
         name: &str,
+        purpose: Purpose,
     ) -> std::result::Result<Arc<DirtyBitmap>, GraphError> {
-        self.bitmap_for(node, name, Purpose::Change)?;
+        self.bitmap_for(node, name, purpose)?;
         let bitmap = self.bitmap_mut(node, name)?;
         bitmap.busy = true;
         bitmap.successor = bitmap.enabled.then(|| fresh(&bitmap.bits));
@@ -300,6 +302,10 @@ impl Plan {
         let since = bitmap.successor.take();
         let now = fresh(&bitmap.bits);
         let before = std::mem::replace(&mut bitmap.bits, now.clone());
+        if matches!(how, Release::Abdicate(_)) {
+            // It shows as the newest: the reference lists what has taken its place.
+            self.node_mut(node).bitmaps.sort_by_key(|bitmap| *bitmap.name == *name);
+        }
         self.touch(node);
         self.at_the_moment(move || {
             let kept = match &how {

@@ -10,12 +10,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use underlay_drivers::filter::copies::{Copies, CopyError};
 use underlay_drivers::filter::copy_before_write::{CbwOptions, CopyBeforeWrite, cluster_for};
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::Release;
 use underlay_graph::plan::NewRoot;
 use underlay_graph::status::status;
 use underlay_graph::{
     ByteRange, Graph, GraphError, IoError, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
 };
 
+use crate::backup_bitmap::{BackupBitmap, BitmapMode};
 use crate::chain::{self, Claim, wrong};
 use crate::copy::{self, Copier, Fault, Ignored, Step};
 use crate::error::{JobError, Stop};
@@ -37,6 +40,8 @@ pub enum BackupSync {
     Full,
     /// What the source's own layer has.
     Top,
+    /// What is dirty in the bitmap: `incremental` and `bitmap`.
+    Bitmap,
     /// What is overwritten, until the job is cancelled.
     None,
 }
@@ -61,6 +66,8 @@ pub struct BackupArgs {
     pub target: BackupTarget,
     /// `sync`
     pub sync: BackupSync,
+    /// `bitmap` and `bitmap-mode`
+    pub bitmap: Option<BackupBitmap>,
     /// `compress`, `on-cbw-error`, `discard-source`, and `min-cluster-size` and `max-chunk` of `x-perf`.
     pub how: CbwOptions,
     /// `max-workers` of `x-perf`: most copies in flight.
@@ -99,6 +106,7 @@ impl Jobs {
         }
         if let Err(error) = draft.enlist() {
             let job = draft.job.clone();
+            draft.work.begun = false;
             draft.work.abandon(&job).await;
             return Err(error);
         }
@@ -123,14 +131,16 @@ impl Jobs {
         let job = self.draft(id, Kind::Backup, &args.settings);
         job.set_counter(filter.copies().copied().clone());
         job.set_total(filter.copies().left());
-        let BackupArgs { settings, source, target, sync, most_in_flight, filter_node_name, .. } = args;
+        let BackupArgs { settings, source, target, sync, bitmap, most_in_flight, filter_node_name, .. } =
+            args;
         let copies = filter.copies().clone();
         let doubts = match &target {
             BackupTarget::Existing(node) => graph.wires().view(*node).cx().doubts(),
             BackupTarget::New(_) => 0,
         };
+        let graph = graph.clone();
         let work =
-            Backup { graph: graph.clone(), sync, most_in_flight, copies, source, wiring: None, doubts };
+            Backup { graph, sync, bitmap, most_in_flight, copies, source, wiring: None, begun: true, doubts };
         let (jobs, target) = (self.clone(), Some(target));
         Ok(BackupDraft { jobs, job, settings, source, target, filter_node_name, filter, work })
     }
@@ -165,6 +175,9 @@ fn check(
         BackupTarget::New(node) => node.view(&wires),
     };
     chain::check_free(plan, &[args.source])?;
+    if args.sync == BackupSync::Bitmap && args.bitmap.is_none() {
+        return Err(wrong("must provide a valid bitmap name for 'bitmap' sync mode".into()));
+    }
     if args.how.compress && target.cx().skip_filters().node().driver() != "qcow2" {
         // The reference names a drive here, which no node has.
         return Err(wrong("Compression is not supported for this drive ".into()));
@@ -211,6 +224,16 @@ impl BackupDraft {
         };
         plan.get(self.source).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
         chain::check_free(plan, &[self.source, target])?;
+        if let Some(bitmap) = &self.work.bitmap {
+            let bits = bitmap.hold(plan, self.source)?;
+            let (copies, job) = (self.work.copies.clone(), self.job.clone());
+            if self.work.sync == BackupSync::Bitmap {
+                plan.at_the_moment(move || {
+                    copies.limit_to(&bits);
+                    job.set_total(copies.left());
+                });
+            }
+        }
         let children = [(Role::File, self.source), (Role::Target, target)];
         // A target that is based on the source goes on showing the source itself.
         let of_target = plan.reachable(target);
@@ -271,10 +294,15 @@ struct Wiring {
 struct Backup {
     graph: Arc<Graph>,
     sync: BackupSync,
+    /// As long as the job holds it.
+    bitmap: Option<BackupBitmap>,
     most_in_flight: usize,
     copies: Arc<Copies>,
     source: NodeId,
+    /// As long as it is in the graph.
     wiring: Option<Wiring>,
+    /// Else the graph has only been prepared for it.
+    begun: bool,
     /// The target's at the start.
     doubts: u64,
 }
@@ -354,20 +382,58 @@ impl Backup {
         }
     }
 
-    async fn unwire(&self, job: &Job, give_up: bool) -> Result<(), GraphError> {
-        let Some(wiring) = &self.wiring else { return Ok(()) };
+    /// Takes the filter out of the graph. After a backup that failed the target may keep nothing, and it is said what becomes
+    /// of the bitmap.
+    async fn unwire(&mut self, job: &Job, failed: Option<Release>) -> Result<(), GraphError> {
         let edit = |plan: &mut Plan| {
-            wiring.roots.iter().for_each(|root| plan.remove_root(*root));
-            wiring.claim.release(plan);
-            if give_up && plan.get(wiring.target).is_some() {
-                plan.give_up_content(wiring.target);
+            if let Some(wiring) = &self.wiring {
+                wiring.roots.iter().for_each(|root| plan.remove_root(*root));
+                wiring.claim.release(plan);
+                if failed.is_some() && plan.get(wiring.target).is_some() {
+                    plan.give_up_content(wiring.target);
+                }
+                // Another backup of the disk may have its filter in between.
+                let below = plan.get(wiring.filter).and_then(|filter| filter.child(Role::File));
+                if let Some(below) = below {
+                    plan.replace(wiring.filter, below, |_| false)?;
+                }
             }
-            if plan.get(wiring.filter).is_some() {
-                plan.replace(wiring.filter, self.source, |_| false)?;
+            if let (Some(bitmap), Some(how)) = (&self.bitmap, failed) {
+                plan.release_bitmap(self.source, &bitmap.name, how);
             }
             Ok(((), None))
         };
-        job.change(&self.graph, edit).await
+        job.change(&self.graph, edit).await?;
+        self.wiring = None;
+        Ok(())
+    }
+
+    /// What the target may not have for sure, if that is less than what was asked for.
+    async fn rest(&self, root: &Root) -> Option<DirtyBitmap> {
+        // What is copied behind the flush counts as not copied.
+        let rest = self.copies.rest();
+        let inside = root.enter().await.ok()?;
+        let target = CopyBeforeWrite::ends(&inside.cx()).target;
+        let is_kept = target.flush().await.is_ok() && target.doubts() == self.doubts;
+        if !is_kept && self.sync == BackupSync::Bitmap {
+            return None;
+        }
+        if !is_kept {
+            rest.set(ByteRange::between(0, rest.size()));
+        }
+        Some(rest)
+    }
+
+    /// What becomes of the bitmap now that the backup has failed.
+    async fn release_after_failure(&self) -> Release {
+        let Some(bitmap) = self.bitmap.as_ref().filter(|_| self.begun) else { return Release::Reclaim };
+        let rest = match self.root() {
+            Ok(root) if bitmap.mode == BitmapMode::Always => self.rest(&root).await,
+            Ok(_) => None,
+            // All was copied and flushed; another job of the group has failed.
+            Err(_) => Some(self.copies.rest()),
+        };
+        bitmap.on_failure(rest)
     }
 }
 
@@ -379,7 +445,7 @@ impl Work for Backup {
         if self.sync == BackupSync::None {
             return self.hold(job).await;
         }
-        if self.sync == BackupSync::Top && self.graph.plan().backing(self.source).is_some() {
+        if self.sync == BackupSync::Top {
             self.leave_out_below(job, &root, length).await?;
         }
         let (copies, most) = (self.copies.clone(), self.most_in_flight);
@@ -392,11 +458,23 @@ impl Work for Backup {
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         self.check_lost()?;
-        Ok(self.unwire(job, false).await?)
+        Ok(self.unwire(job, None).await?)
+    }
+
+    async fn commit(&mut self, job: &Arc<Job>) {
+        let Some(bitmap) = self.bitmap.take() else { return };
+        let edit = |plan: &mut Plan| {
+            plan.release_bitmap(self.source, &bitmap.name, bitmap.on_success());
+            Ok(((), None))
+        };
+        if let Err(error) = job.change(&self.graph, edit).await {
+            tracing::error!(?job, %error, "the bitmap cannot be given back");
+        }
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        if let Err(error) = self.unwire(job, true).await {
+        let release = self.release_after_failure().await;
+        if let Err(error) = self.unwire(job, Some(release)).await {
             tracing::error!(?job, %error, "the graph cannot be given back as it was");
         }
     }

@@ -100,7 +100,9 @@ impl Group {
         self.change(|state| state.up += 1);
         self.until(job, |state| state.up >= 2 * all).await?;
         self.decide(job).await?;
-        self.turn(job, |state| state.up == 2 * all + place).await;
+        // When one has failed, some of the others may not have come as far as this, and will not.
+        let failing = |state: &State| state.outcome == Some(false);
+        self.turn(job, |state| failing(state) || state.up == 2 * all + place).await;
         let prepared = if self.is_failing() { Err(Stop::Cancelled) } else { work.prepare(job).await };
         self.change(|state| {
             state.up += 1;
@@ -108,9 +110,10 @@ impl Group {
                 (state.outcome, state.culprit) = (Some(false), Some(place));
             }
         });
-        self.turn(job, |state| state.up >= 3 * all).await;
+        self.turn(job, |state| failing(state) || state.up >= 3 * all).await;
         if !self.is_failing() {
             self.turn(job, |state| state.up == 3 * all + place).await;
+            work.commit(job).await;
         }
         prepared
     }
@@ -145,7 +148,7 @@ impl Group {
         if state.outcome != Some(false) && is_time(&state) { Ok(()) } else { Err(Stop::Cancelled) }
     }
 
-    /// Waits for what will come whatever happens.
+    /// Waits for what will come for sure.
     async fn turn(&self, job: &Job, is_time: impl Fn(&State) -> bool) {
         job.until_group(|_| is_time(&self.state())).await;
     }

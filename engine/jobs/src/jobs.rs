@@ -39,7 +39,10 @@ pub(crate) trait Work: Send {
     async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop>;
     /// The work is done: puts its result into force. After an error the wiring is as before.
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop>;
-    /// The job failed or was cancelled: the chain goes back to its users as it was.
+    /// All that end with it are prepared: what could not be taken back.
+    async fn commit(&mut self, _job: &Arc<Job>) {}
+    /// The job failed or was cancelled, or another of its group was when this one was prepared: the chain goes back to its users
+    /// as it was.
     async fn abandon(&mut self, job: &Arc<Job>);
 }
 

@@ -14,6 +14,7 @@
 
 pub mod active;
 pub mod backup;
+pub mod backup_bitmap;
 pub mod chain;
 pub mod commit;
 pub mod copy;
@@ -35,6 +36,7 @@ pub mod stream;
 mod tests;
 
 pub use backup::{BackupArgs, BackupDraft, BackupSync, BackupTarget};
+pub use backup_bitmap::{BackupBitmap, BitmapMode};
 pub use commit::CommitArgs;
 pub use create::Creation;
 pub use error::JobError;

@@ -147,16 +147,22 @@ fn check(plan: &Plan, args: &MirrorArgs) -> Result<Option<u64>, JobError> {
         // It has no node yet that could be wrong.
         Target::New { .. } => NodeId::DETACHED,
     };
+    let granularity = check_granularity(args.granularity)?;
+    if args.buf_size.is_some_and(|size| size < 0) {
+        return Err(wrong("Invalid parameter 'buf-size'".into()));
+    }
     if args.source == target {
         return Err(wrong("Can't mirror node into itself".into()));
     }
     if plan.get(args.source).is_none() || target != NodeId::DETACHED && plan.get(target).is_none() {
         return Err(wrong("The node was removed in the meantime".into()));
     }
-    if args.buf_size.is_some_and(|size| size < 0) {
-        return Err(wrong("Invalid parameter 'buf-size'".into()));
-    }
-    match args.granularity.filter(|granularity| *granularity != 0) {
+    Ok(granularity)
+}
+
+/// The granularity, if there is one that can be.
+pub fn check_granularity(granularity: Option<u32>) -> Result<Option<u64>, JobError> {
+    match granularity.filter(|granularity| *granularity != 0) {
         Some(granularity) if !(512..=64 << 20).contains(&granularity) => {
             Err(wrong("Parameter 'granularity' expects a value in range [512B, 64MB]".into()))
         }

@@ -90,6 +90,20 @@ impl Copies {
         Arc::new(Self { how, todo, visible, turns, copied, lost, buffers: Buffers::default() })
     }
 
+    /// Nobody wants more than the clusters in which something is dirty in `bits`. For the very beginning, before anything is
+    /// copied or read.
+    pub fn limit_to(&self, bits: &DirtyBitmap) {
+        for clusters in [&self.todo, &self.visible] {
+            clusters.clear(ByteRange::between(0, clusters.size()));
+            clusters.merge(bits);
+        }
+    }
+
+    /// Clusters that are to be copied now.
+    pub fn rest(&self) -> DirtyBitmap {
+        self.todo.copy()
+    }
+
     /// How it is copied.
     pub fn how(&self) -> HowToCopy {
         self.how

@@ -2,6 +2,7 @@
 #![allow(clippy::cast_possible_truncation)] // numbers by lot, below what they index
 
 mod backup;
+mod backup_bitmaps;
 mod disk;
 mod frame;
 mod group;

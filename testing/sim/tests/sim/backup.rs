@@ -39,7 +39,9 @@ impl Case {
         let sync = rng.pick(&[BackupSync::Full, BackupSync::Top, BackupSync::None]);
         let ground = match sync {
             BackupSync::Top if length > 1 => Ground::Layer(length - 2),
-            BackupSync::Full | BackupSync::Top => rng.pick(&[Ground::Nothing, Ground::Rubbish]),
+            // What the layer does not have it leaves as it is.
+            BackupSync::Top => Ground::Nothing,
+            BackupSync::Full | BackupSync::Bitmap => rng.pick(&[Ground::Nothing, Ground::Rubbish]),
             // Together with the disk it shows the disk as it was.
             BackupSync::None => rng.pick(&[Ground::Copy, Ground::Layer(length - 1)]),
         };
@@ -80,6 +82,7 @@ impl Case {
             source,
             target,
             sync: self.sync,
+            bitmap: None,
             how: self.how,
             most_in_flight: rng.pick(&[1, 4, 64]),
             filter_node_name: rng.one_in(2).then(|| "filter".into()),
@@ -281,6 +284,7 @@ async fn play_fleecing(seed: u64) {
         source: access,
         target: BackupTarget::Existing(setup.layers[2].node),
         sync: BackupSync::Full,
+        bitmap: None,
         how: CbwOptions { discard_source: rng.one_in(2), ..CbwOptions::default() },
         most_in_flight: 4,
         filter_node_name: None,
