@@ -1,11 +1,10 @@
 //! Writing bitmaps to an image: their bits and tables, in clusters of their own that nothing refers to yet.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
 use underlay_graph::bitmap::{DirtyBitmap, Words};
 use underlay_graph::bitmaps::PlanBitmap;
-use underlay_graph::{Cx, IoError, Result};
+use underlay_graph::{ByteRange, Cx, IoError, Result, ZeroFlags};
 
 use crate::bitmaps::{ALL_ONES, AUTO, MAX_BITMAP, StoredBitmap, bytes_of_bits};
 use crate::cache::to_bytes;
@@ -14,6 +13,8 @@ use crate::live::Qcow2;
 
 /// Bytes that may wait to be written together.
 const WAITING: usize = 4 << 20;
+/// So many zeroes are cheaper to have made than to be written.
+const SHORT: u64 = 16 << 10;
 
 /// Clusters for new bitmaps, which are given free again if it comes to nothing, and what goes there.
 pub(crate) struct Writer<'a> {
@@ -29,18 +30,27 @@ impl<'a> Writer<'a> {
         Self { image, cx, taken: Vec::new(), pieces: Vec::new(), waiting: 0 }
     }
 
-    /// Puts bytes into clusters of their own, padded with zeroes; where.
-    pub(crate) async fn put(&mut self, mut bytes: Vec<u8>) -> Result<u64> {
+    /// Puts bytes into clusters of their own; where. The rest of the last one is zero if that matters.
+    pub(crate) async fn put(&mut self, mut bytes: Vec<u8>, zero_behind: bool) -> Result<u64> {
         let cluster = self.image.layout.cluster();
         let count = (bytes.len() as u64).div_ceil(cluster);
         let place = self.image.alloc_clusters(self.cx, count).await?;
         self.taken.push((place.host, count));
-        if !place.fresh {
-            bytes.resize(usize::try_from(count * cluster).map_err(|_| IoError::EFBIG)?, 0);
+        if zero_behind && !place.fresh {
+            let rest = ByteRange::new(place.host + bytes.len() as u64, count * cluster - bytes.len() as u64);
+            let rest = rest.ok_or(IoError::EFBIG)?;
+            let flags = ZeroFlags { may_unmap: true, no_fallback: false };
+            match rest.len() {
+                SHORT.. => self.cx.below().write_zeroes(rest, flags).await?,
+                _ => bytes.resize(usize::try_from(count * cluster).map_err(|_| IoError::EFBIG)?, 0),
+            }
         }
         self.waiting += bytes.len();
         self.pieces.push((place.host, bytes));
-        if self.waiting > WAITING { self.write_out().await.map(|()| place.host) } else { Ok(place.host) }
+        if self.waiting > WAITING {
+            self.write_out().await?;
+        }
+        Ok(place.host)
     }
 
     pub(crate) async fn write_out(&mut self) -> Result<()> {
@@ -49,10 +59,12 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes all bitmaps, and their tables: first those that the image has, in its order, then others, the newest first.
+    /// Of those that are `unchanged`, the image has the bits already.
     pub(crate) async fn bitmaps(
         &mut self,
         old: &[StoredBitmap],
         bitmaps: &[PlanBitmap],
+        unchanged: &HashSet<&str>,
     ) -> Result<Vec<StoredBitmap>> {
         let by_name: HashMap<&str, &PlanBitmap> =
             bitmaps.iter().map(|bitmap| (&*bitmap.name, bitmap)).collect();
@@ -62,6 +74,10 @@ impl<'a> Writer<'a> {
             match by_name.get(entry.name.as_str()) {
                 None => {}
                 Some(bitmap) if bitmap.inconsistent => entries.push(entry.clone()),
+                Some(bitmap) if unchanged.contains(&*bitmap.name) => {
+                    let flags = if bitmap.enabled { AUTO } else { 0 };
+                    entries.push(StoredBitmap { flags, ..entry.clone() });
+                }
                 Some(bitmap) => entries.push(self.bitmap(bitmap, entry.raw_name.clone()).await?),
             }
         }
@@ -75,7 +91,7 @@ impl<'a> Writer<'a> {
 
     /// Writes the bits of a bitmap, and its table.
     async fn bitmap(&mut self, bitmap: &PlanBitmap, raw_name: Vec<u8>) -> Result<StoredBitmap> {
-        let bits = everything(bitmap);
+        let bits = bitmap.to_keep();
         let granularity_bits = bits.granularity().ilog2();
         let (size, cluster) = (self.image.size(), self.image.layout.cluster());
         let len = bytes_of_bits(size, granularity_bits);
@@ -90,11 +106,11 @@ impl<'a> Writer<'a> {
         while let Some((index, bytes)) = clusters.next() {
             let slot = usize::try_from(index).map_err(|_| IoError::EFBIG)?;
             table[slot] = match bytes {
-                Some(bytes) => self.put(bytes).await?,
+                Some(bytes) => self.put(bytes, true).await?,
                 None => ALL_ONES,
             };
         }
-        let table_offset = self.put(to_bytes(&table)).await?;
+        let table_offset = self.put(to_bytes(&table), false).await?;
         Ok(StoredBitmap {
             name: bitmap.name.to_string(),
             raw_name,
@@ -109,18 +125,6 @@ impl<'a> Writer<'a> {
     pub(crate) async fn undo(self) {
         for (host, count) in self.taken {
             self.image.free_unused(self.cx, host, count).await;
-        }
-    }
-}
-
-/// What a bitmap says, with what was written since a job began to hold it.
-fn everything(bitmap: &PlanBitmap) -> Arc<DirtyBitmap> {
-    match &bitmap.successor {
-        None => bitmap.bits.clone(),
-        Some(successor) => {
-            let all = bitmap.bits.copy();
-            all.merge(successor);
-            Arc::new(all)
         }
     }
 }

@@ -14,8 +14,8 @@
 //! Nobody has to keep the bitmaps of an image that he opens: without [`BitmapStore::begin`] the first write clears the bit that
 //! says that the bitmaps fit the image, as the format asks of programs that do not know bitmaps.
 
-use std::collections::HashSet;
-use std::sync::{MutexGuard, PoisonError};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 
 use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
@@ -47,6 +47,8 @@ pub(crate) struct Stored {
     pub(crate) entries: Vec<StoredBitmap>,
     /// What was loaded, until somebody begins to write.
     loaded: Vec<PlanBitmap>,
+    /// Bits that say what the image has, by name, with their number of changes then.
+    as_stored: HashMap<String, (Weak<DirtyBitmap>, u64)>,
     /// Somebody keeps the bitmaps up to date.
     kept: bool,
     /// The directory on disk says of every bitmap that it is in use.
@@ -57,6 +59,23 @@ impl Stored {
     /// The directory as the disk has it.
     pub(crate) fn directory(&self) -> Vec<StoredBitmap> {
         if self.marked { marked(&self.entries) } else { self.entries.clone() }
+    }
+
+    /// Whether the image has just what a bitmap says.
+    fn has(&self, bitmap: &PlanBitmap) -> bool {
+        let known = self.as_stored.get(&*bitmap.name);
+        bitmap.successor.is_none()
+            && known.is_some_and(|(bits, changes)| {
+                std::ptr::eq(bits.as_ptr(), Arc::as_ptr(&bitmap.bits)) && *changes == bitmap.bits.changes()
+            })
+    }
+
+    /// The image has what a bitmap says.
+    fn note(&mut self, bitmap: &PlanBitmap) {
+        if bitmap.successor.is_none() && !bitmap.inconsistent {
+            let now = (Arc::downgrade(&bitmap.bits), bitmap.bits.changes());
+            self.as_stored.insert(bitmap.name.to_string(), now);
+        }
     }
 
     fn find(&self, name: &str) -> Option<&StoredBitmap> {
@@ -93,7 +112,9 @@ pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> std::result::Result<
         let bitmap = PlanBitmap::new(&entry.name, bits, enabled);
         loaded.push(PlanBitmap { persistent: true, inconsistent, ..bitmap });
     }
-    Ok(Stored { entries, loaded, kept: false, marked: false })
+    let mut stored = Stored::default();
+    loaded.iter().for_each(|bitmap| stored.note(bitmap));
+    Ok(Stored { entries, loaded, ..stored })
 }
 
 async fn load_bits(
@@ -137,8 +158,9 @@ async fn load_bits(
 
 /// Bytes of bits as words.
 fn words_of(bytes: &[u8]) -> Vec<u64> {
-    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-    bytes.chunks(8).map(word).collect()
+    let (whole, rest) = bytes.as_chunks::<8>();
+    let rest = rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    whole.iter().map(|bytes| u64::from_le_bytes(*bytes)).chain([rest]).collect()
 }
 
 impl Qcow2 {
@@ -253,9 +275,10 @@ impl Qcow2 {
         }
         let new = match count {
             0 => None,
-            _ => {
-                Some(BitmapsExtension { count, directory: Region { offset: writer.put(bytes).await?, len } })
-            }
+            _ => Some(BitmapsExtension {
+                count,
+                directory: Region { offset: writer.put(bytes, false).await?, len },
+            }),
         };
         writer.write_out().await?;
         self.write_refcounts(writer.cx).await?;
@@ -385,8 +408,13 @@ impl BitmapStore for Qcow2 {
         if !self.is_writable() {
             return Err(IoError::EPERM);
         }
+        let unchanged: HashSet<&str> = {
+            let stored = self.stored();
+            let same = |bitmap: &&PlanBitmap| stored.has(bitmap) && bitmap.bits.size() == self.size();
+            bitmaps.iter().filter(same).map(|bitmap| &*bitmap.name).collect()
+        };
         let mut writer = Writer::new(self, cx);
-        let entries = match writer.bitmaps(&old, bitmaps).await {
+        let entries = match writer.bitmaps(&old, bitmaps, &unchanged).await {
             Ok(entries) => entries,
             Err(error) => {
                 writer.undo().await;
@@ -398,6 +426,8 @@ impl BitmapStore for Qcow2 {
         {
             let mut stored = self.stored();
             (stored.entries, stored.marked) = (entries, false);
+            stored.as_stored.clear();
+            bitmaps.iter().for_each(|bitmap| stored.note(bitmap));
         }
         // Whoever writes all the same marks them again first.
         self.forget_modified();
@@ -418,7 +448,11 @@ impl BitmapStore for Qcow2 {
             (gone, rest, on_disk)
         };
         self.change_directory(Writer::new(self, cx), &on_disk).await?;
-        self.stored().entries = rest;
+        {
+            let mut stored = self.stored();
+            stored.entries = rest;
+            stored.as_stored.remove(name);
+        }
         self.drop_bitmap(cx, &gone).await;
         self.commit(cx).await
     }

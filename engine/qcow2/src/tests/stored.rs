@@ -52,10 +52,19 @@ fn random_bits(rng: &mut Rng, size: u64, granularity: u64) -> DirtyBitmap {
     bits
 }
 
-fn random_bitmaps(rng: &mut Rng, size: u64) -> Vec<PlanBitmap> {
-    let mut all = Vec::new();
+/// Some of those that there are, as they are or changed, and new ones.
+fn random_bitmaps(rng: &mut Rng, size: u64, mut all: Vec<PlanBitmap>) -> Vec<PlanBitmap> {
+    all.retain(|_| rng.below(4) > 0);
+    for bitmap in &mut all {
+        match rng.below(3) {
+            0 => bitmap.bits.set(ByteRange::between(rng.below(size), size)),
+            1 => bitmap.enabled = !bitmap.enabled,
+            _ => {}
+        }
+    }
     for name in ["a", "b", "the third", "d"] {
-        if rng.below(4) > 0 {
+        let is_new = all.iter().all(|bitmap| *bitmap.name != *name);
+        if is_new && rng.below(4) > 0 {
             let granularity = 512 << rng.below(10);
             let bits = random_bits(rng, size, granularity);
             let bitmap = PlanBitmap::new(name, bits, rng.below(2) == 0);
@@ -96,9 +105,10 @@ fn what_is_stored_is_loaded() {
         let disk = Disk::new(shape.image(false), seed).forget_cuts();
         for round in 0..4 {
             let setup = open(disk.clone(), None, OpenOptions::default(), true);
+            let before = setup.image.loaded();
             begin(&setup.image, &setup);
             setup.write(rng.below(100) * 4096, &[7; 5000]).unwrap();
-            let bitmaps = random_bitmaps(&mut rng, shape.size);
+            let bitmaps = random_bitmaps(&mut rng, shape.size, before);
             run(setup.image.store(&setup.view.cx(), &bitmaps)).unwrap();
             setup.close();
             let (found, leaks) = loaded(disk.content());
@@ -196,6 +206,7 @@ fn a_power_cut_leaves_bitmaps_as_they_were_or_as_they_are_or_unknown() {
         let mut before = Vec::new();
         for round in 0..4 {
             let setup = open(disk.clone(), None, OpenOptions::default(), true);
+            let mut loaded_now = setup.image.loaded();
             disk.record_cuts();
             begin(&setup.image, &setup);
             let untouched = disk.take_cuts();
@@ -203,11 +214,12 @@ fn a_power_cut_leaves_bitmaps_as_they_were_or_as_they_are_or_unknown() {
             setup.write(rng.below(100) * 4096, &[7; 5000]).unwrap();
             if rng.below(2) == 0 {
                 run(setup.image.remove(&setup.view.cx(), "b")).unwrap();
+                loaded_now.retain(|bitmap| *bitmap.name != *"b");
             }
             run(setup.view.cx().flush()).unwrap();
             let written = disk.take_cuts();
             disk.record_cuts();
-            let bitmaps = random_bitmaps(&mut rng, shape.size);
+            let bitmaps = random_bitmaps(&mut rng, shape.size, loaded_now);
             run(setup.image.store(&setup.view.cx(), &bitmaps)).unwrap();
             setup.close();
             let storing = disk.take_cuts();
@@ -252,11 +264,11 @@ fn a_disk_that_fails_keeps_the_image_sound() {
         let disk = Disk::new(shape.image(false), seed);
         let setup = open(disk.clone(), None, OpenOptions::default(), true);
         begin(&setup.image, &setup);
-        let first = random_bitmaps(&mut rng, shape.size);
+        let first = random_bitmaps(&mut rng, shape.size, Vec::new());
         run(setup.image.store(&setup.view.cx(), &first)).unwrap();
         begin(&setup.image, &setup);
         setup.write(0, &[7; 5000]).unwrap();
-        let second = random_bitmaps(&mut rng, shape.size);
+        let second = random_bitmaps(&mut rng, shape.size, first);
         disk.fail_after(Some(rng.below(12)));
         let outcome = run(setup.image.store(&setup.view.cx(), &second));
         let cut = disk.power_cut(seed);
