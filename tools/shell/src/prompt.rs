@@ -116,11 +116,14 @@ impl Prompt {
             let read = self.editor.readline(&format!("{above}{prompt}"));
             screen.editor_is_gone();
             match read {
-                Ok(line) => {
-                    self.remember(&line);
-                    execute(&line, &mut session, link, screen);
+                Ok(lines) => {
+                    // What is pasted comes in one.
+                    for line in lines.lines() {
+                        self.remember(line);
+                        execute(line, &mut session, link, screen);
+                    }
                     if link.over().is_some() {
-                        return i32::from(line.trim() != "quit");
+                        return i32::from(lines.lines().last().is_none_or(|last| last.trim() != "quit"));
                     }
                 }
                 Err(ReadlineError::Interrupted) => session.abandon(),
