@@ -27,7 +27,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     Target {
         name: "qcow2",
         run: targets::qcow2::run,
@@ -69,5 +69,19 @@ pub const TARGETS: [Target; 6] = [
         seeds: targets::nbd::seeds_of_servers,
         mutate: mutate::bytes,
         short: 30_000,
+    },
+    Target {
+        name: "shell",
+        run: targets::shell::typed,
+        seeds: targets::shell::seeds_of_lines,
+        mutate: mutate::text,
+        short: 20_000,
+    },
+    Target {
+        name: "qmp-client",
+        run: targets::shell::heard,
+        seeds: targets::shell::seeds_of_servers,
+        mutate: mutate::text,
+        short: 20_000,
     },
 ];

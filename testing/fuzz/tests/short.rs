@@ -45,6 +45,16 @@ fn nbd_client() {
 }
 
 #[test]
+fn shell() {
+    short("shell");
+}
+
+#[test]
+fn qmp_client() {
+    short("qmp-client");
+}
+
+#[test]
 fn a_target_that_fails_is_found_out() {
     let target = underlay_fuzz::Target {
         name: "trap",

@@ -4,3 +4,4 @@ pub mod blockdev;
 pub mod nbd;
 pub mod qcow2;
 pub mod qmp;
+pub mod shell;
