@@ -69,10 +69,14 @@ Underlay's storage daemon: serves disk images and changes them while they are in
   --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,host=HOST,port=PORT[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,fd=FD[,server=on|off][,wait=on|off]
+  --chardev socket,...[,telnet=on|off][,reconnect-ms=N][,ipv4=on|off][,ipv6=on|off][,to=PORT]
+            [,abstract=on|off][,tight=on|off]
+  --chardev pty,id=ID[,path=LINK]
+  --chardev pipe,id=ID,path=PATH
   --chardev stdio,id=ID
   --chardev file,id=ID,path=PATH[,append=on|off]
   --chardev null,id=ID
-                         a character device, for a monitor
+                         a character device, for a monitor; logfile=FILE and logappend=on|off with all of them
   --monitor [chardev=]ID[,pretty=on|off]
                          a QMP monitor on a character device
   --nbd-server addr.type=unix,addr.path=PATH[,max-connections=N][,handshake-max-seconds=N]

@@ -4,14 +4,17 @@
 //! in its outbox. What is asked out of band is answered by the one that reads. A client that sends nonsense, stops reading or goes away is its own problem only.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use underlay_exports::listen::cannot_connect;
 use underlay_qmp::json::Value;
 use underlay_qmp::session::{self, ErrorClass, Incoming, Session};
-use underlay_sys::net::{Listener, Stream};
-use underlay_sys::{rt, stdio};
+use underlay_sys::net::{Address, Listener, Stream};
+use underlay_sys::rt;
 
-use crate::chardev::Backend;
+use crate::chardev::wire::{Carrier, Wire};
+use crate::chardev::{Backend, End};
 use crate::command;
 use crate::error::CommandError;
 use crate::event::Outbox;
@@ -31,58 +34,60 @@ const LARGE: usize = 2 * READ;
 pub fn serve(daemon: &Arc<Daemon>, backend: Backend, pretty: bool) {
     let daemon = daemon.clone();
     rt::spawn(async move {
-        match backend {
-            Backend::Listener(listener) => clients(&daemon, listener, pretty).await,
-            Backend::Stream(stream) => client(&daemon, Wire::Socket(Arc::new(stream)), pretty).await,
-            Backend::Stdio => client(&daemon, Wire::Stdio, pretty).await,
-            Backend::File(file) => client(&daemon, Wire::File(Arc::new(file)), pretty).await,
+        let wire = |carrier| Wire::new(carrier, backend.log.clone());
+        match backend.end {
+            End::Listener(listener) => {
+                let wire = |stream| match backend.telnet {
+                    true => wire(stream).with_telnet(),
+                    false => wire(stream),
+                };
+                clients(&daemon, listener, wire, pretty).await;
+            }
+            End::Stream(stream) => client(&daemon, wire(Carrier::Socket(Arc::new(stream))), pretty).await,
+            End::Caller(address, pause) => calls(&daemon, &address, pause, wire, pretty).await,
+            End::Pty(pty) => {
+                let pty = Arc::new(pty);
+                while !daemon.quit.is_raised() && pty.opened().await.is_ok() {
+                    client(&daemon, wire(Carrier::Pty(pty.clone())), pretty).await;
+                }
+            }
+            End::Fixed(carrier) => client(&daemon, wire(carrier), pretty).await,
         }
     });
 }
 
 /// One client after the other, as a character device has one other end.
-async fn clients(daemon: &Arc<Daemon>, listener: Listener, pretty: bool) {
+async fn clients(daemon: &Arc<Daemon>, listener: Listener, wire: impl Fn(Carrier) -> Wire, pretty: bool) {
     while !daemon.quit.is_raised() {
         match listener.accept().await {
-            Ok(stream) => client(daemon, Wire::Socket(Arc::new(stream)), pretty).await,
+            Ok(stream) => {
+                let wire = wire(Carrier::Socket(Arc::new(stream)));
+                // Who has gone already is noticed soon.
+                let _ = wire.hello().await;
+                client(daemon, wire, pretty).await;
+            }
             Err(error) => {
                 tracing::warn!(%error, "a monitor could not accept a client");
-                rt::sleep(std::time::Duration::from_millis(100)).await;
+                rt::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-/// The two directions of a character device.
-#[derive(Clone)]
-enum Wire {
-    Socket(Arc<Stream>),
-    Stdio,
-    /// Output only.
-    File(Arc<std::fs::File>),
-}
-
-impl Wire {
-    async fn read(&self, into: &mut [u8]) -> std::io::Result<usize> {
-        match self {
-            Self::Socket(stream) => stream.recv(into).await,
-            Self::Stdio => stdio::read(into).await,
-            Self::File(_) => std::future::pending().await,
+/// Connects, and connects again whenever that fails or the other side has gone.
+async fn calls(
+    daemon: &Arc<Daemon>,
+    address: &Address,
+    pause: Duration,
+    wire: impl Fn(Carrier) -> Wire,
+    pretty: bool,
+) {
+    while !daemon.quit.is_raised() {
+        match Stream::connect(address).await {
+            Ok(stream) => client(daemon, wire(Carrier::Socket(Arc::new(stream))), pretty).await,
+            Err(error) => tracing::warn!("a monitor: {}", cannot_connect(address, &error)),
         }
-    }
-
-    async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
-        match self {
-            Self::Socket(stream) => stream.send_all(bytes).await,
-            Self::Stdio => stdio::write_all(bytes).await,
-            Self::File(file) => std::io::Write::write_all(&mut &**file, bytes),
-        }
-    }
-
-    fn shut(&self) {
-        if let Self::Socket(stream) = self {
-            stream.shutdown();
-        }
+        rt::sleep(pause).await;
     }
 }
 
@@ -186,7 +191,7 @@ async fn write_out(wire: Wire, outbox: Arc<Outbox>) {
 }
 
 /// How often, and how long apart, the end of the daemon looks whether its last replies and events are out.
-const LAST_WORDS: (u32, std::time::Duration) = (100, std::time::Duration::from_millis(10));
+const LAST_WORDS: (u32, Duration) = (100, Duration::from_millis(10));
 
 /// Gives the clients that still read a moment to get what waits for them.
 pub async fn last_words(daemon: &Daemon) {

@@ -19,12 +19,13 @@ pub fn reason(error: &io::Error) -> String {
 /// Why there is no listener on `address`.
 pub fn cannot_listen(address: &Address, error: &io::Error) -> String {
     match (address, error.raw_os_error()) {
-        (Address::Unix(path), Some(errno)) => {
-            format!("Failed to bind socket to {}: {}", path.display(), strerror(errno))
+        (Address::Unix(_) | Address::Abstract(_), Some(errno)) => {
+            format!("Failed to bind socket to {address}: {}", strerror(errno))
         }
-        (Address::Inet { .. }, Some(errno)) => {
+        (Address::Inet(_), Some(errno)) if error.kind() == io::ErrorKind::AddrInUse => {
             format!("Failed to find an available port: {}", strerror(errno))
         }
+        (Address::Inet(_), Some(errno)) => format!("Failed to bind socket: {}", strerror(errno)),
         _ => no_such(address, error),
     }
 }
@@ -32,26 +33,15 @@ pub fn cannot_listen(address: &Address, error: &io::Error) -> String {
 /// Why there is no connection to `address`.
 pub fn cannot_connect(address: &Address, error: &io::Error) -> String {
     match (address, error.raw_os_error()) {
-        (Address::Unix(path), Some(errno)) => {
-            format!("Failed to connect to '{}': {}", path.display(), strerror(errno))
-        }
-        (Address::Inet { host, port }, Some(errno)) => {
-            format!("Failed to connect to '{host}:{port}': {}", strerror(errno))
-        }
-        _ => no_such(address, error),
+        (Address::Fd(_), _) | (_, None) => no_such(address, error),
+        (_, Some(errno)) => format!("Failed to connect to '{address}': {}", strerror(errno)),
     }
 }
 
 /// Why an address is none.
 fn no_such(address: &Address, error: &io::Error) -> String {
     match address {
-        Address::Unix(_) => format!("{error}\nPath must be less than 108 bytes"),
-        Address::Inet { host, port } => {
-            // Either there is no such port or no such host.
-            let known = port.parse::<u16>().is_ok();
-            let why = if known { reason(error) } else { "Servname not supported for ai_socktype".to_owned() };
-            format!("address resolution failed for {host}:{port}: {why}")
-        }
         Address::Fd(fd) => format!("File descriptor '{fd}' is not a socket"),
+        _ => address.misunderstood(error).unwrap_or_else(|| error.to_string()),
     }
 }

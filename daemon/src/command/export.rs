@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use underlay_drivers::socket_address;
 use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
 use underlay_graph::plan::NewRoot;
 use underlay_graph::{GraphError, Perms, RootId};
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::net::Address;
 
 use super::arguments::Arguments;
 use super::blockdev::UNNAMED_USER;
@@ -45,7 +45,8 @@ pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     let mut address =
         arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
     let kind = address.text("type");
-    let address = socket_address(&kind, &mut address.object("data").unwrap_or(address))?;
+    let members = address.object("data").unwrap_or(address).rest();
+    let address = socket_address::from_options(&kind, &members).map_err(CommandError::told)?;
     if let Some(id) = arguments.optional_text("tls-creds") {
         return Err(no_credentials(&id));
     }
@@ -66,29 +67,6 @@ pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
         ServerOptions { max_connections, handshake_timeout: Duration::from_secs(u64::from(seconds)) };
     *running = Some(Arc::new(NbdServer::start(&address, options, daemon.spawners())?));
     Ok(())
-}
-
-/// A socket address from its parts.
-fn socket_address(kind: &str, data: &mut Arguments) -> CommandResult<Address> {
-    let address = match kind {
-        "unix" => Address::Unix(data.text("path").into()),
-        "inet" => Address::Inet { host: data.text("host"), port: data.text("port") },
-        "fd" => {
-            let number = data.text("str");
-            let fd = number
-                .parse()
-                .map_err(|_| CommandError::new(format!("Unable to parse FD number {number}")))?;
-            Address::Fd(fd)
-        }
-        other => return Err(CommandError::new(format!("Socket address type '{other}' is not supported"))),
-    };
-    let switched_on =
-        ["numeric", "keep-alive", "mptcp", "abstract"].into_iter().find(|name| data.flag(name, false));
-    let given = ["to", "ipv4", "ipv6"].into_iter().find(|name| data.has(name));
-    match switched_on.or(given) {
-        Some(option) => Err(CommandError::new(format!("Socket option '{option}' is not supported yet"))),
-        None => Ok(address),
-    }
 }
 
 /// nbd-server-stop: drops all NBD exports, whoever is connected.

@@ -117,7 +117,7 @@ fn options_and(view: &View, backing: bool) -> Object {
         return object;
     }
     if let Some(nbd) = node.as_any().downcast_ref::<NbdNode>() {
-        nbd.spec().options().into_iter().for_each(|(name, value)| object.insert(name, value));
+        nbd.spec().options().into_iter().for_each(|(name, value)| object.insert(&name, value));
         return object;
     }
     if node.kind() == Kind::Protocol {

@@ -12,6 +12,7 @@ pub mod options;
 pub mod probe;
 pub mod protocol;
 pub mod reopen;
+pub mod socket_address;
 pub mod throttle;
 
 pub use error::OpenError;

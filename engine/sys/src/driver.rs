@@ -22,6 +22,32 @@ pub(crate) async fn ready(fd: &Arc<OwnedFd>, events: i16) -> io::Result<()> {
     }
 }
 
+/// Reads what is there, at least a byte; 0 at the end.
+pub(crate) async fn read(fd: &Arc<OwnedFd>, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // A file is always ready; a pipe or terminal when something can be read.
+        ready(fd, libc::POLLIN).await.or_else(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => Ok(()),
+            _ => Err(error),
+        })?;
+        match rustix::io::read(&**fd, &mut *into) {
+            Ok(count) => return Ok(count),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Writes some of `bytes` to something that does not block; 0 after waiting for room.
+pub(crate) async fn write(fd: &Arc<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
+    match rustix::io::write(&**fd, bytes) {
+        Ok(count) => Ok(count),
+        Err(rustix::io::Errno::AGAIN) => ready(fd, libc::POLLOUT).await.map(|()| 0),
+        Err(rustix::io::Errno::INTR) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// A second descriptor for the same open file.
 pub(crate) fn duplicate(fd: &impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(fd, 3)?)

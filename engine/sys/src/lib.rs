@@ -3,6 +3,7 @@
 //! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`mod@file`]) and sockets ([`net`]) here
 //! and nowhere else, so that the same code runs on a real machine and in the simulated world.
 
+mod address;
 mod background;
 pub mod buf;
 pub mod buffers;
@@ -11,8 +12,10 @@ mod exec;
 pub mod file;
 mod hints;
 pub mod net;
+pub mod pipe;
 mod pool;
 pub mod process;
+pub mod pty;
 mod ring;
 pub mod rt;
 pub mod signal;

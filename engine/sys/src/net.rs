@@ -3,17 +3,18 @@
 //! A call is tried at once; only when it would wait, readiness is asked of the ring (or of `poll(2)`).
 
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::net::sockopt;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use smallvec::SmallVec;
+use rustix::event::epoll;
+use rustix::net::{AddressFamily, Protocol, SocketAddrUnix, SocketFlags, SocketType, ipproto, sockopt};
+use smallvec::{SmallVec, smallvec};
 
+pub use crate::address::{Abstract, Address, Inet};
+use crate::address::{name_address, path_address};
 use crate::buf::Iov;
 use crate::{driver, pool};
 
@@ -22,45 +23,27 @@ const BACKLOG: i32 = 128;
 /// Most pieces of one `sendmsg`.
 const MAX_PIECES: usize = 1024;
 
-/// Where to listen or to connect to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
-    /// A socket in the file system.
-    Unix(PathBuf),
-    /// TCP, over IPv4 or IPv6.
-    Inet {
-        /// Name or number; empty: any.
-        host: String,
-        /// Number or name of a service.
-        port: String,
-    },
-    /// A descriptor that the process was started with.
-    Fd(i32),
-}
-
 fn would_block(error: rustix::io::Errno) -> bool {
     error == rustix::io::Errno::AGAIN || error == rustix::io::Errno::WOULDBLOCK
 }
 
-fn resolve(host: &str, port: &str, passive: bool) -> io::Result<Vec<SocketAddr>> {
-    let port: u16 = port
-        .parse()
-        .map_err(|_| io::Error::new(ErrorKind::InvalidInput, format!("'{port}' is not a port number")))?;
-    let host = match (host, passive) {
-        ("", true) => "::",
-        ("", false) => "localhost",
-        (host, _) => host.trim_start_matches('[').trim_end_matches(']'),
-    };
-    let found: Vec<_> = (host, port).to_socket_addrs()?.collect();
-    if found.is_empty() {
-        return Err(io::Error::new(ErrorKind::NotFound, format!("no address for '{host}'")));
-    }
-    Ok(found)
+fn socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    socket_of(family, None)
 }
 
-fn socket(family: AddressFamily) -> io::Result<OwnedFd> {
+fn socket_of(family: AddressFamily, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
+    Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, protocol)?)
+}
+
+/// A socket for `address`, with the wishes of `inet`. A listener hands keep-alive on to the connections that it takes.
+fn inet_socket(inet: &Inet, address: &SocketAddr) -> io::Result<OwnedFd> {
+    let protocol = (inet.mptcp == Some(true)).then_some(ipproto::MPTCP);
+    let fd = socket_of(family(address), protocol)?;
+    if inet.keep_alive == Some(true) {
+        sockopt::set_socket_keepalive(&fd, true)?;
+    }
+    Ok(fd)
 }
 
 fn family(address: &SocketAddr) -> AddressFamily {
@@ -83,42 +66,43 @@ fn take_fd(fd: i32) -> io::Result<OwnedFd> {
 /// Takes connections. Dropping it removes its socket from the file system.
 #[derive(Debug)]
 pub struct Listener {
-    fd: Arc<OwnedFd>,
+    /// One for each address; at least one.
+    fds: SmallVec<[Arc<OwnedFd>; 1]>,
+    /// Readable when one of them is: the only one itself, or an epoll instance.
+    any: Arc<OwnedFd>,
     path: Option<PathBuf>,
 }
 
 impl Listener {
     /// Listens at `address`. A socket file that nobody listens on any more is replaced.
     pub fn bind(address: &Address) -> io::Result<Self> {
-        let fd = match address {
-            Address::Unix(path) => bind_unix(path)?,
-            Address::Inet { host, port } => bind_inet(&resolve(host, port, true)?)?,
-            Address::Fd(fd) => take_fd(*fd)?,
+        let fds = match address {
+            Address::Unix(path) => smallvec![listening(bind_unix(path)?)?],
+            Address::Abstract(name) => smallvec![listening(bind_abstract(name)?)?],
+            Address::Inet(inet) => bind_inet(inet)?,
+            Address::Fd(fd) => smallvec![listening(take_fd(*fd)?)?],
         };
         let path = match address {
             Address::Unix(path) => Some(std::path::absolute(path)?),
             _ => None,
         };
-        let listener = Self { fd: Arc::new(fd), path };
-        rustix::net::listen(&*listener.fd, BACKLOG)?;
-        Ok(listener)
+        Ok(Self { any: any_of(&fds)?, fds, path })
     }
 
     /// Waits until a client is there.
     pub async fn readable(&self) -> io::Result<()> {
-        driver::ready(&self.fd, libc::POLLIN).await
+        driver::ready(&self.any, libc::POLLIN).await
     }
 
     /// The next client.
     pub async fn accept(&self) -> io::Result<Stream> {
         loop {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            match rustix::net::accept_with(&*self.fd, flags) {
-                Ok(fd) => return Ok(Stream::new(fd)),
-                Err(error) if would_block(error) => self.readable().await?,
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
-                Err(error) => return Err(error.into()),
+            for fd in &self.fds {
+                if let Some(client) = accept_now(fd)? {
+                    return Ok(client);
+                }
             }
+            self.readable().await?;
         }
     }
 
@@ -126,16 +110,49 @@ impl Listener {
     pub fn local_address(&self) -> String {
         match (&self.path, self.local_port()) {
             (Some(path), _) => format!("unix:{}", path.display()),
-            (None, Some(_)) => format!("tcp:{}", describe(rustix::net::getsockname(&*self.fd).ok())),
+            (None, Some(_)) => format!("tcp:{}", describe(rustix::net::getsockname(&*self.fds[0]).ok())),
             (None, None) => "fd".to_owned(),
         }
     }
 
     /// The port it listens on, when that is TCP: for port 0, which means any.
     pub fn local_port(&self) -> Option<u16> {
-        let address = rustix::net::getsockname(&*self.fd).ok()?;
-        Some(SocketAddr::try_from(address).ok()?.port())
+        port_of(&self.fds[0])
     }
+}
+
+fn port_of(fd: &OwnedFd) -> Option<u16> {
+    let address = rustix::net::getsockname(fd).ok()?;
+    Some(SocketAddr::try_from(address).ok()?.port())
+}
+
+fn listening(fd: OwnedFd) -> io::Result<Arc<OwnedFd>> {
+    rustix::net::listen(&fd, BACKLOG)?;
+    Ok(Arc::new(fd))
+}
+
+/// A client that is there already.
+fn accept_now(fd: &OwnedFd) -> io::Result<Option<Stream>> {
+    loop {
+        match rustix::net::accept_with(fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(fd) => return Ok(Some(Stream::new(fd))),
+            Err(error) if would_block(error) => return Ok(None),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// What becomes readable when one of `fds` does.
+fn any_of(fds: &[Arc<OwnedFd>]) -> io::Result<Arc<OwnedFd>> {
+    if let [only] = fds {
+        return Ok(only.clone());
+    }
+    let all = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for fd in fds {
+        epoll::add(&all, &**fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    }
+    Ok(Arc::new(all))
 }
 
 impl Drop for Listener {
@@ -157,14 +174,14 @@ fn describe(address: Option<rustix::net::SocketAddrAny>) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 
-fn unix_address(path: &Path) -> io::Result<SocketAddrUnix> {
-    SocketAddrUnix::new(path.as_os_str().as_bytes()).map_err(|_| {
-        io::Error::new(ErrorKind::InvalidInput, format!("UNIX socket path '{}' is too long", path.display()))
-    })
+fn bind_abstract(name: &Abstract) -> io::Result<OwnedFd> {
+    let fd = socket(AddressFamily::UNIX)?;
+    rustix::net::bind(&fd, &name_address(name)?)?;
+    Ok(fd)
 }
 
 fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
-    let address = unix_address(path)?;
+    let address = path_address(path)?;
     let fd = socket(AddressFamily::UNIX)?;
     match rustix::net::bind(&fd, &address) {
         Err(rustix::io::Errno::ADDRINUSE) => {}
@@ -194,24 +211,53 @@ fn somebody_listens(address: &SocketAddrUnix) -> io::Result<bool> {
     Ok(listener.is_none_or(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)))
 }
 
-fn bind_inet(addresses: &[SocketAddr]) -> io::Result<OwnedFd> {
-    let mut last = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-    for address in addresses {
-        let bound = (|| {
-            let fd = socket(family(address))?;
-            sockopt::set_socket_reuseaddr(&fd, true)?;
-            if address.is_ipv6() {
-                sockopt::set_ipv6_v6only(&fd, false)?;
-            }
-            rustix::net::bind(&fd, address)?;
-            Ok(fd)
-        })();
-        match bound {
-            Ok(fd) => return Ok(fd),
-            Err(error) => last = error,
+/// Listens on the first port of the range on which all of the host's addresses are free.
+fn bind_inet(inet: &Inet) -> io::Result<SmallVec<[Arc<OwnedFd>; 1]>> {
+    let places = inet.places()?;
+    let first = places.first().map_or(0, SocketAddr::port);
+    let mut last = io::Error::new(ErrorKind::InvalidInput, "Failed to create a socket");
+    for port in first..=inet.to.unwrap_or(first) {
+        match bind_places(inet, &places, port) {
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => last = error,
+            done => return done,
         }
     }
     Err(last)
+}
+
+/// Listens on one port of all addresses but those that this machine does not have, of which it must have one.
+fn bind_places(inet: &Inet, places: &[SocketAddr], port: u16) -> io::Result<SmallVec<[Arc<OwnedFd>; 1]>> {
+    let (mut fds, mut port) = (SmallVec::new(), port);
+    let mut absent = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+    for place in places {
+        match bind_place(inet, place, port) {
+            Ok(fd) => {
+                port = port_of(&fd).unwrap_or(port);
+                fds.push(fd);
+                // It takes IPv4 as well.
+                if place.is_ipv6() && place.ip().is_unspecified() {
+                    break;
+                }
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => {
+                absent = error;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if fds.is_empty() { Err(absent) } else { Ok(fds) }
+}
+
+fn bind_place(inet: &Inet, place: &SocketAddr, port: u16) -> io::Result<Arc<OwnedFd>> {
+    let fd = inet_socket(inet, place)?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    if place.is_ipv6() {
+        sockopt::set_ipv6_v6only(&fd, !inet.takes_ipv4())?;
+    }
+    let mut place = *place;
+    place.set_port(port);
+    rustix::net::bind(&fd, &place)?;
+    listening(fd)
 }
 
 /// One piece of what is sent.
@@ -259,18 +305,14 @@ impl Stream {
     pub async fn connect(address: &Address) -> io::Result<Self> {
         match address {
             Address::Fd(fd) => Ok(Self::new(take_fd(*fd)?)),
-            Address::Unix(path) => {
-                let address = unix_address(path)?;
-                let fd = Arc::new(socket(AddressFamily::UNIX)?);
-                connected(&fd, rustix::net::connect(&*fd, &address)).await?;
-                Ok(Self::over(fd))
-            }
-            Address::Inet { host, port } => {
+            Address::Unix(path) => Self::connect_unix(&path_address(path)?).await,
+            Address::Abstract(name) => Self::connect_unix(&name_address(name)?).await,
+            Address::Inet(inet) => {
                 let mut last = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-                let (host, port) = (host.clone(), port.clone());
-                for address in pool::run(move || resolve(&host, &port, false)).await?? {
-                    let fd = Arc::new(socket(family(&address))?);
-                    match connected(&fd, rustix::net::connect(&*fd, &address)).await {
+                let wanted = inet.clone();
+                for target in pool::run(move || wanted.targets()).await?? {
+                    let fd = Arc::new(inet_socket(inet, &target)?);
+                    match connected(&fd, rustix::net::connect(&*fd, &target)).await {
                         Ok(()) => {
                             let _ = sockopt::set_tcp_nodelay(&*fd, true);
                             return Ok(Self::over(fd));
@@ -281,6 +323,12 @@ impl Stream {
                 Err(last)
             }
         }
+    }
+
+    async fn connect_unix(address: &SocketAddrUnix) -> io::Result<Self> {
+        let fd = Arc::new(socket(AddressFamily::UNIX)?);
+        connected(&fd, rustix::net::connect(&*fd, address)).await?;
+        Ok(Self::over(fd))
     }
 
     /// Receives some bytes; 0: the other side has closed.
@@ -438,6 +486,42 @@ fn message(vecs: &mut Pieces) -> Message {
 mod tests {
     use super::*;
     use crate::{rt, thread::block_on};
+
+    #[test]
+    fn one_listener_at_several_addresses() {
+        let places = ["127.0.0.1:0", "127.0.0.2:0", "1.2.3.4:0"].map(|place| place.parse().expect("a place"));
+        let inet = Inet { keep_alive: Some(true), ..Inet::new("127.0.0.1", "0") };
+        let fds = bind_places(&inet, &places, 0).expect("binds");
+        assert_eq!(fds.len(), 2, "one address is not this machine's");
+        let listener = Listener { any: any_of(&fds).expect("epoll"), fds, path: None };
+        let port = listener.local_port().expect("a port");
+        for host in ["127.0.0.2", "127.0.0.1", "127.0.0.2"] {
+            block_on(async {
+                let client = rt::spawn(async move {
+                    let address = Inet::new(host, port.to_string()).into();
+                    Stream::connect(&address).await.expect("connects")
+                });
+                let server = listener.accept().await.expect("accepts");
+                assert_eq!(sockopt::socket_keepalive(&*server.fd), Ok(true));
+                assert!(client.await.peer_address().starts_with(host));
+            });
+        }
+    }
+
+    #[test]
+    fn the_first_free_port_of_a_range() {
+        block_on(async {
+            let taken = Listener::bind(&Inet::new("127.0.0.1", "0").into()).expect("binds");
+            let first = taken.local_port().expect("a port");
+            let range = |to| Inet { to: Some(to), ..Inet::new("127.0.0.1", first.to_string()) }.into();
+            let only = Listener::bind(&range(first)).expect_err("taken");
+            assert_eq!(only.kind(), ErrorKind::AddrInUse);
+            let last = first.saturating_add(200);
+            let found = Listener::bind(&range(last)).expect("one of them is free").local_port();
+            assert!(found.is_some_and(|port| port > first && port <= last), "{found:?}");
+            assert_eq!(Listener::bind(&range(1)).expect_err("no range").kind(), ErrorKind::InvalidInput);
+        });
+    }
 
     #[test]
     fn a_message_larger_than_any_buffer_arrives_whole() {

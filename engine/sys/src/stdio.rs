@@ -17,19 +17,7 @@ fn input() -> io::Result<&'static Arc<OwnedFd>> {
 
 /// Reads what is there, at least a byte; 0 at the end.
 pub async fn read(into: &mut [u8]) -> io::Result<usize> {
-    let fd = input()?;
-    loop {
-        // A file is always ready; a pipe or terminal when something can be read.
-        driver::ready(fd, libc::POLLIN).await.or_else(|error| match error.raw_os_error() {
-            Some(libc::EPERM) => Ok(()),
-            _ => Err(error),
-        })?;
-        match rustix::io::read(&**fd, &mut *into) {
-            Ok(count) => return Ok(count),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    driver::read(input()?, into).await
 }
 
 /// Writes all of `bytes`.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::buf::Iov;
 use crate::exec::Core;
 use crate::file::{Allocate, File, OpenOptions};
-use crate::net::{Address, Listener, Part, Stream};
+use crate::net::{Address, Inet, Listener, Part, Stream};
 use crate::rt;
 use crate::thread::IoThread;
 
@@ -231,13 +231,13 @@ fn sockets_carry_data_both_ways() {
         server.await;
         assert!(!path.exists());
 
-        let any = Address::Inet { host: "127.0.0.1".to_owned(), port: "0".to_owned() };
+        let any = Address::from(Inet::new("127.0.0.1", "0"));
         let listener = Listener::bind(&any).expect("bound");
         let port = listener.local_port().expect("a port").to_string();
         let server = rt::spawn(echo(listener));
-        talk(Address::Inet { host: "127.0.0.1".to_owned(), port: port.clone() }).await;
+        talk(Inet::new("127.0.0.1", port.as_str()).into()).await;
         server.await;
-        let refused = Stream::connect(&Address::Inet { host: "127.0.0.1".to_owned(), port }).await;
+        let refused = Stream::connect(&Inet::new("127.0.0.1", port).into()).await;
         assert_eq!(refused.expect_err("nobody listens").raw_os_error(), Some(libc::ECONNREFUSED));
     });
 }

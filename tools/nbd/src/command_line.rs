@@ -7,7 +7,7 @@ use underlay_disk::{Modes, Request, Source, parse_options};
 use underlay_graph::Perms;
 use underlay_img::getopt::{Known, parse};
 use underlay_nbd::MAX_NAME;
-use underlay_sys::net::Address;
+use underlay_sys::net::{Address, Inet};
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -328,10 +328,10 @@ impl Said {
     fn address(&mut self) -> Address {
         match self.path.take() {
             Some(path) => Address::Unix(path),
-            None => Address::Inet {
-                host: self.interface.take().unwrap_or_else(|| INTERFACE.to_owned()),
-                port: self.port.take().unwrap_or_else(|| PORT.to_owned()),
-            },
+            None => {
+                let host = self.interface.take().unwrap_or_else(|| INTERFACE.to_owned());
+                Inet::new(host, self.port.take().unwrap_or_else(|| PORT.to_owned())).into()
+            }
         }
     }
 }
@@ -403,7 +403,7 @@ fn serve(program: &str, mut said: Said, file: &str) -> Result<Serving, Refusal> 
 
 /// Where a server listens of which nothing is said.
 pub fn default_address() -> Address {
-    Address::Inet { host: INTERFACE.to_owned(), port: PORT.to_owned() }
+    Inet::new(INTERFACE, PORT).into()
 }
 
 #[cfg(test)]

@@ -83,9 +83,10 @@ fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
         {
             IoError::EIO.with("Connection attempt cancelled by timeout")
         }
-        Refusal::Io(error) => {
-            IoError::from(error).context(format!("Failed to connect to '{}'", spec.address()))
-        }
+        Refusal::Io(error) => match spec.server.misunderstood(&error) {
+            Some(text) => IoError::EINVAL.with(text),
+            None => IoError::from(error).context(format!("Failed to connect to '{}'", spec.server)),
+        },
         Refusal::Server(text) => {
             IoError::EINVAL.with_hint("Requested export not available", format!("server reported: {text}"))
         }

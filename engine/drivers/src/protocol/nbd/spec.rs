@@ -1,13 +1,13 @@
 //! Where an NBD export is, as options and as a name. Source: QEMU's `qapi/block-core.json` as its schema reports it, the NBD
 //! URI specification, and what `qemu-img` 10.0.2 makes of names.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::net::Address;
+use underlay_sys::net::{Address, Inet};
 
 use crate::error::OpenError;
+use crate::socket_address;
 
 /// The port of the protocol.
 const PORT: &str = "10809";
@@ -31,34 +31,11 @@ impl NbdSpec {
         Self { server, export: export.to_owned(), reconnect_delay, open_timeout }
     }
 
-    /// The server, as messages call it.
-    pub fn address(&self) -> String {
-        match &self.server {
-            Address::Unix(path) => path.to_string_lossy().into_owned(),
-            Address::Inet { host, port } => format!("{host}:{port}"),
-            Address::Fd(fd) => format!("fd {fd}"),
-        }
-    }
-
     /// From the value of `server`.
     pub fn server(object: &Object) -> Result<Address, OpenError> {
-        let text = |name: &str| object.get(name).and_then(Value::as_str);
-        let need =
-            |name: &str| text(name).ok_or_else(|| OpenError::text(format!("Parameter '{name}' is missing")));
-        for unsupported in ["to", "abstract", "tight", "keep-alive", "mptcp", "numeric", "ipv4", "ipv6"] {
-            if object.get(unsupported).is_some() {
-                return Err(OpenError::text(format!("Option 'server.{unsupported}' is not supported yet")));
-            }
-        }
-        match need("type")? {
-            "unix" => Ok(Address::Unix(PathBuf::from(need("path")?))),
-            "inet" => Ok(Address::Inet { host: need("host")?.to_owned(), port: need("port")?.to_owned() }),
-            "fd" => need("str")?
-                .parse()
-                .map(Address::Fd)
-                .map_err(|_| OpenError::text("Parameter 'str' expects a descriptor's number".into())),
-            other => Err(OpenError::text(format!("Parameter 'type' does not accept value '{other}'"))),
-        }
+        let kind = object.get("type").and_then(Value::as_str);
+        let kind = kind.ok_or_else(|| OpenError::text("Parameter 'type' is missing".to_owned()))?;
+        socket_address::from_options(kind, object).map_err(OpenError::text)
     }
 
     /// From a name: `nbd:…` or a URI.
@@ -69,7 +46,7 @@ impl NbdSpec {
         }
     }
 
-    /// The name that leads there; `None` for a descriptor.
+    /// The name that leads there; `None` where options say more than a name can.
     pub fn name(&self) -> Option<String> {
         let export = encode(&self.export);
         match &self.server {
@@ -80,34 +57,33 @@ impl NbdSpec {
                     false => format!("nbd+unix:///{export}?socket={path}"),
                 })
             }
-            Address::Inet { host, port } => {
+            Address::Inet(inet) if says_more(inet) => None,
+            Address::Inet(Inet { host, port, .. }) => {
                 let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
                 Some(match export.is_empty() {
                     true => format!("nbd://{host}:{port}"),
                     false => format!("nbd://{host}:{port}/{export}"),
                 })
             }
-            Address::Fd(_) => None,
+            Address::Abstract(_) | Address::Fd(_) => None,
         }
     }
 
     /// The options that lead there, for `json:{…}`.
-    pub fn options(&self) -> Vec<(&'static str, Value)> {
-        let server = match &self.server {
-            Address::Unix(path) => {
-                Object::new().with("type", "unix").with("path", path.to_string_lossy().into_owned())
-            }
-            Address::Inet { host, port } => {
-                Object::new().with("type", "inet").with("host", host.clone()).with("port", port.clone())
-            }
-            Address::Fd(fd) => Object::new().with("type", "fd").with("str", fd.to_string()),
-        };
-        let mut options = vec![("server", Value::Object(server))];
+    pub fn options(&self) -> Vec<(String, Value)> {
+        let server = socket_address::to_options(&self.server);
+        let mut options: Vec<_> =
+            server.iter().map(|(name, value)| (format!("server.{name}"), value.clone())).collect();
         if !self.export.is_empty() {
-            options.push(("export", Value::Str(self.export.clone())));
+            options.push(("export".to_owned(), Value::Str(self.export.clone())));
         }
         options
     }
+}
+
+/// Whether it matters for where a connection leads, as the reference sees it.
+fn says_more(inet: &Inet) -> bool {
+    inet.to.is_some() || [inet.ipv4, inet.ipv6, inet.numeric].iter().any(Option::is_some)
 }
 
 /// Whether a file name means an export.
@@ -127,7 +103,7 @@ fn old_name(rest: &str) -> Result<NbdSpec, OpenError> {
         return Err(wrong());
     }
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-    Ok(NbdSpec::at(Address::Inet { host, port: port.to_owned() }, export))
+    Ok(NbdSpec::at(Inet::new(host, port).into(), export))
 }
 
 fn uri(name: &str) -> Option<NbdSpec> {
@@ -151,9 +127,7 @@ fn uri(name: &str) -> Option<NbdSpec> {
         None => authority.split_once(':').unwrap_or((authority, PORT)),
     };
     let valid = !host.is_empty() && port.parse::<u16>().is_ok();
-    valid.then(|| {
-        NbdSpec::at(Address::Inet { host: decode(host).unwrap_or_default(), port: port.to_owned() }, &export)
-    })
+    valid.then(|| NbdSpec::at(Inet::new(decode(host).unwrap_or_default(), port).into(), &export))
 }
 
 /// `%41` is `A`. `None` for what is no text.
@@ -200,7 +174,7 @@ mod tests {
     #[test]
     fn names_lead_to_servers() {
         let unix = |path: &str| Address::Unix(path.into());
-        let inet = |host: &str, port: &str| Address::Inet { host: host.into(), port: port.into() };
+        let inet = |host: &str, port: &str| Address::from(Inet::new(host, port));
         for (name, server, export) in [
             ("nbd:unix:/s", unix("/s"), ""),
             ("nbd:unix:/s:exportname=a:b", unix("/s"), "a:b"),
