@@ -3,6 +3,8 @@
 //! Values may be typed (JSON) or all strings (command lines): `on`/`off` and numbers with suffixes are taken too.
 //! Whatever no driver asked for is refused by name.
 
+use std::time::Duration;
+
 use underlay_graph::NodeOptions;
 use underlay_graph::plan::DetectZeroes;
 use underlay_qcow2::OpenOptions as Qcow2Options;
@@ -207,6 +209,22 @@ impl Fields {
             }
             Some(_) => Err(OpenError::text(not_a_size("", name))),
         }
+    }
+
+    /// A number; one below zero counts as the largest.
+    fn number(&mut self, name: &str) -> Result<Option<u64>, OpenError> {
+        let read = match self.take(name) {
+            None => return Ok(None),
+            Some(Value::Int(number)) => Some(u64::try_from(number).unwrap_or(u64::MAX)),
+            Some(Value::UInt(number)) => Some(number),
+            Some(Value::Str(text)) => match text.strip_prefix('-') {
+                Some(rest) => rest.parse::<u64>().ok().map(|_| u64::MAX),
+                None => text.parse().ok(),
+            },
+            Some(_) => None,
+        };
+        let wrong = || OpenError::text(format!("Parameter '{}{name}' expects a number", self.prefix));
+        read.map(Some).ok_or_else(wrong)
     }
 
     fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)]) -> Result<Option<T>, OpenError> {
@@ -633,6 +651,9 @@ fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> 
     Ok(DriverSpec::Qcow2 { file, backing, options: Box::new(options) })
 }
 
+/// `cache-clean-interval` of which nothing is said, in seconds. Source: QEMU's documentation of the L2 cache, for Linux.
+const CACHE_CLEAN_INTERVAL: u64 = 600;
+
 fn qcow2_options(fields: &mut Fields) -> Result<Qcow2Options, OpenError> {
     let mut options = Qcow2Options {
         l2_cache_size: fields.size("l2-cache-size")?,
@@ -648,13 +669,11 @@ fn qcow2_options(fields: &mut Fields) -> Result<Qcow2Options, OpenError> {
     // Nothing is ever freed on behalf of an internal snapshot.
     fields.flag("pass-discard-snapshot")?;
     overlap_check(fields)?;
-    match fields.size("cache-clean-interval")? {
-        // Never: tables stay in the cache until others need the room.
-        None | Some(0) => Ok(options),
-        Some(_) => {
-            Err(OpenError::text("qcow2: option 'cache-clean-interval' is not supported yet".to_owned()))
-        }
-    }
+    let seconds = fields.number("cache-clean-interval")?.unwrap_or(CACHE_CLEAN_INTERVAL);
+    let seconds =
+        u32::try_from(seconds).map_err(|_| OpenError::text("Cache clean interval too big".to_owned()))?;
+    options.cache_clean_interval = (seconds > 0).then(|| Duration::from_secs(u64::from(seconds)));
+    Ok(options)
 }
 
 /// `overlap-check`, short or long. Whatever it asks for: every write is held against all tables in use, which costs

@@ -313,6 +313,7 @@ fn qcow2_is_same(given: &Object, old: Option<&Qcow2>, new: &underlay_qcow2::Open
         ("l2-cache-entry-size", old.l2_cache_entry_size == new.l2_cache_entry_size),
         ("refcount-cache-size", old.refcount_cache_size == new.refcount_cache_size),
         ("pass-discard-request", old.pass_discard_request == new.pass_discard_request),
+        ("cache-clean-interval", old.cache_clean_interval == new.cache_clean_interval),
         ("discard-no-unref", old.discard_no_unref == new.discard_no_unref),
     ];
     options.into_iter().try_for_each(|(option, is_same)| same(given, option, is_same))

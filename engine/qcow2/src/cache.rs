@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 /// Spreads small integers; the keys are our own numbers, not an attacker's choice of strings.
 #[derive(Debug, Default)]
@@ -59,10 +59,26 @@ struct Shard {
 /// See the module.
 #[derive(Debug)]
 pub struct SliceCache {
-    shards: Box<[RwLock<Shard>]>,
+    shards: Arc<[RwLock<Shard>]>,
     /// Most slices in a shard, unless more are dirty.
     per_shard: usize,
     dirty: AtomicUsize,
+}
+
+/// The slices of a cache, as long as it lives.
+#[derive(Debug)]
+pub struct Slices {
+    shards: Weak<[RwLock<Shard>]>,
+}
+
+impl Slices {
+    /// Drops those that nobody has used since the last time, but for those that are not on disk.
+    pub fn drop_unused(&self) {
+        let Some(shards) = self.shards.upgrade() else { return };
+        for shard in &*shards {
+            shard.write().unwrap_or_else(PoisonError::into_inner).drop_unused();
+        }
+    }
 }
 
 /// A copy of a dirty slice: its number and its words.
@@ -84,6 +100,18 @@ impl SliceCache {
     /// Most slices that it holds while they are clean.
     pub fn capacity(&self) -> usize {
         self.per_shard * self.shards.len()
+    }
+
+    /// How many slices are in memory.
+    #[cfg(test)]
+    pub fn held(&self) -> usize {
+        let held = |shard: &RwLock<Shard>| shard.read().unwrap_or_else(PoisonError::into_inner).slices.len();
+        self.shards.iter().map(held).sum()
+    }
+
+    /// The slices, for who looks after them without keeping them.
+    pub fn slices(&self) -> Slices {
+        Slices { shards: Arc::downgrade(&self.shards) }
     }
 
     /// How many slices wait to be written.
@@ -142,7 +170,7 @@ impl SliceCache {
     /// Copies of all dirty slices. Each must be settled when it has been written, or could not be.
     pub fn take_dirty(&self) -> Vec<Copy> {
         let mut copies = Vec::new();
-        for shard in &self.shards {
+        for shard in &*self.shards {
             let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
             let shard = &mut *shard;
             for slice in shard.dirty.drain(..) {
@@ -170,7 +198,7 @@ impl SliceCache {
 
     /// Forgets everything. Only for callers who know that nothing in here is needed.
     pub fn clear(&self) {
-        for shard in &self.shards {
+        for shard in &*self.shards {
             *shard.write().unwrap_or_else(PoisonError::into_inner) = Shard::default();
         }
         self.dirty.store(0, Ordering::Relaxed);
@@ -178,6 +206,18 @@ impl SliceCache {
 }
 
 impl Shard {
+    fn drop_unused(&mut self) {
+        let before = self.slices.len();
+        self.slices.retain(|_, cached| {
+            cached.dirty || cached.pins > 0 || cached.used.swap(false, Ordering::Relaxed)
+        });
+        if self.slices.len() < before {
+            self.ring.retain(|slice| self.slices.contains_key(slice));
+            self.ring.shrink_to_fit();
+            self.slices.shrink_to_fit();
+        }
+    }
+
     /// Evicts one slice. False when all are needed.
     fn evict(&mut self) -> bool {
         // Two rounds: the first may only clear marks.
@@ -249,6 +289,33 @@ mod tests {
         assert!(cache.view(1, |_| ()).is_none());
         let held = (0..100).filter(|&slice| cache.view(slice, |_| ()).is_some()).count();
         assert_eq!(held, 4);
+    }
+
+    #[test]
+    fn unused_slices_go_at_the_second_look() {
+        let cache = SliceCache::new(100);
+        (0..50).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        cache.update(7, |words| words[0] = 70);
+        cache.update(8, |words| words[0] = 80);
+        assert_eq!(cache.take_dirty().len(), 2);
+        cache.update(8, |words| words[0] = 81);
+        cache.slices().drop_unused();
+        assert_eq!(cache.held(), 50, "all were used when they came");
+        assert_eq!(cache.view(20, |words| words[0]), Some(20));
+        cache.slices().drop_unused();
+        let held: Vec<_> = (0..50).filter(|&slice| cache.view(slice, |_| ()).is_some()).collect();
+        assert_eq!(held, [7, 8, 20], "pinned, dirty and used");
+        cache.settle(7, true);
+        cache.settle(8, true);
+        (0..2).for_each(|_| cache.slices().drop_unused());
+        assert_eq!(cache.held(), 1);
+        assert_eq!(cache.take_dirty(), [(8, vec![81].into())]);
+        // There is room for as many as before.
+        (100..200).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        assert_eq!(cache.held(), cache.capacity());
+        let slices = cache.slices();
+        drop(cache);
+        slices.drop_unused();
     }
 
     #[test]

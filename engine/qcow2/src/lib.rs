@@ -5,6 +5,7 @@ mod bitmap_writer;
 pub mod bitmaps;
 pub mod cache;
 pub mod check;
+mod cleaner;
 pub mod commit;
 pub mod compress;
 mod copied;

@@ -16,6 +16,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
@@ -24,6 +25,7 @@ use underlay_sys::Iov;
 use crate::bitmaps::BitmapError;
 use crate::cache::{SliceCache, to_words};
 use crate::check::{Finding, Fix, check};
+use crate::cleaner::Cleaner;
 use crate::commit::Commits;
 use crate::compress::Decoded;
 use crate::entry::Layout;
@@ -97,6 +99,8 @@ pub struct OpenOptions {
     pub cache_size: Option<u64>,
     /// Option `l2-cache-entry-size`: a power of two from 512 up to the cluster size.
     pub l2_cache_entry_size: Option<u64>,
+    /// Option `cache-clean-interval`: tables that are not used for so long leave memory.
+    pub cache_clean_interval: Option<Duration>,
     /// Option `pass-discard-request`: discarded clusters are discarded in the file too. On unless false.
     pub pass_discard_request: Option<bool>,
     /// Option `pass-discard-other`: so are clusters that are freed for other reasons.
@@ -184,6 +188,8 @@ pub struct Qcow2 {
     pub(crate) loads: Stripes,
     pub(crate) tables: Stripes,
     pub(crate) refcounts: Refcounts,
+    #[expect(dead_code, reason = "held")]
+    cleaner: Option<Cleaner>,
     pub(crate) metadata: RwLock<Metadata>,
     pub(crate) ranges: RangeLock,
     pub(crate) commits: Commits,
@@ -219,6 +225,10 @@ impl Qcow2 {
         let stored = stored::load(file, &header).await?;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
+        let l2 = SliceCache::new(slices(l2_cache, layout.slice_bytes()));
+        let interval = options.cache_clean_interval;
+        let cleaner =
+            interval.map(|interval| Cleaner::start(interval, vec![l2.slices(), refcounts.cache.slices()]));
         Ok(Self {
             layout,
             options,
@@ -226,10 +236,11 @@ impl Qcow2 {
             header: Mutex::new(header),
             header_turn: tokio::sync::Mutex::default(),
             l1: RwLock::new(l1),
-            l2: SliceCache::new(slices(l2_cache, layout.slice_bytes())),
+            l2,
             loads: Stripes::new(),
             tables: Stripes::new(),
             refcounts,
+            cleaner,
             metadata: RwLock::default(),
             ranges: RangeLock::default(),
             commits: Commits::default(),

@@ -89,9 +89,10 @@ pub async fn close(session: &mut Session) -> Done {
 }
 
 /// What `reopen -o` may change. Others stay as they were when the disk was opened.
-const CHANGEABLE: [&str; 14] = [
+const CHANGEABLE: [&str; 15] = [
     "auto-read-only",
     "cache-size",
+    "cache-clean-interval",
     "cache.direct",
     "cache.no-flush",
     "detect-zeroes",
@@ -107,14 +108,8 @@ const CHANGEABLE: [&str; 14] = [
 ];
 
 /// What the reference can change and we cannot yet.
-const LATER: [&str; 6] = [
-    "backing",
-    "cache-clean-interval",
-    "lazy-refcounts",
-    "overlap-check",
-    "pass-discard-other",
-    "pass-discard-snapshot",
-];
+const LATER: [&str; 5] =
+    ["backing", "lazy-refcounts", "overlap-check", "pass-discard-other", "pass-discard-snapshot"];
 
 /// reopen
 pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done {
