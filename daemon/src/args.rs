@@ -86,6 +86,8 @@ Underlay's storage daemon: serves disk images and changes them while they are in
                          export a block node
   --object [qom-type=]throttle-group,id=ID[,limits.iops-total=N][,limits.bps-total=N][,...]
                          limits that throttle nodes share
+  --object [qom-type=]iothread,id=ID[,...]
+                         a name that exports may ask for; all I/O threads serve all exports
   --pidfile PATH         write the process number to PATH; removed at the end
   --daemonize            go to the background once everything is set up
 
@@ -209,7 +211,6 @@ fn object(value: &str) -> CommandResult<Arg> {
     let kind = given.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
     let known = [
         "secret",
-        "iothread",
         "tls-creds-x509",
         "tls-creds-psk",
         "tls-creds-anon",
@@ -255,10 +256,8 @@ mod tests {
             ("--blockdev", "option '--blockdev' requires an argument"),
             ("extra", "extra: Unexpected argument"),
             ("--object foo,id=a", "--object foo,id=a: Parameter 'qom-type' does not accept value 'foo'"),
-            (
-                "--object iothread,id=a",
-                "--object iothread,id=a: Objects of type 'iothread' are not supported yet",
-            ),
+            ("--object iothread,id=a,poll-max-ns=5", ""),
+            ("--object secret,id=a", "--object secret,id=a: Objects of type 'secret' are not supported yet"),
             (
                 "--object throttle-group,id=g,limits.foo=1",
                 "--object throttle-group,id=g,limits.foo=1: Parameter 'limits.foo' is unexpected",

@@ -13,6 +13,7 @@ use underlay_sys::rt::StopSign;
 use underlay_sys::thread::{IoThread, Spawner};
 
 use crate::command::export::Export;
+use crate::command::iothread::Iothreads;
 use crate::event::{self, EventBus};
 
 /// Most I/O threads that are started, however many processors there are.
@@ -24,6 +25,8 @@ pub struct Daemon {
     pub graph: Arc<Graph>,
     /// The disks' limits.
     pub groups: Arc<Groups>,
+    /// Names of threads, for who asks for them.
+    pub iothreads: Iothreads,
     /// The jobs.
     pub jobs: Arc<Jobs>,
     /// The way to the monitors.
@@ -49,6 +52,7 @@ impl Daemon {
         Ok(Arc::new(Self {
             graph: Graph::new(),
             groups: Arc::default(),
+            iothreads: Iothreads::default(),
             jobs: Jobs::new(events.clone()),
             events,
             quit: StopSign::default(),

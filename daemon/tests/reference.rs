@@ -263,6 +263,11 @@ fn copy_on_read() {
 }
 
 #[test]
+fn iothread() {
+    compare("iothread");
+}
+
+#[test]
 fn throttle() {
     compare("throttle");
 }

@@ -164,8 +164,8 @@ impl Spec {
         if writable && plan.node(node).read_only {
             return Err(CommandError::new("Cannot export read-only node as writable"));
         }
-        // There are no objects yet, hence none of that name.
-        if let Some(iothread) = iothread {
+        // Every I/O thread serves every export, with `fixed-iothread` and without.
+        if let Some(iothread) = iothread.filter(|path| !super::object::is_iothread(daemon, path)) {
             return Err(CommandError::new(format!("iothread \"{iothread}\" not found")));
         }
         let node = super::lookup::above_implicit_filters(&plan, node);

@@ -6,6 +6,7 @@ pub mod bitmap;
 pub mod blockdev;
 pub mod create;
 pub mod export;
+pub mod iothread;
 pub mod job;
 pub mod lookup;
 pub mod mirror;

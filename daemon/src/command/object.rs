@@ -1,5 +1,5 @@
 //! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are throttle
-//! groups.
+//! groups and iothreads.
 //!
 //! Objects are children of `/objects`, by their ids; a path without a slash in front is found anywhere.
 
@@ -13,6 +13,7 @@ use underlay_qmp::json::{Object, Value};
 use underlay_qmp::schema::{self, Input};
 
 use super::arguments::Arguments;
+use super::iothread::Iothread;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -49,6 +50,29 @@ pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
         let error = CommandError::new("Parameter 'id' expects an identifier");
         return Err(CommandError { hint: Some(hint.to_owned()), ..error });
     }
+    let taken = daemon.groups.get(&id).is_some() || daemon.iothreads.get(&id).is_some();
+    let twice = || {
+        CommandError::new(format!("attempt to add duplicate property '{id}' to object (type 'container')"))
+    };
+    if options.text("qom-type") == "iothread" {
+        let iothread = Iothread::new(&mut options)?;
+        if taken {
+            return Err(twice());
+        }
+        daemon.iothreads.add(&id, iothread);
+        return Ok(());
+    }
+    let limits = limits(&mut options)?;
+    if taken {
+        return Err(twice());
+    }
+    limits.check().map_err(|error| CommandError::new(error.to_string()))?;
+    daemon.groups.add(Group::new(&id, limits));
+    Ok(())
+}
+
+/// The limits of a throttle group to come.
+fn limits(options: &mut Arguments) -> CommandResult<Limits> {
     let mut limits = Limits::default();
     for name in Limits::names() {
         let property = format!("x-{name}");
@@ -64,13 +88,7 @@ pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
         set_numbers(&mut limits, &mut given)?;
         limits.check().map_err(|error| CommandError::new(error.to_string()))?;
     }
-    if daemon.groups.get(&id).is_some() {
-        let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
-        return Err(CommandError::new(text));
-    }
-    limits.check().map_err(|error| CommandError::new(error.to_string()))?;
-    daemon.groups.add(Group::new(&id, limits));
-    Ok(())
+    Ok(limits)
 }
 
 /// The numbers of `limits`; what is not given stays.
@@ -98,6 +116,9 @@ fn set_number(limits: &mut Limits, name: &str, value: u64, out_of_range: &str) -
 
 /// object-del
 pub fn del(daemon: &Daemon, id: &str) -> CommandResult<()> {
+    if daemon.iothreads.remove(id) {
+        return Ok(());
+    }
     let Some(group) = daemon.groups.get(id) else {
         return Err(CommandError::new(format!("object '{id}' not found")));
     };
@@ -118,6 +139,7 @@ enum Place {
     Root,
     Objects,
     Group(Arc<Group>),
+    Iothread(Arc<Iothread>),
 }
 
 impl Place {
@@ -127,7 +149,10 @@ impl Place {
         let found = match (absolute, parts.as_slice()) {
             (true, []) => Some(Self::Root),
             (_, ["objects"]) => Some(Self::Objects),
-            (_, ["objects", id]) | (false, [id]) => daemon.groups.get(id).map(Self::Group),
+            (_, ["objects", id]) | (false, [id]) => {
+                let group = daemon.groups.get(id).map(Self::Group);
+                group.or_else(|| daemon.iothreads.get(id).map(Self::Iothread))
+            }
             _ => None,
         };
         found.ok_or_else(|| CommandError {
@@ -140,6 +165,7 @@ impl Place {
         match self {
             Self::Root | Self::Objects => "container",
             Self::Group(_) => "throttle-group",
+            Self::Iothread(_) => "iothread",
         }
     }
 
@@ -148,15 +174,27 @@ impl Place {
         match self {
             Self::Root => vec![("objects".to_owned(), "container")],
             Self::Objects => {
-                daemon.groups.all().iter().map(|group| (group.name().to_owned(), "throttle-group")).collect()
+                let groups = daemon.groups.all();
+                let groups = groups.iter().map(|group| (group.name().to_owned(), "throttle-group"));
+                groups.chain(daemon.iothreads.names().into_iter().map(|name| (name, "iothread"))).collect()
             }
-            Self::Group(_) => Vec::new(),
+            Self::Group(_) | Self::Iothread(_) => Vec::new(),
         }
+    }
+
+    /// Whether it is what an export may ask to be served by.
+    fn is_iothread(&self) -> bool {
+        matches!(self, Self::Iothread(_))
     }
 
     fn no_property(&self, name: &str) -> CommandError {
         CommandError::new(format!("Property '{}.{name}' not found", self.kind()))
     }
+}
+
+/// Whether `path` leads to an iothread.
+pub fn is_iothread(daemon: &Daemon, path: &str) -> bool {
+    Place::find(daemon, path).is_ok_and(|place| place.is_iothread())
 }
 
 /// qom-list
@@ -172,6 +210,10 @@ pub fn qom_list(daemon: &Daemon, path: &str) -> CommandResult<Value> {
         };
         return Ok(Value::List(PROPERTIES.iter().map(|name| property(name, kind(name))).collect()));
     }
+    if let Place::Iothread(_) = place {
+        let numbers = Iothread::properties().map(|name| property(name, "int"));
+        return Ok(Value::List(std::iter::once(property("type", "string")).chain(numbers).collect()));
+    }
     let children = place.children(daemon);
     let children = children.iter().map(|(name, kind)| property(name, &format!("child<{kind}>")));
     Ok(Value::List(std::iter::once(property("type", "string")).chain(children).collect()))
@@ -182,6 +224,9 @@ pub fn qom_get(daemon: &Daemon, path: &str, property: &str) -> CommandResult<Val
     let place = Place::find(daemon, path)?;
     if property == "type" {
         return Ok(Value::Str(place.kind().to_owned()));
+    }
+    if let Place::Iothread(iothread) = &place {
+        return iothread.get(property).ok_or_else(|| place.no_property(property));
     }
     let Place::Group(group) = &place else {
         let child = place.children(daemon).into_iter().find(|(name, _)| name == property);
@@ -205,6 +250,15 @@ pub fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> 
     let property = arguments.text("property");
     let not_writable =
         || CommandError::new(format!("Property '{}.{property}' is not writable", place.kind()));
+    if let Place::Iothread(iothread) = &place {
+        return match property.as_str() {
+            "type" => Err(not_writable()),
+            other if Iothread::properties().any(|name| name == other) => {
+                iothread.set(other, &arguments.take("value").unwrap_or(Value::Null))
+            }
+            other => Err(place.no_property(other)),
+        };
+    }
     let Place::Group(group) = &place else {
         let is_there = property == "type" || place.children(daemon).iter().any(|(name, _)| *name == property);
         return Err(if is_there { not_writable() } else { place.no_property(&property) });

@@ -2,12 +2,25 @@
 
 use super::ty::{Enum, Object, Type, opt, req};
 
-static OBJECT_TYPE: Enum = Enum { values: &["throttle-group"] };
+static OBJECT_TYPE: Enum = Enum { values: &["iothread", "throttle-group"] };
 
 pub(super) static OBJECT_OPTIONS: Object = Object {
     members: &[req("qom-type", Type::Enum(&OBJECT_TYPE)), req("id", Type::Str)],
     tag: Some("qom-type"),
-    cases: &[("throttle-group", &THROTTLE_GROUP_PROPERTIES)],
+    cases: &[("iothread", &IOTHREAD_PROPERTIES), ("throttle-group", &THROTTLE_GROUP_PROPERTIES)],
+};
+
+static IOTHREAD_PROPERTIES: Object = Object {
+    members: &[
+        opt("aio-max-batch", Type::Int),
+        opt("thread-pool-min", Type::Int),
+        opt("thread-pool-max", Type::Int),
+        opt("poll-max-ns", Type::Int),
+        opt("poll-grow", Type::Int),
+        opt("poll-shrink", Type::Int),
+    ],
+    tag: None,
+    cases: &[],
 };
 
 pub(super) static THROTTLE_LIMITS: Object = Object {
