@@ -336,3 +336,8 @@ fn mirror_faults() {
 fn jobs_interrupted() {
     compare("jobs_interrupted");
 }
+
+#[test]
+fn internal_snapshots() {
+    compare("internal_snapshots");
+}

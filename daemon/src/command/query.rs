@@ -119,6 +119,10 @@ fn one_image(wires: &Wires, id: NodeId) -> Object {
     let mut object = Object::new();
     object.insert("filename", text(filename::of(&view)));
     object.insert("format", text(node.driver()));
+    if !info.snapshots.is_empty() {
+        let snapshots = info.snapshots.iter().map(underlay_drivers::info::snapshot).collect();
+        object.insert("snapshots", Value::List(snapshots));
+    }
     object.insert("virtual-size", int(view.cx().length().div_ceil(SECTOR).saturating_mul(SECTOR)));
     if let Some(size) = allocated_size(wires, id) {
         object.insert("actual-size", int(size));

@@ -6,6 +6,7 @@ pub mod error;
 pub mod filename;
 pub mod filter;
 pub mod format;
+pub mod info;
 pub mod names;
 pub mod open;
 pub mod options;

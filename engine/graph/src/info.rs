@@ -1,5 +1,7 @@
 //! What a node tells about itself for `query-named-block-nodes` and `img info`.
 
+use std::sync::Arc;
+
 use crate::node::Kind;
 use crate::view::{Role, View};
 
@@ -57,4 +59,25 @@ pub struct ImageInfo {
     pub encrypted: bool,
     /// More, for formats that have more.
     pub format_specific: Option<FormatInfo>,
+    /// Internal snapshots, in the image's order.
+    pub snapshots: Arc<[SnapshotInfo]>,
+}
+
+/// An internal snapshot of an image.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SnapshotInfo {
+    /// Its number, as text.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes of the guest's state.
+    pub vm_state_size: u64,
+    /// When it was taken: seconds since 1970.
+    pub seconds: u32,
+    /// And nanoseconds.
+    pub nanoseconds: u32,
+    /// How long the guest had run then, in nanoseconds.
+    pub clock: u64,
+    /// How many instructions it had executed then, if that is known.
+    pub icount: Option<u64>,
 }

@@ -1,19 +1,37 @@
 //! What an image tells about itself for `img info` and `query-named-block-nodes`.
 
-use underlay_graph::info::ImageInfo;
+use std::sync::Arc;
+
+use underlay_graph::info::{ImageInfo, SnapshotInfo};
 use underlay_graph::{FormatInfo, InfoValue};
 
 use crate::bitmaps::{AUTO, IN_USE, StoredBitmap};
 use crate::features;
 use crate::header::{Crypt, Header, Version};
+use crate::snapshots::Snapshot;
 
 /// The image's own part of the answer. `bitmaps` are those of [`crate::bitmaps::read`].
-pub fn image_info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
+pub fn image_info(header: &Header, bitmaps: &[StoredBitmap], snapshots: &Arc<[SnapshotInfo]>) -> ImageInfo {
     ImageInfo {
         cluster_size: Some(header.cluster_size()),
         dirty: Some(header.has(features::DIRTY)),
         encrypted: header.crypt != Crypt::None,
         format_specific: Some(FormatInfo { kind: "qcow2", fields: fields(header, bitmaps) }),
+        snapshots: snapshots.clone(),
+    }
+}
+
+/// What is told about a snapshot. Texts end at a zero, as in the reference.
+pub(crate) fn snapshot_info(snapshot: &Snapshot) -> SnapshotInfo {
+    let text = |text: &str| text.split('\0').next().unwrap_or_default().to_owned();
+    SnapshotInfo {
+        id: text(&snapshot.id),
+        name: text(&snapshot.name),
+        vm_state_size: snapshot.vm_state_size,
+        seconds: snapshot.seconds,
+        nanoseconds: snapshot.nanoseconds,
+        clock: snapshot.clock,
+        icount: snapshot.icount,
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
+use underlay_graph::info::SnapshotInfo;
 use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
@@ -32,10 +33,12 @@ use crate::entry::Layout;
 use crate::features;
 use crate::frees::Frees;
 use crate::header::{Crypt, Header, HeaderError};
+use crate::info::snapshot_info;
 use crate::mapping::L1;
 use crate::metadata::Metadata;
 use crate::refcount::Refcounts;
 use crate::reserve::Reserved;
+use crate::snapshots;
 use crate::stored::{self, Stored};
 use crate::update::write_features;
 
@@ -204,6 +207,8 @@ pub struct Qcow2 {
     pub(crate) preallocated: OnceLock<bool>,
     /// One change of the size at a time.
     pub(crate) resizing: tokio::sync::Mutex<()>,
+    /// The internal snapshots; none if their table cannot be read, which `check` tells.
+    pub(crate) snapshots: Arc<[SnapshotInfo]>,
     pub(crate) stored: Mutex<Stored>,
     pub(crate) stored_turn: tokio::sync::Mutex<()>,
     writable: AtomicBool,
@@ -223,6 +228,7 @@ impl Qcow2 {
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
         let l1 = read_l1(file, &header).await?;
         let stored = stored::load(file, &header).await?;
+        let snapshots = snapshots::read(file, &header).await.unwrap_or_default().snapshots;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
         let l2 = SliceCache::new(slices(l2_cache, layout.slice_bytes()));
@@ -251,6 +257,7 @@ impl Qcow2 {
             packing: tokio::sync::Mutex::default(),
             preallocated: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
+            snapshots: snapshots.iter().map(snapshot_info).collect(),
             stored: Mutex::new(stored),
             stored_turn: tokio::sync::Mutex::default(),
             writable: AtomicBool::new(false),

@@ -7,6 +7,7 @@ mod address;
 mod background;
 pub mod buf;
 pub mod buffers;
+pub mod clock;
 mod driver;
 mod exec;
 pub mod file;

@@ -162,6 +162,10 @@ impl Info {
                 line(format!("backing file format: {format}"));
             }
         }
+        if !self.image.snapshots.is_empty() {
+            line("Snapshot list:".to_owned());
+            crate::snapshot_list::lines(&self.image.snapshots).into_iter().for_each(&mut *line);
+        }
         if let Some(specific) = &self.image.format_specific
             && !specific.fields.is_empty()
         {
@@ -192,6 +196,10 @@ impl Info {
             .with("filename", self.filename.as_str())
             .with("format", self.driver)
             .with("virtual-size", self.length);
+        if !self.image.snapshots.is_empty() {
+            let snapshots = self.image.snapshots.iter().map(underlay_drivers::info::snapshot);
+            object.insert("snapshots", snapshots.collect::<Vec<_>>());
+        }
         if let Some(dirty) = self.dirty {
             object.insert("dirty-flag", dirty);
         }

@@ -18,6 +18,7 @@ mod progress;
 mod rebase;
 mod resize;
 pub mod sizes;
+mod snapshot_list;
 
 pub use info::format_lines as info_lines;
 

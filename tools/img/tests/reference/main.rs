@@ -66,6 +66,11 @@ fn dd_onto_itself() {
 }
 
 #[test]
+fn internal_snapshots() {
+    compare(include_str!("../scripts/internal_snapshots.txt"));
+}
+
+#[test]
 fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
 }
