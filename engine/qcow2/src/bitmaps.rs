@@ -63,6 +63,8 @@ pub enum BitmapError {
     EmptyDirectory,
     #[error("Broken bitmap directory")]
     Broken,
+    #[error("Bitmap extra data is not supported")]
+    Extra,
     #[error("Bitmap '{0}' doesn't satisfy the constraints")]
     Constraints(String),
     #[error("Less bitmaps found than specified in header extension")]
@@ -121,6 +123,9 @@ fn entry(bytes: &[u8], header: &Header) -> Result<(StoredBitmap, usize), BitmapE
     if len > bytes.len() {
         return Err(BitmapError::Broken);
     }
+    if extra != 0 {
+        return Err(BitmapError::Extra);
+    }
     let raw_name = bytes[end - name_len..end].to_vec();
     let bitmap = StoredBitmap {
         name: String::from_utf8_lossy(&raw_name).into_owned(),
@@ -130,7 +135,7 @@ fn entry(bytes: &[u8], header: &Header) -> Result<(StoredBitmap, usize), BitmapE
         table_offset: quad(0),
         table_entries: word(8),
     };
-    let known = extra == 0 && kind == KIND && bitmap.flags & !(IN_USE | AUTO) == 0;
+    let known = kind == KIND && bitmap.flags & !(IN_USE | AUTO) == 0;
     if known && (1..=MAX_NAME).contains(&name_len) && fits(&bitmap, header) {
         Ok((bitmap, len))
     } else {

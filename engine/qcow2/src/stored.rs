@@ -100,13 +100,13 @@ pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> std::result::Result<
         let granularity = 1 << entry.granularity_bits;
         // One that takes no room costs about this much.
         memory += 256 + header.virtual_size() / granularity / (1 << 17);
+        if memory > MAX_MEMORY {
+            return Err(BitmapError::TooMuch(MAX_MEMORY));
+        }
         let inconsistent = entry.flags & IN_USE != 0;
         let bits = DirtyBitmap::new(header.virtual_size(), granularity);
         if !inconsistent {
             load_bits(file, header, entry, &bits, &mut memory).await?;
-        }
-        if memory > MAX_MEMORY {
-            return Err(BitmapError::TooMuch(MAX_MEMORY));
         }
         let enabled = !inconsistent && entry.flags & AUTO != 0;
         let bitmap = PlanBitmap::new(&entry.name, bits, enabled);

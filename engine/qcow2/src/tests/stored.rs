@@ -175,6 +175,100 @@ fn an_image_that_was_not_closed_says_that_its_bitmaps_are_not_known() {
     assert_eq!(loaded(disk.content()), (BTreeMap::new(), leaked));
 }
 
+/// An image with two bitmaps, and where its directory is and the table of the first.
+fn with_bitmaps() -> (Vec<u8>, usize, usize) {
+    let shape = Shape { bits: 16, order: 4, extended: false, v3: true, zstd: false, size: 64 << 20 };
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    let bitmap = |name| {
+        let bits = DirtyBitmap::new(shape.size, 512);
+        bits.set(ByteRange::between(0, 512));
+        PlanBitmap { persistent: true, ..PlanBitmap::new(name, bits, true) }
+    };
+    run(setup.image.store(&setup.view.cx(), &[bitmap("b"), bitmap("a")])).unwrap();
+    setup.close();
+    let bytes = disk.content();
+    let directory = setup.image.header().extensions.bitmaps.unwrap().directory.offset;
+    let directory = usize::try_from(directory).unwrap();
+    let table = u64::from_be_bytes(bytes[directory..directory + 8].try_into().unwrap());
+    (bytes, directory, usize::try_from(table).unwrap())
+}
+
+/// What is wrong with an image that was changed so, as QEMU says it.
+fn refused(at: usize, value: &[u8]) -> Option<String> {
+    let mut bytes = with_bitmaps().0;
+    bytes[at..at + value.len()].copy_from_slice(value);
+    let file = view_of(Disk::new(bytes, 1));
+    run(Qcow2::open(&file.cx(), OpenOptions::default())).err().map(|error| error.to_string())
+}
+
+#[test]
+fn what_is_wrong_with_bitmaps_is_told_as_qemu_tells_it() {
+    let (_, directory, table) = with_bitmaps();
+    let broken = "Could not read bitmap_table table from image for bitmap 'a': Invalid argument";
+    let constraints = "Bitmap 'a' doesn't satisfy the constraints";
+    for (at, value, text) in [
+        (table, &2u64.to_be_bytes()[..], Some(broken)),
+        (table, &0x70001u64.to_be_bytes(), Some(broken)),
+        (table, &(1u64 << 60).to_be_bytes(), Some(broken)),
+        (table, &0x30200u64.to_be_bytes(), Some(broken)),
+        (table, &1u64.to_be_bytes(), None),
+        (table, &(1u64 << 55).to_be_bytes(), None),
+        (directory + 8, &2u32.to_be_bytes(), Some("Could not read bitmap 'a' from image: Invalid argument")),
+        (directory + 8, &0u32.to_be_bytes(), Some(constraints)),
+        (directory + 12, &5u32.to_be_bytes(), Some(constraints)),
+        (directory + 16, &[2], Some(constraints)),
+        (directory + 17, &[8], Some(constraints)),
+        (directory + 17, &[32], Some(constraints)),
+        (directory + 18, &[0, 0], Some("Bitmap '' doesn't satisfy the constraints")),
+        (directory + 20, &[0, 0, 0, 8], Some("Bitmap extra data is not supported")),
+        (directory + 20, &[0, 16, 0, 0], Some("Broken bitmap directory")),
+        (directory + 24, b"b", Some("Bitmap already exists: b")),
+        (directory, &[0, 0, 0, 0, 0, 0, 1, 0], Some(constraints)),
+        // Where no file reaches, everything is zero.
+        (directory, &(1u64 << 40).to_be_bytes(), None),
+    ] {
+        assert_eq!(refused(at, value).as_deref(), text, "{value:?} at {at:#x}");
+    }
+}
+
+/// Tables and data made to lie on each other and on everything else: nothing there is damaged when the bitmaps are
+/// stored, removed and stored again, and no cluster is given free that others need.
+#[test]
+fn bitmaps_that_lie_elsewhere_do_no_harm_there() {
+    let (sound, directory, table) = with_bitmaps();
+    let places = [1u64, 2, 3, 4, 5, 6, 7, 8, 1 << 20].map(|cluster| cluster << 16);
+    for at in [directory, directory + 32, table, 528] {
+        for place in places {
+            let mut bytes = sound.clone();
+            bytes[at..at + 8].copy_from_slice(&place.to_be_bytes());
+            let disk = Disk::new(bytes.clone(), 1);
+            let file = view_of(disk.clone());
+            if run(Qcow2::open(&file.cx(), OpenOptions::default())).is_err() {
+                continue;
+            }
+            let setup = open(disk.clone(), None, OpenOptions::default(), true);
+            let (cx, bitmaps) = (setup.view.cx(), setup.image.loaded());
+            if run(setup.image.begin(&cx)).is_ok() {
+                let _ = setup.write(0, &[7; 512]);
+                bitmaps.iter().for_each(|bitmap| bitmap.bits.set(ByteRange::between(0, 1 << 20)));
+                let _ = run(setup.image.store(&cx, &bitmaps));
+                let _ = run(setup.image.remove(&cx, "a"));
+                let _ = setup.write(1 << 20, &[8; 512]);
+                let _ = run(setup.image.store(&cx, &bitmaps[1..]));
+                let _ = run(setup.image.close(&cx));
+            }
+            let after = disk.content();
+            let header = crate::header::Header::parse(&after).unwrap();
+            assert_eq!((header.l1_offset, header.refcount_table_offset), (3 << 16, 1 << 16));
+            // Header, tables and blocks are counted still.
+            assert!((0..4).all(|cluster| after[(2 << 16) + 2 * cluster + 1] > 0), "{at:#x} {place:#x}");
+            assert_eq!(after[1 << 16..(1 << 16) + 8], sound[1 << 16..(1 << 16) + 8], "{at:#x} {place:#x}");
+        }
+    }
+}
+
 #[test]
 fn a_disk_does_not_get_so_long_that_a_bitmap_could_not_be_kept() {
     let shape = Shape { bits: 16, order: 4, extended: false, v3: true, zstd: false, size: 1 << 20 };

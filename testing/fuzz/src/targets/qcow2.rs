@@ -3,8 +3,11 @@
 //! Whatever the image says: no panic, an end, memory within bounds, and it is an image still. And if a check found it sound, then it still is
 //! after the writes, it has what was written, and everything else reads as before.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
 use underlay_graph::perm::Access;
 use underlay_graph::{ByteRange, Cx, Node, Perms, Role, View, WriteFlags, ZeroFlags};
 use underlay_qcow2::header::Version;
@@ -48,14 +51,21 @@ async fn exercise(data: &[u8], seed: u64) {
     let places = places(image.size(), &mut rng);
     let before = read(&cx, &places).await;
     let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
-    if image.set_access(&cx, access).await.is_err() {
+    let mut bitmaps = image.loaded();
+    let keeps_bitmaps = rng.one_in(2);
+    if image.set_access(&cx, access).await.is_err() || keeps_bitmaps && image.begin(&cx).await.is_err() {
         return;
     }
     let written = change(&cx, &places, &mut rng).await;
     let after = read(&cx, &places).await;
+    let stored = keeps_bitmaps && change_bitmaps(&cx, &image, &mut bitmaps, &places, &mut rng).await;
     let closed = image.close(&cx).await;
     let left = Header::parse(&disk.content());
     assert!(left.is_ok(), "the header was destroyed: {left:?}");
+    if sound && stored && closed.is_ok() {
+        let again = Qcow2::open(&file.cx(), OpenOptions::default()).await.expect("a sound image").loaded();
+        assert_eq!(said(&again), said(&bitmaps), "bitmaps are not what was stored");
+    }
     if sound && closed.is_ok() {
         assert!(is_sound(&file.cx()).await, "a sound image was damaged");
         for (at, (before, after)) in before.iter().zip(&after).enumerate() {
@@ -132,6 +142,44 @@ async fn change(cx: &Cx<'_>, places: &[ByteRange], rng: &mut Rng) -> Vec<Option<
     written
 }
 
+/// What there is to know of bitmaps, in no order.
+fn said(bitmaps: &[PlanBitmap]) -> BTreeSet<(String, u64, u64, bool, bool)> {
+    let one = |bitmap: &PlanBitmap| {
+        let bits = &bitmap.bits;
+        (bitmap.name.to_string(), bits.granularity(), bits.count(), bitmap.enabled, bitmap.inconsistent)
+    };
+    bitmaps.iter().map(one).collect()
+}
+
+/// Some change, some go and one comes; then the image keeps them. Whether it does.
+async fn change_bitmaps(
+    cx: &Cx<'_>,
+    image: &Qcow2,
+    bitmaps: &mut Vec<PlanBitmap>,
+    places: &[ByteRange],
+    rng: &mut Rng,
+) -> bool {
+    if let Some(first) = bitmaps.first().filter(|_| rng.one_in(3)) {
+        let name = first.name.clone();
+        if image.remove(cx, &name).await.is_err() {
+            return false;
+        }
+        bitmaps.remove(0);
+    }
+    for bitmap in bitmaps.iter().filter(|bitmap| bitmap.enabled) {
+        places.iter().filter(|_| rng.one_in(2)).for_each(|place| bitmap.bits.set(*place));
+    }
+    let granularity = 512 << rng.below(12);
+    if image.check_new(cx, bitmaps, "one more", granularity).is_ok() && image.size() / granularity < 1 << 24 {
+        let bits = DirtyBitmap::new(image.size(), granularity);
+        places.iter().for_each(|place| bits.set(*place));
+        let is_new = bitmaps.iter().all(|bitmap| *bitmap.name != *"one more");
+        let bitmap = PlanBitmap { persistent: true, ..PlanBitmap::new("one more", bits, true) };
+        bitmaps.extend(Some(bitmap).filter(|_| is_new));
+    }
+    image.store(cx, bitmaps).await.is_ok()
+}
+
 /// Small images of all kinds, with some data in them.
 pub fn seeds() -> Vec<Vec<u8>> {
     let size = 200 << 10;
@@ -175,7 +223,10 @@ fn filled(options: &CreateOptions, seed: u64) -> Vec<u8> {
         image.set_access(&view.cx(), access).await.expect("our own image");
         let mut rng = Rng::new(seed);
         let places = places(options.size, &mut rng);
+        image.begin(&view.cx()).await.expect("our own image");
         change(&view.cx(), &places, &mut rng).await;
+        let mut bitmaps = Vec::new();
+        change_bitmaps(&view.cx(), &image, &mut bitmaps, &places, &mut rng).await;
         image.close(&view.cx()).await.expect("our own image");
         disk.content()
     })
@@ -210,7 +261,7 @@ const FIELDS: [(usize, usize); 22] = [
 /// One change that knows where the header's fields and the tables are.
 pub fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
     let field = |at: usize| {
-        let word = bytes.get(at..at + 8).and_then(|word| word.try_into().ok());
+        let word = bytes.get(at..at.saturating_add(8)).and_then(|word| word.try_into().ok());
         word.map_or(0, u64::from_be_bytes)
     };
     let bits = u32::try_from(field(20) >> 32).unwrap_or(9).clamp(9, 21);
@@ -221,7 +272,14 @@ pub fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
         let word = bytes.get(at..at.checked_add(8)?)?.try_into().ok()?;
         entry(u64::from_be_bytes(word) & 0x00ff_ffff_ffff_fe00, rng)
     };
-    let (at, width) = match rng.below(8) {
+    // The bitmap directory, behind a table of feature names if there is one; its first entry, and that one's table.
+    let is_bitmaps = |at: &usize| bytes.get(*at..at + 4) == Some(&0x2385_2875_u32.to_be_bytes());
+    let extension = [112, 112 + 8 + 384].into_iter().find(is_bitmaps).unwrap_or(112);
+    let directory = field(extension + 24);
+    let (at, width) = match rng.below(11) {
+        7 => (Some(extension + 8 * rng.index(4)), 8),
+        8 => (entry(directory, rng), rng.pick(&[1, 2, 4, 8])),
+        9 => (entry(field(usize::try_from(directory).unwrap_or(0)), rng), 8),
         0 | 1 => {
             let (at, width) = rng.pick(&FIELDS);
             (Some(at), width)
@@ -235,7 +293,8 @@ pub fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
     let Some(at) = at else { return };
     // To another cluster, at the header, at itself, at the tables, at the end of the file, with flags; or anything.
     let clusters = (bytes.len() as u64 >> bits) + 2;
-    let place = match rng.below(6) {
+    let place = match rng.below(7) {
+        6 => directory,
         0 => l1,
         1 => refcounts,
         2 => at as u64 >> bits << bits,
