@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underlay_drivers::open::OnCorrupt;
+use underlay_drivers::open::tell_trouble_on_stderr;
 use underlay_drivers::throttle::Groups;
 use underlay_drivers::{BackingPolicy, Opener};
 use underlay_exports::NbdServer;
@@ -49,8 +50,10 @@ impl Daemon {
         let count = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_IO_THREADS);
         let threads = IoThread::start_crew("io", count)?;
         let events = Arc::<EventBus>::default();
+        let graph = Graph::new();
+        graph.on_trouble(tell_trouble_on_stderr);
         Ok(Arc::new(Self {
-            graph: Graph::new(),
+            graph,
             groups: Arc::default(),
             iothreads: Iothreads::default(),
             jobs: Jobs::new(events.clone()),

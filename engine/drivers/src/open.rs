@@ -46,10 +46,20 @@ pub fn tell_on_stderr() -> OnCorrupt {
     Arc::new(|_, found| eprintln!("{found}"))
 }
 
+/// The name under which the program runs, for messages.
+fn program() -> String {
+    let path = std::env::args().next().unwrap_or_default();
+    path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+/// Tells whoever runs a program what goes wrong too late for an error ([`Graph::on_trouble`]).
+pub fn tell_trouble_on_stderr(text: &str) {
+    eprintln!("{}: {text}", program());
+}
+
 /// As QEMU tells it, down to the newline that is missing.
 fn tell_of_stale_bitmaps() {
-    let program = std::env::args().next().unwrap_or_default();
-    let program = program.rsplit('/').next().unwrap_or_default();
+    let program = program();
     eprint!(
         "{program}: warning: a program lacking bitmap support modified this file, so all bitmaps are now considered \
          inconsistent\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."

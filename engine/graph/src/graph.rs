@@ -1,7 +1,8 @@
 //! The owner of the plan: puts a change of the wiring into force in one step that no request sees half done.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
@@ -35,12 +36,40 @@ pub struct Graph {
     turn: tokio::sync::Mutex<()>,
     /// The plan in force and what it asks of the nodes; queries read it and never wait for a change.
     now: Mutex<InForce>,
+    trouble: Trouble,
+}
+
+/// Who is told of what has gone wrong when it was too late for an error.
+#[derive(Default)]
+struct Trouble(OnceLock<Tell>);
+
+/// Tells somebody.
+type Tell = Box<dyn Fn(&str) + Send + Sync>;
+
+impl fmt::Debug for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "told: {}", self.0.get().is_some())
+    }
+}
+
+impl Trouble {
+    fn tell(&self, text: &str) {
+        tracing::error!("{text}");
+        if let Some(tell) = self.0.get() {
+            tell(text);
+        }
+    }
 }
 
 impl Graph {
     /// An empty graph.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// From now on `tell` is told what goes wrong when it is too late for an error, as when an image is closed.
+    pub fn on_trouble(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        let _ = self.trouble.0.set(Box::new(tell));
     }
 
     fn now(&self) -> MutexGuard<'_, InForce> {
@@ -125,7 +154,8 @@ impl Graph {
         for node in &on_the_way {
             node.settle().await;
         }
-        let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access };
+        let trouble = &self.trouble;
+        let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access, trouble };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
             step.resize_bitmaps();
@@ -183,6 +213,7 @@ struct Step<'a> {
     new: &'a Wires,
     old_access: &'a BTreeMap<NodeId, Access>,
     new_access: &'a BTreeMap<NodeId, Access>,
+    trouble: &'a Trouble,
 }
 
 impl Step<'_> {
@@ -254,7 +285,9 @@ impl Step<'_> {
                 None => Ok(()),
             };
             if let Err(error) = result.and(self.store(&view, &bitmaps).await) {
-                tracing::error!(node = %view.name(), %error, "the bitmaps were not stored");
+                let node = view.name();
+                self.trouble
+                    .tell(&format!("Lost persistent bitmaps during inactivation of node '{node}': {error}"));
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use underlay_drivers::format::raw::RawOptions;
-use underlay_drivers::open::{BackingPolicy, tell_on_stderr};
+use underlay_drivers::open::{BackingPolicy, tell_on_stderr, tell_trouble_on_stderr};
 use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::protocol::file::Aio;
 use underlay_drivers::{NodeSpec, Opener};
@@ -197,6 +197,7 @@ impl Disk {
             return Err("Can't use copy-on-read on read-only device".to_owned());
         }
         let graph = Graph::new();
+        graph.on_trouble(tell_trouble_on_stderr);
         let opened = Opener::new(&graph, BackingPolicy::Follow, Some(tell_on_stderr())).open(spec).await;
         let hint = |error: &underlay_drivers::OpenError| {
             error.cause().and_then(|cause| cause.hint().map(str::to_owned))

@@ -1,9 +1,10 @@
 //! Opening images for a tool: a graph of one's own, and everything flushed and closed at the end.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underlay_drivers::filename;
-use underlay_drivers::open::tell_on_stderr;
+use underlay_drivers::open::{tell_on_stderr, tell_trouble_on_stderr};
 use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener};
 use underlay_graph::plan::{NewRoot, Wires};
@@ -48,9 +49,17 @@ pub struct Image {
     pub root: Root,
 }
 
+/// An image could not be closed as it should.
+static IN_TROUBLE: AtomicBool = AtomicBool::new(false);
+
 /// Opens an image; errors are worded as qemu-img's, but for its name.
 pub async fn image(name: &str, how: How<'_>) -> Result<Image, Failure> {
-    image_in(Graph::new(), name, how).await
+    let graph = Graph::new();
+    graph.on_trouble(|text| {
+        tell_trouble_on_stderr(text);
+        IN_TROUBLE.store(true, Ordering::Relaxed);
+    });
+    image_in(graph, name, how).await
 }
 
 /// The same beside the images that are open already.
@@ -265,6 +274,9 @@ impl Image {
             Ok(())
         });
         closed.await.map_err(|error| Failure::new(error.to_string()))?;
+        if IN_TROUBLE.swap(false, Ordering::Relaxed) {
+            return Err(Failure::new("Error while closing the image"));
+        }
         flushed.map_err(|error| Failure::new(format!("Error while flushing: {error}")))
     }
 }

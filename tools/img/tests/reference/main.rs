@@ -102,6 +102,31 @@ fn resize_rebase_commit() {
     compare(include_str!("../scripts/resize_rebase_commit.txt"));
 }
 
+/// On a full disk an image cannot keep its bitmaps: that is said, and the image is sound. (The reference says it in other words.)
+#[test]
+fn bitmaps_that_cannot_be_stored() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |line: &str| {
+        let mut shell = std::process::Command::new("sh");
+        let line = line.replace("qemu-img", &script::example("qemu-img").to_string_lossy());
+        let done = shell.args(["-c", &line]).current_dir(&folder).output().expect("a shell");
+        (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    assert_eq!(
+        run("qemu-img create -q -f qcow2 a.qcow2 64M && qemu-img bitmap --add a.qcow2 old").0,
+        Some(0)
+    );
+    // In units of 512 bytes: as long as it is.
+    let full =
+        "trap '' XFSZ; ulimit -f $(($(stat -c %s a.qcow2) / 512 + 1)); qemu-img bitmap --add a.qcow2 new";
+    let (status, text) = run(full);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("Lost persistent bitmaps during inactivation of node '"), "{text}");
+    let (status, text) =
+        run("qemu-img check -q a.qcow2 && qemu-img info a.qcow2 | grep -A2 flags | grep in-use >&2");
+    assert_eq!((status, text.trim()), (Some(0), "[0]: in-use"));
+}
+
 /// What we do not have is refused by its name, and nothing is made.
 #[test]
 fn refused_options() {
