@@ -45,7 +45,7 @@ struct Shell {
     running: Running,
     input: Option<ChildStdin>,
     output: Receiver<String>,
-    /// Events that nobody has waited for. One may be printed before the reply that it came after.
+    /// Events that nobody has waited for.
     events: Vec<String>,
 }
 
@@ -327,6 +327,34 @@ fn the_command_line() {
     }
     let help = shell(folder.path(), &["--help"], "");
     assert!(said(&help.stdout).starts_with("Usage: qmp-shell") && help.status.success());
+}
+
+/// Events and replies are printed in the order in which the server has sent them.
+#[test]
+fn what_comes_first_is_printed_first() {
+    const LINES: usize = 300;
+    let folder = tempfile::tempdir().expect("a folder");
+    let listener = UnixListener::bind(folder.path().join("s")).expect("a socket");
+    let messages =
+        |number: usize| format!("{{\"event\": \"B\"}}\n{{\"return\": {number}}}\n{{\"event\": \"A\"}}\n");
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        stream.write_all(b"{\"QMP\": {}}\n").expect("sent");
+        let lines = BufReader::new(stream.try_clone().expect("a handle")).lines();
+        for (number, _) in lines.take(LINES + 1).enumerate() {
+            stream.write_all(messages(number).as_bytes()).expect("sent");
+        }
+    });
+    let output = shell(folder.path(), &["-v", "s"], &"x\n".repeat(LINES));
+    server.join().expect("the server");
+    let printed = said(&output.stdout).replace("{\"execute\": \"x\", \"arguments\": {}}\n", "");
+    let wanted: String = (0..=LINES).map(messages).collect();
+    // The shell is done with the last reply, and the first is that to its own negotiation.
+    let (wanted, last) = wanted.rsplit_once("{\"event\": \"A\"").expect("an event");
+    assert!(
+        last.len() < 10 && printed.starts_with(&wanted.replacen("{\"return\": 0}\n", "", 1)),
+        "{printed}"
+    );
 }
 
 /// A server that talks nonsense, or all too much, ends the shell with a reason.

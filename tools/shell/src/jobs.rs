@@ -5,6 +5,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use underlay_qmp::client::Reply;
 use underlay_qmp::json::{Object, Value};
 
 use crate::line::execute;
@@ -54,7 +55,7 @@ impl Jobs {
     /// Asks the server once; whether it can tell.
     pub(crate) fn look(&self, link: &Link, screen: &Screen) -> bool {
         self.lock().news = false;
-        let reply = link.execute(&execute("query-jobs", Object::new())).map(|reply| reply.result());
+        let reply = link.execute(&execute("query-jobs", Object::new()), Reply::result);
         let Ok(Ok(jobs)) = reply else {
             self.lock().running = false;
             return false;

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use underlay_img::getopt::{Known, parse};
+use underlay_qmp::client::Reply;
 use underlay_qmp::json::{Object, Value};
 
 use jobs::Jobs;
@@ -200,8 +201,8 @@ fn greet(link: &Link, options: &Options) -> Result<String, String> {
         link.greeting(None)
     });
     let greeting = greeting.unwrap_or_else(|| Err(String::new()))?;
-    let capabilities = link.execute(&execute("qmp_capabilities", Object::new()))?;
-    capabilities.result().map_err(|(class, desc)| format!("{class}: {desc}"))?;
+    let capabilities = link.execute(&execute("qmp_capabilities", Object::new()), Reply::result)?;
+    capabilities.map_err(|(class, desc)| format!("{class}: {desc}"))?;
     let mut version = Some(&greeting);
     for name in ["QMP", "version", "qemu"] {
         version = version.and_then(|object| object.get(name)?.as_object());
@@ -221,13 +222,13 @@ fn vocabulary(link: &Link, options: &Options) -> Result<Vocabulary, String> {
     if !options.negotiate {
         return Ok(Vocabulary::default());
     }
-    let schema = link.execute(&execute("query-qmp-schema", Object::new()))?;
-    Ok(schema.result().map(|schema| Vocabulary::from_schema(&schema)).unwrap_or_default())
+    let schema = link.execute(&execute("query-qmp-schema", Object::new()), Reply::result)?;
+    Ok(schema.map(|schema| Vocabulary::from_schema(&schema)).unwrap_or_default())
 }
 
 /// The human monitor's help, or that there is no such monitor.
 fn help_of_humans(link: &Link) -> Result<String, String> {
-    match link.execute(&human("help", None))?.result() {
+    match link.execute(&human("help", None), Reply::result)? {
         Ok(Value::Str(text)) => Ok(text),
         Ok(_) => Err("The server's human monitor does not answer with a text".to_owned()),
         Err((class, desc)) => {

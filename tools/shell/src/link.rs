@@ -87,7 +87,7 @@ pub(crate) enum Told<'a> {
 #[derive(Debug, Default)]
 struct State {
     client: Client,
-    replies: VecDeque<Sender<Reply>>,
+    replies: VecDeque<Sender<(Reply, Sender<()>)>>,
     greeting: Option<Object>,
     over: Option<String>,
     log: Option<File>,
@@ -161,8 +161,9 @@ impl Link {
         })
     }
 
-    /// Has a command executed and waits for the reply; or why there will be none.
-    pub(crate) fn execute(&self, message: &Object) -> Result<Reply, String> {
+    /// Has a command executed, and does something with the reply before anything that came after it is told; or why
+    /// there will be none.
+    pub(crate) fn execute<T>(&self, message: &Object, then: impl FnOnce(Reply) -> T) -> Result<T, String> {
         let (sender, receiver) = channel();
         {
             // Held from the place in the queue to the last byte, so both are in the same order. The hearing thread never
@@ -182,7 +183,9 @@ impl Link {
                 writer.shutdown();
             }
         }
-        receiver.recv().map_err(|_| self.over().unwrap_or_default())
+        // The hearing thread goes on once `_done` is dropped.
+        let (reply, _done) = receiver.recv().map_err(|_| self.over().unwrap_or_default())?;
+        Ok(then(reply))
     }
 
     /// Why the connection is over, if it is.
@@ -244,10 +247,16 @@ fn hand_on(heard: Heard, shared: &Shared, tell: &mut impl FnMut(Told<'_>)) {
             tell(Told::Event(&event));
         }
         Heard::Reply(reply) => {
-            let mut state = shared.lock();
-            state.log("<-", &reply.message);
-            // Nobody may be waiting any more.
-            let _ = state.replies.pop_front().map(|waiting| waiting.send(reply));
+            let waiting = {
+                let mut state = shared.lock();
+                state.log("<-", &reply.message);
+                state.replies.pop_front()
+            };
+            let (done, is_done) = channel();
+            if waiting.is_some_and(|waiting| waiting.send((reply, done)).is_ok()) {
+                // It comes as an error: nothing is ever sent.
+                let _ = is_done.recv();
+            }
         }
     }
 }
@@ -296,15 +305,15 @@ mod tests {
                 scope.spawn(move || {
                     for number in 0..50_u64 {
                         let arguments = Object::new().with("thread", thread).with("number", number);
-                        let reply = link.execute(&execute("x", arguments.clone())).expect("a reply");
-                        assert_eq!(reply.result(), Ok(arguments.into()));
+                        let reply = link.execute(&execute("x", arguments.clone()), Reply::result);
+                        assert_eq!(reply, Ok(Ok(arguments.into())));
                     }
                 });
             }
         });
         server.join().expect("the server");
         let closed = "The server has closed the connection";
-        assert_eq!(link.execute(&execute("x", Object::new())), Err(closed.to_owned()));
+        assert_eq!(link.execute(&execute("x", Object::new()), drop), Err(closed.to_owned()));
         assert_eq!(link.over().as_deref(), Some(closed));
         assert_eq!(events.lock().expect("a list").len(), 201);
     }

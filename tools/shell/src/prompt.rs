@@ -18,7 +18,7 @@ use rustyline::{Context, Editor, ExternalPrinter, Helper};
 use crate::jobs::Jobs;
 use crate::link::Link;
 use crate::screen::Screen;
-use crate::session::{Done, Session, Trouble};
+use crate::session::{Session, Show, Trouble};
 use crate::vocabulary::Vocabulary;
 
 /// Lines that are remembered.
@@ -148,13 +148,14 @@ impl Prompt {
 }
 
 fn execute(line: &str, session: &mut Session, link: &Link, screen: &Screen) {
-    match session.line(line, link, &mut |text| screen.say(text)) {
-        Ok(Done::Nothing) => {}
-        Ok(Done::Answer(text)) => screen.say(&text),
-        Ok(Done::Refused { text, .. }) => screen.complain(&text),
+    let done = session.line(line, link, &mut |shown| match shown {
+        Show::Message(text) => screen.say(text),
+        Show::Error(text) => screen.complain(text),
+    });
+    match done {
         Err(Trouble::Line(error)) => screen.complain(&error.to_string()),
-        // The link has said why.
-        Err(Trouble::Over(_)) => {}
+        // An error has been shown, and the link has said why it is over.
+        Ok(_) | Err(Trouble::Over(_)) => {}
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::{BufRead, Read, Write};
 
 use crate::link::Link;
-use crate::session::{Done, Session, Trouble};
+use crate::session::{Done, Session, Show, Trouble};
 
 /// Longest line, in bytes.
 const MAX_LINE: u64 = 16 << 20;
@@ -25,20 +25,20 @@ pub(crate) fn run(mut session: Session, link: &Link, mut input: impl BufRead) ->
         }
         let line = std::str::from_utf8(&bytes).map_err(|error| complain(error.to_string()))?;
         let mut lost = Ok(());
-        let done = session.line(line, link, &mut |text| lost = print(text));
+        let done = session.line(line, link, &mut |shown| {
+            let (Show::Message(text) | Show::Error(text)) = shown;
+            if lost.is_ok() {
+                lost = print(text);
+            }
+        });
         match done {
-            Ok(Done::Nothing) => {}
-            // Many commands of the human monitor say nothing when all is well.
-            Ok(Done::Answer(text)) if text.is_empty() => {}
-            Ok(Done::Answer(text)) => lost = lost.and(print(&text)),
-            Ok(Done::Refused { command, class, desc, text }) => {
-                print(&text)?;
+            Ok(Done::Well) => lost?,
+            Ok(Done::Refused { command, class, desc }) => {
                 return Err(complain(format!("{command}: {class}: {desc}")));
             }
             Err(Trouble::Line(error)) => return Err(complain(error.to_string())),
             Err(Trouble::Over(reason)) => return Err(complain(reason)),
         }
-        lost?;
     }
 }
 

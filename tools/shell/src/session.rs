@@ -27,15 +27,22 @@ impl Manner {
     }
 }
 
+/// Something to be shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Show<'a> {
+    /// What is sent, or what the server says.
+    Message(&'a str),
+    /// An error of the server's.
+    Error(&'a str),
+}
+
 /// What a line has come to.
 #[derive(Debug)]
 pub(crate) enum Done {
-    /// Nothing was sent.
-    Nothing,
-    /// What the server said to it: to be shown.
-    Answer(String),
-    /// The same, but it is an error.
-    Refused { command: String, class: String, desc: String, text: String },
+    /// All is well.
+    Well,
+    /// The server has refused it, or failed.
+    Refused { command: String, class: String, desc: String },
 }
 
 /// Why a line came to nothing.
@@ -81,45 +88,52 @@ impl Session {
         }
     }
 
-    /// Executes a line. What is sent is shown by `echo`, if that is wanted.
+    /// Executes a line, and shows what there is to show.
     pub(crate) fn line(
         &mut self,
         line: &str,
         link: &Link,
-        echo: &mut dyn FnMut(&str),
+        show: &mut dyn FnMut(Show<'_>),
     ) -> Result<Done, Trouble> {
         let message = match &mut self.tongue {
             Tongue::Qmp(typist) => match typist.line(line).map_err(Trouble::Line)? {
-                Typed::Nothing | Typed::More => return Ok(Done::Nothing),
+                Typed::Nothing | Typed::More => return Ok(Done::Well),
                 Typed::Message(message) => message,
             },
-            Tongue::Hmp { .. } if line.trim().is_empty() => return Ok(Done::Nothing),
+            Tongue::Hmp { .. } if line.trim().is_empty() => return Ok(Done::Well),
             Tongue::Hmp { processor } => human(line, processor_of(line).or(*processor)),
         };
         if self.manner.verbose {
-            echo(&self.manner.show(&message));
+            show(Show::Message(&self.manner.show(&message)));
         }
-        let reply = link.execute(&message).map_err(Trouble::Over)?;
-        if reply.command == "quit" && !reply.is_error() {
+        let done = link.execute(&message, |reply| self.answer(line, reply, show)).map_err(Trouble::Over)?;
+        let quits = message.get("execute").and_then(Value::as_str) == Some("quit");
+        if quits && matches!(done, Done::Well) {
             // Who does something with the images next must not find them still in use.
             link.wait_for_end(FAREWELL);
         }
-        Ok(self.answer(line, reply))
+        Ok(done)
     }
 
-    fn answer(&mut self, line: &str, reply: Reply) -> Done {
+    fn answer(&mut self, line: &str, reply: Reply, show: &mut dyn FnMut(Show<'_>)) -> Done {
         let text = self.manner.show(&reply.message);
         let command = reply.command.clone();
         match (reply.result(), &mut self.tongue) {
-            (Err((class, desc)), _) => Done::Refused { command, class, desc, text },
+            (Err((class, desc)), _) => {
+                show(Show::Error(&text));
+                return Done::Refused { command, class, desc };
+            }
             (Ok(Value::Str(said)), Tongue::Hmp { processor }) => {
+                // Many commands of the human monitor say nothing when all is well.
                 if said.is_empty() {
                     *processor = processor_of(line).or(*processor);
+                } else {
+                    show(Show::Message(harmless(&said).trim_end()));
                 }
-                Done::Answer(harmless(&said).trim_end().to_owned())
             }
-            (Ok(_), _) => Done::Answer(text),
+            (Ok(_), _) => show(Show::Message(&text)),
         }
+        Done::Well
     }
 }
 
