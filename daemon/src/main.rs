@@ -1,18 +1,12 @@
 //! One binary for everything: the storage daemon, the image tools, and what helps to try them.
 #![forbid(unsafe_code)]
 
-mod args;
-mod chardev;
-mod command;
-mod error;
-mod event;
 mod links;
-mod monitor;
-mod state;
-mod storage_daemon;
 
 use std::path::Path;
 use std::process::exit;
+
+use underlay_daemon::storage_daemon;
 
 const HELP: &str = "\
 Usage: underlay COMMAND [arguments]

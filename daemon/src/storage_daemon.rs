@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use underlay_drivers::NodeSpec;
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::process::{self, Birth, PidFile};
 use underlay_sys::rt;
@@ -11,7 +12,7 @@ use underlay_sys::signal::Ending;
 use underlay_sys::thread::block_on;
 
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
-use crate::chardev::Chardevs;
+use crate::chardev::{Chardevs, Wanted};
 use crate::command::arguments::Arguments;
 use crate::command::{blockdev, export, object};
 use crate::error::{CommandError, CommandResult};
@@ -36,6 +37,19 @@ pub fn main(program: &str, words: &[String]) -> i32 {
             run(&name, daemonize, given).map_or_else(|error| fail(&name, &error), |()| 0)
         }
     }
+}
+
+/// Reads a command line as far as that goes without carrying anything out; what is wrong with it, if that is found so early.
+pub fn understood(words: &[String]) -> Result<(), String> {
+    let CommandLine::Run { given, .. } = parse(words)? else { return Ok(()) };
+    let read = |given: &Given| match given.read()? {
+        Arg::Chardev(list) => Wanted::read(list).map(drop),
+        Arg::Blockdev(options) => NodeSpec::parse(options).map(drop).map_err(CommandError::from),
+        Arg::NbdServer(options) => export::address(&mut Arguments::new(options)).map(drop),
+        Arg::Object(options) => object::understood(Arguments::new(options)),
+        Arg::Export(_) | Arg::Monitor(_) | Arg::PidFile(_) => Ok(()),
+    };
+    given.iter().try_for_each(read).map_err(|error| error.in_full())
 }
 
 fn fail(name: &str, error: &str) -> i32 {

@@ -8,10 +8,10 @@ use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
 use underlay_graph::plan::NewRoot;
 use underlay_graph::{GraphError, Perms, RootId};
 use underlay_qmp::json::{Object, Value};
+use underlay_sys::net::Address;
 
 use super::arguments::Arguments;
 use super::blockdev::UNNAMED_USER;
-use crate::chardev::no_credentials;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -42,11 +42,7 @@ pub fn query(daemon: &Daemon) -> Value {
 
 /// nbd-server-start, and `--nbd-server`, whose address has no `data` in between.
 pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let mut address =
-        arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
-    let kind = address.text("type");
-    let members = address.object("data").unwrap_or(address).rest();
-    let address = socket_address::from_options(&kind, &members).map_err(CommandError::told)?;
+    let address = address(arguments)?;
     if let Some(id) = arguments.optional_text("tls-creds") {
         return Err(no_credentials(&id));
     }
@@ -67,6 +63,20 @@ pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
         ServerOptions { max_connections, handshake_timeout: Duration::from_secs(u64::from(seconds)) };
     *running = Some(Arc::new(NbdServer::start(&address, options, daemon.spawners())?));
     Ok(())
+}
+
+/// There are no credentials, whatever their name.
+pub fn no_credentials(id: &str) -> CommandError {
+    CommandError::new(format!("No TLS credentials with id '{id}'"))
+}
+
+/// Where a server is to listen.
+pub fn address(arguments: &mut Arguments) -> CommandResult<Address> {
+    let mut address =
+        arguments.object("addr").ok_or_else(|| CommandError::new("Parameter 'addr' is missing"))?;
+    let kind = address.text("type");
+    let members = address.object("data").unwrap_or(address).rest();
+    socket_address::from_options(&kind, &members).map_err(CommandError::told)
 }
 
 /// nbd-server-stop: drops all NBD exports, whoever is connected.

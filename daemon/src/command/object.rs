@@ -71,6 +71,14 @@ pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
     Ok(())
 }
 
+/// Reads the options of an object and makes none.
+pub fn understood(mut options: Arguments) -> CommandResult<()> {
+    match options.text("qom-type").as_str() {
+        "iothread" => Iothread::new(&mut options).map(drop),
+        _ => limits(&mut options).map(drop),
+    }
+}
+
 /// The limits of a throttle group to come.
 fn limits(options: &mut Arguments) -> CommandResult<Limits> {
     let mut limits = Limits::default();

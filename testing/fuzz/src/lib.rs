@@ -2,7 +2,7 @@
 //! the bytes are; the runner replays what is kept (`corpus/TARGET/`) and what a target makes itself, and then
 //! mutates it, everything from a seed.
 //!
-//! A target fits libFuzzer as it is: `fuzz_target!(|data: &[u8]| underlay_fuzz::targets::qcow2::run(data))`.
+//! A target fits libFuzzer as it is: `libfuzzer/` beside this crate's sources is a program for `cargo fuzz` that runs any of them.
 #![forbid(unsafe_code)]
 
 pub mod mutate;
@@ -27,7 +27,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target {
         name: "qcow2",
         run: targets::qcow2::run,
@@ -53,6 +53,13 @@ pub const TARGETS: [Target; 8] = [
         name: "blockdev",
         run: targets::blockdev::run,
         seeds: targets::blockdev::seeds,
+        mutate: mutate::text,
+        short: 20_000,
+    },
+    Target {
+        name: "command-line",
+        run: targets::command_line::run,
+        seeds: targets::command_line::seeds,
         mutate: mutate::text,
         short: 20_000,
     },

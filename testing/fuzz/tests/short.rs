@@ -35,6 +35,11 @@ fn blockdev() {
 }
 
 #[test]
+fn command_line() {
+    short("command-line");
+}
+
+#[test]
 fn nbd_server() {
     short("nbd-server");
 }

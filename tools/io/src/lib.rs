@@ -90,7 +90,8 @@ impl From<String> for Refusal {
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
-    let refused = match understand(name, words) {
+    let mut warn = |warning: &str| report::complain(format_args!("{name}: {warning}"));
+    let refused = match understand(words, &mut warn) {
         Ok(Wish::Print(text)) => {
             report::prompt(&text);
             return 0;
@@ -114,7 +115,21 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     1
 }
 
-fn understand(name: &str, words: &[String]) -> Result<Wish, Refusal> {
+/// Reads a command line as far as that goes without opening anything; whether it can be understood.
+pub fn is_understood(words: &[String]) -> bool {
+    let Ok(wish) = understand(words, &mut |_| ()) else { return false };
+    let Wish::Run { commands, .. } = wish else { return true };
+    commands.iter().all(|line| {
+        let words: Vec<_> = session::words(line);
+        let number = |word: &String| number::bytes(word).is_ok() || number::integer(word).is_some();
+        let Some((name, rest)) = words.split_first() else { return true };
+        let command = table::find(name);
+        let fits = command.is_some_and(|command| command.wrong_count(name, rest.len()).is_none());
+        fits && rest.iter().filter(|word| !word.starts_with('-')).all(number)
+    })
+}
+
+fn understand(words: &[String], warn: &mut dyn FnMut(&str)) -> Result<Wish, Refusal> {
     let (options, others) = parse(KNOWN, words).map_err(|failure| Refusal::Usage(failure.message))?;
     let mut request = Request::named("");
     let (mut commands, mut misalign, mut image_opts) = (Vec::new(), false, false);
@@ -153,9 +168,7 @@ fn understand(name: &str, words: &[String]) -> Result<Wish, Refusal> {
     }
     request.source = if image_opts {
         let list = parse_options(file, None);
-        for warning in list.warnings {
-            report::complain(format_args!("{name}: {warning}"));
-        }
+        list.warnings.iter().for_each(|warning| warn(warning));
         Source::Options(list.options)
     } else {
         Source::Name(file.clone())

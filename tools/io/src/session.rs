@@ -72,6 +72,12 @@ pub fn options(
     Ok((options.into_iter().filter_map(letter).collect(), others))
 }
 
+/// The words of a line.
+pub fn words(line: &str) -> Vec<String> {
+    let words = line.trim_end_matches('\n').split(' ').filter(|word| !word.is_empty());
+    words.map(str::to_owned).collect()
+}
+
 impl Session {
     /// The open disk; there always is one for commands that need it.
     pub fn disk(&self) -> Result<&Disk, Fault> {
@@ -87,8 +93,7 @@ impl Session {
 
     /// Executes one line.
     pub async fn execute(&mut self, line: &str) -> Next {
-        let words = line.trim_end_matches('\n').split(' ').filter(|word| !word.is_empty());
-        let words: Vec<String> = words.map(str::to_owned).collect();
+        let words = words(line);
         let Some((name, rest)) = words.split_first() else { return Next::Done };
         let Some(command) = table::find(name) else {
             report::complain(format_args!("command \"{name}\" not found"));

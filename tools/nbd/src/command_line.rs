@@ -347,8 +347,8 @@ fn integer(text: &str) -> Option<u64> {
     u64::from_str_radix(digits, radix).ok().filter(|_| valid)
 }
 
-/// Understands the command line; warnings are printed with `program` in front.
-pub fn understand(program: &str, words: &[String]) -> Result<Wish, Refusal> {
+/// Understands the command line; `warn` is told what is worth a warning.
+pub fn understand(words: &[String], warn: &mut dyn FnMut(&str)) -> Result<Wish, Refusal> {
     let parsed = parse(KNOWN, words);
     let (options, others) = parsed.map_err(|failure| Refusal::Option(failure.message.unwrap_or_default()))?;
     let mut said = Said::new();
@@ -378,18 +378,16 @@ pub fn understand(program: &str, words: &[String]) -> Result<Wish, Refusal> {
         };
     }
     let [file] = others.as_slice() else { return Err(Refusal::Count) };
-    serve(program, said, file).map(|serving| Wish::Serve(Box::new(serving)))
+    serve(said, file, warn).map(|serving| Wish::Serve(Box::new(serving)))
 }
 
-fn serve(program: &str, mut said: Said, file: &str) -> Result<Serving, Refusal> {
+fn serve(mut said: Said, file: &str, warn: &mut dyn FnMut(&str)) -> Result<Serving, Refusal> {
     if said.image_opts && said.request.format.is_some() {
         return Err("--image-opts and -f are mutually exclusive".into());
     }
     said.request.source = if said.image_opts {
         let list = parse_options(file, Some("file"));
-        for warning in list.warnings {
-            crate::complain(&format!("{program}: {warning}"));
-        }
+        list.warnings.iter().for_each(|warning| warn(warning));
         Source::Options(list.options)
     } else {
         Source::Name(file.to_owned())
@@ -412,7 +410,7 @@ mod tests {
 
     fn refusal(line: &str) -> String {
         let words: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
-        match understand("qemu-nbd", &words) {
+        match understand(&words, &mut |_| ()) {
             Ok(wish) => format!("{wish:?}"),
             Err(Refusal::Text(text) | Refusal::Option(text)) => text,
             Err(Refusal::Count) => "count".to_owned(),
@@ -430,7 +428,7 @@ mod tests {
 
     #[test]
     fn the_defaults_are_the_reference_s() {
-        let Ok(Wish::Serve(serving)) = understand("qemu-nbd", &["a".to_owned()]) else { panic!("refused") };
+        let Ok(Wish::Serve(serving)) = understand(&["a".to_owned()], &mut |_| ()) else { panic!("refused") };
         assert_eq!((serving.clients, serving.persistent, serving.address), (1, false, None));
         assert!(!serving.request.read_only && !serving.request.modes.discard);
         assert_eq!(refusal(""), "count");

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod activation;
-mod command_line;
+pub mod command_line;
 mod list;
 mod server;
 
@@ -17,7 +17,7 @@ use underlay_sys::thread::block_on;
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
-    let done = match understand(name, words) {
+    let done = match understand(words, &mut |warning| complain(&format!("{name}: {warning}"))) {
         Ok(Wish::Print(text)) => {
             let _ = std::io::stdout().write_all(text.as_bytes());
             return 0;

@@ -1,0 +1,173 @@
+//! From the options of `--chardev` to what is wanted, before anything is opened.
+
+use std::time::Duration;
+
+use underlay_drivers::socket_address;
+use underlay_qmp::option_list::OptionList;
+use underlay_sys::net::{Address, Inet};
+
+use super::options::Options;
+use crate::command::export::no_credentials;
+use crate::error::{CommandError, CommandResult};
+
+/// The kinds that there are in the reference only.
+const LATER: [&str; 7] = ["udp", "memory", "ringbuf", "parallel", "mux", "serial", "hub"];
+
+/// What a `--chardev` asks for.
+pub enum Wanted {
+    /// To be told which kinds there are.
+    Help,
+    /// A device.
+    Device {
+        /// Its name.
+        id: String,
+        /// What is to be behind it.
+        kind: Kind,
+        /// Where a copy of what is written goes, and whether it goes behind what is there.
+        log: Option<(String, bool)>,
+        /// Telnet is spoken.
+        telnet: bool,
+    },
+}
+
+/// What is to be behind a character device.
+pub enum Kind {
+    /// A socket.
+    Socket {
+        /// Where.
+        address: Address,
+        /// Others connect.
+        server: bool,
+        /// Nothing goes on before the first of them.
+        wait: bool,
+        /// We connect, again and again, with such a pause in between.
+        pause: Option<Duration>,
+    },
+    /// Standard input and output.
+    Stdio,
+    /// A file for output.
+    File {
+        /// Its path.
+        path: String,
+        /// What is there stays.
+        append: bool,
+    },
+    /// Named pipes.
+    Pipe(String),
+    /// A terminal, with a link to it.
+    Pty(Option<String>),
+}
+
+impl Wanted {
+    /// Reads the options.
+    pub fn read(list: OptionList) -> CommandResult<Self> {
+        let (id, mut options) = Options::new(list.options)?;
+        let kind = options.text("backend");
+        if matches!(kind.as_deref(), Some("help" | "?")) {
+            return Ok(Self::Help);
+        }
+        let id = id.ok_or_else(|| CommandError::new("chardev: no id specified"))?;
+        let kind = kind.ok_or_else(|| CommandError::new(format!("chardev: \"{id}\" missing backend")))?;
+        options.drop_defaults(&[("mux", false)]);
+        let append = options.flag("logappend").unwrap_or(false);
+        let log = options.text("logfile").map(|path| (path, append));
+        let telnet = kind == "socket" && options.flag("telnet").unwrap_or(false);
+        Ok(Self::Device { id, kind: Kind::read(&kind, options)?, log, telnet })
+    }
+}
+
+impl Kind {
+    fn read(name: &str, mut options: Options) -> CommandResult<Self> {
+        let mut path = |missing: &str| {
+            let path = options.text("path");
+            path.ok_or_else(|| CommandError::new(format!("chardev: {name}: no {missing} given")))
+        };
+        let kind = match name {
+            "socket" => socket(&mut options)?,
+            "stdio" => {
+                // Whether a terminal's keys may send signals: we leave terminals as they are.
+                options.drop_defaults(&[("signal", true)]);
+                Self::Stdio
+            }
+            "file" => {
+                let path = path("filename")?;
+                Self::File { path, append: options.flag("append").unwrap_or(false) }
+            }
+            "null" => Self::File { path: "/dev/null".to_owned(), append: true },
+            "pipe" => Self::Pipe(path("device path")?),
+            "pty" => Self::Pty(options.text("path")),
+            later if LATER.contains(&later) => {
+                let text = format!("Character devices of type '{later}' are not supported yet");
+                return Err(CommandError::new(text));
+            }
+            other => return Err(CommandError::new(format!("'{other}' is not a valid char driver name"))),
+        };
+        options.finish(name)?;
+        Ok(kind)
+    }
+}
+
+fn socket(options: &mut Options) -> CommandResult<Kind> {
+    let server = options.flag("server").unwrap_or(false);
+    let address = address(options)?;
+    if options.has("tls-authz") && !options.has("tls-creds") {
+        return Err(CommandError::new("'tls_authz' option requires 'tls_creds' option"));
+    }
+    let misplaced: &[&str] = if server { &["reconnect", "reconnect-ms"] } else { &["wait"] };
+    if let Some(option) = misplaced.iter().find(|option| options.has(option)) {
+        let mode = if server { "server listen" } else { "client connect" };
+        let text = format!("'{option}' option is incompatible with socket in {mode} mode");
+        return Err(CommandError::new(text));
+    }
+    if !server && options.flag_is("websocket", true) {
+        return Err(CommandError::new("Websocket client is not implemented"));
+    }
+    let pause = pause(options, &address)?;
+    if let Some(id) = options.text("tls-creds") {
+        return Err(no_credentials(&id));
+    }
+    if options.has("delay") && options.has("nodelay") {
+        return Err(CommandError::new("'delay' and 'nodelay' are mutually exclusive"));
+    }
+    let wait = options.flag("wait").unwrap_or(true);
+    options.drop_defaults(&[("delay", false), ("nodelay", true), ("tn3270", false), ("websocket", false)]);
+    Ok(Kind::Socket { address, server, wait, pause })
+}
+
+/// How long to wait between attempts to connect; nothing if there is to be one attempt.
+fn pause(options: &mut Options, address: &Address) -> CommandResult<Option<Duration>> {
+    if options.has("reconnect") && options.has("reconnect-ms") {
+        return Err(CommandError::new("'reconnect' and 'reconnect-ms' are mutually exclusive"));
+    }
+    let number =
+        |options: &mut Options, name| options.number(name).map_or(0, |number| number.max(0).unsigned_abs());
+    let seconds = number(options, "reconnect");
+    let milliseconds = number(options, "reconnect-ms");
+    let pause = Duration::from_secs(seconds).saturating_add(Duration::from_millis(milliseconds));
+    if !pause.is_zero() && matches!(address, Address::Fd(_)) {
+        return Err(CommandError::new("'reconnect' option is incompatible with 'fd' address type"));
+    }
+    Ok((!pause.is_zero()).then_some(pause))
+}
+
+fn address(options: &mut Options) -> CommandResult<Address> {
+    let (path, fd, host) = (options.text("path"), options.text("fd"), options.text("host"));
+    let given = [path.is_some(), fd.is_some(), host.is_some()].iter().filter(|given| **given).count();
+    if given > 1 || (given == 0 && !options.has("port")) {
+        return Err(CommandError::new("None or one of 'path', 'fd' or 'host' option required."));
+    }
+    if let Some(path) = path {
+        return Ok(socket_address::unix(path, options.flag("abstract"), options.flag("tight")));
+    }
+    if let Some(fd) = fd {
+        return socket_address::fd(&fd).map_err(CommandError::told);
+    }
+    let port = options.text("port").ok_or_else(|| CommandError::new("chardev: socket: no port given"))?;
+    let to = options.number("to").map(u16::try_from).transpose();
+    Ok(Address::Inet(Inet {
+        to: to.map_err(|_| CommandError::new("Parameter 'to' expects uint16_t"))?,
+        ipv4: options.flag("ipv4"),
+        ipv6: options.flag("ipv6"),
+        ..Inet::new(host.unwrap_or_default(), port)
+    }))
+}
