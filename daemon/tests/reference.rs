@@ -283,6 +283,21 @@ fn corrupt() {
 }
 
 #[test]
+fn incremental() {
+    compare("incremental");
+}
+
+#[test]
+fn filter_bitmap() {
+    compare("filter_bitmap");
+}
+
+#[test]
+fn export_bitmaps() {
+    compare("export_bitmaps");
+}
+
+#[test]
 fn backup_bitmap() {
     compare("backup_bitmap");
 }

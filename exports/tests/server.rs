@@ -67,6 +67,7 @@ fn export(name: &str, root: underlay_graph::Root, writable: bool) -> NbdExport {
         writable,
         writethrough: false,
         allocation_depth: true,
+        bitmaps: Vec::new(),
     }
 }
 

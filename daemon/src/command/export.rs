@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use underlay_drivers::socket_address;
 use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
+use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::plan::NewRoot;
-use underlay_graph::{GraphError, Perms, RootId};
+use underlay_graph::{GraphError, Kind, NodeId, Perms, Plan, Role, RootId};
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::net::Address;
 
@@ -25,6 +26,8 @@ pub struct Export {
     /// What NBD clients call it.
     name: String,
     root: RootId,
+    /// Bitmaps that it shows, each once.
+    bitmaps: Vec<(NodeId, String)>,
     shutting_down: bool,
 }
 
@@ -103,9 +106,6 @@ pub async fn close_all(daemon: &Daemon) {
 
 /// nbd-server-add (deprecated): id and name are the same, and a read-only node is exported read-only.
 pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    if arguments.has("bitmap") {
-        return Err(CommandError::new("Dirty bitmaps are not supported yet"));
-    }
     let device = arguments.text("device");
     let name = arguments.optional_text("name").unwrap_or_else(|| device.clone());
     if name.len() > MAX_STRING {
@@ -124,6 +124,7 @@ pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandRe
         writable,
         writethrough: false,
         depth: false,
+        bitmaps: arguments.optional_text("bitmap").map(Shown::Somewhere).into_iter().collect(),
         iothread: None,
     };
     spec.add(daemon).await
@@ -131,9 +132,6 @@ pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandRe
 
 /// block-export-add
 pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    if arguments.has("bitmaps") {
-        return Err(CommandError::new("Parameter 'bitmaps' is not supported yet"));
-    }
     let node_name = arguments.text("node-name");
     let spec = Spec {
         id: arguments.text("id"),
@@ -142,6 +140,7 @@ pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()
         writable: arguments.flag("writable", false),
         writethrough: arguments.flag("writethrough", false),
         depth: arguments.flag("allocation-depth", false),
+        bitmaps: Shown::all(arguments),
         iothread: arguments.optional_text("iothread"),
         node_name,
     };
@@ -157,12 +156,83 @@ struct Spec {
     writable: bool,
     writethrough: bool,
     depth: bool,
+    bitmaps: Vec<Shown>,
     iothread: Option<String>,
+}
+
+/// A bitmap that an export shall show.
+enum Shown {
+    /// The first of that name on the way down from the node.
+    Somewhere(String),
+    /// That of a node.
+    Of { node: String, name: String },
+}
+
+impl Shown {
+    fn all(arguments: &mut Arguments) -> Vec<Self> {
+        let Some(Value::List(list)) = arguments.take("bitmaps") else { return Vec::new() };
+        let shown = |value| match value {
+            Value::Str(name) => Some(Self::Somewhere(name)),
+            Value::Object(object) => {
+                let mut of = Arguments::new(object);
+                Some(Self::Of { node: of.text("node"), name: of.text("name") })
+            }
+            _ => None,
+        };
+        list.into_iter().filter_map(shown).collect()
+    }
+
+    /// The node that has it, for an export of `top`.
+    fn find(self, plan: &Plan, top: NodeId, writable: bool) -> Result<(NodeId, String), GraphError> {
+        match self {
+            Self::Of { node, name } => {
+                let id = plan.find(&node);
+                let id = id.ok_or_else(|| GraphError::new(format!("Node '{node}' not found")))?;
+                plan.bitmap(id, &name)?;
+                Ok((id, name))
+            }
+            Self::Somewhere(name) => {
+                let down = |id: &NodeId| {
+                    let node = plan.node(*id);
+                    let backing = node.child(Role::Backing);
+                    backing.or(node.child(Role::File).filter(|_| node.node.kind() == Kind::Filter))
+                };
+                let mut nodes = std::iter::successors(Some(top), down);
+                let found = nodes.find(|id| plan.bitmap(*id, &name).is_ok());
+                let node = found.ok_or_else(|| GraphError::new(format!("Bitmap '{name}' is not found")))?;
+                let may_grow = !plan.node(node).read_only && plan.bitmap(node, &name)?.enabled;
+                if !writable && may_grow {
+                    return Err(GraphError::new(format!(
+                        "Enabled bitmap '{name}' incompatible with readonly export"
+                    )));
+                }
+                Ok((node, name))
+            }
+        }
+    }
+}
+
+/// Locks the bitmaps of an export, each once, and returns all of them and what they say.
+fn lock_bitmaps(
+    plan: &mut Plan,
+    found: &[(NodeId, String)],
+) -> Result<Vec<(String, Arc<DirtyBitmap>)>, GraphError> {
+    let mut bitmaps = Vec::new();
+    for (at, (node, name)) in found.iter().enumerate() {
+        let earlier = found[..at].iter().position(|other| *other == (*node, name.clone()));
+        let bits = match earlier {
+            Some(earlier) => bitmaps.get(earlier).map(|(_, bits): &(_, Arc<DirtyBitmap>)| bits.clone()),
+            None => Some(plan.lock_bitmap(*node, name)?),
+        };
+        bitmaps.extend(bits.map(|bits| (name.clone(), bits)));
+    }
+    Ok(bitmaps)
 }
 
 impl Spec {
     async fn add(self, daemon: &Daemon) -> CommandResult<()> {
-        let Self { id, node_name, name, description, writable, writethrough, depth, iothread } = self;
+        let Self { id, node_name, name, description, writable, writethrough, depth, bitmaps, iothread } =
+            self;
         if !underlay_graph::units::is_well_formed_id(&id) && name != id {
             return Err(CommandError::new("Invalid block export id"));
         }
@@ -199,11 +269,17 @@ impl Spec {
             pinned: false,
             drained: None,
         };
-        let root = daemon.graph.change(|plan| match plan.get(new_root.node) {
-            Some(_) => Ok(plan.add_root(new_root)),
-            None => Err(GraphError::new("The node was removed in the meantime")),
-        });
-        let root_id = root.await?;
+        let edit = |plan: &mut Plan| {
+            let top = new_root.node;
+            if plan.get(top).is_none() {
+                return Err(GraphError::new("The node was removed in the meantime"));
+            }
+            let find = |shown: Shown| shown.find(plan, top, writable);
+            let found = bitmaps.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
+            let shown = lock_bitmaps(plan, &found)?;
+            Ok((plan.add_root(new_root), found, shown))
+        };
+        let (root_id, locked, bitmaps) = daemon.graph.change(edit).await?;
         let root = daemon
             .graph
             .root(root_id)
@@ -217,18 +293,14 @@ impl Spec {
             writable,
             writethrough,
             allocation_depth: depth,
+            bitmaps,
         };
         if let Err(error) = server.add(export) {
-            daemon
-                .graph
-                .change(|plan| {
-                    plan.remove_root(root_id);
-                    Ok(())
-                })
-                .await?;
+            let_go(daemon, root_id, &locked).await?;
             return Err(error.into());
         }
-        daemon.exports().push(Export { id, name, root: root_id, shutting_down: false });
+        let export = Export { id, name, root: root_id, bitmaps: locked, shutting_down: false };
+        daemon.exports().push(export);
         Ok(())
     }
 }
@@ -239,8 +311,18 @@ pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
     close(daemon, id, hard).await
 }
 
+/// An export has gone.
+async fn let_go(daemon: &Daemon, root: RootId, bitmaps: &[(NodeId, String)]) -> CommandResult<()> {
+    let edit = |plan: &mut Plan| {
+        plan.remove_root(root);
+        bitmaps.iter().for_each(|(node, name)| plan.unlock_bitmap(*node, name));
+        Ok(())
+    };
+    Ok(daemon.graph.change(edit).await?)
+}
+
 async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
-    let (name, root) = {
+    let (name, root, bitmaps) = {
         let mut exports = daemon.exports();
         let found = exports.iter_mut().find(|export| export.id == id);
         let export = found.ok_or_else(|| CommandError::new(format!("Export '{id}' is not found")))?;
@@ -248,7 +330,7 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
             return Err(CommandError::new(format!("Export '{id}' is already shutting down")));
         }
         export.shutting_down = true;
-        (export.name.clone(), export.root)
+        (export.name.clone(), export.root, export.bitmaps.clone())
     };
     let server = daemon.nbd().clone();
     let removed = server.map(|server| server.remove(&name, hard));
@@ -264,13 +346,7 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
             return Err(error.into());
         }
     }
-    daemon
-        .graph
-        .change(|plan| {
-            plan.remove_root(root);
-            Ok(())
-        })
-        .await?;
+    let_go(daemon, root, &bitmaps).await?;
     daemon.exports().retain(|export| export.id != id);
     daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", id));
     Ok(())

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use underlay_graph::plan::Wires;
 use underlay_graph::{
-    Graph, GraphError, Kind, Limits, NewNode, Node, NodeName, NodeOptions, Role, View, Wiring,
+    Graph, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, NodeOptions, Role, View, Wiring,
 };
 use underlay_qcow2::{Corruption, Qcow2};
 
@@ -226,16 +226,32 @@ impl Opener {
                 let file = self.open_child(file.clone(), for_file).await?;
                 (Arc::new(SnapshotAccess), file)
             }
-            DriverSpec::CopyBeforeWrite { file, target, options: how } => {
-                let how = *how;
+            DriverSpec::CopyBeforeWrite { file, target, options: how, bitmap } => {
+                let (how, bitmap) = (*how, bitmap.clone());
                 let file = self.open_child(file.clone(), for_file).await?;
                 let target = self.open_child(target.clone(), for_file).await?;
-                let node = copy_before_write(&file.view, &target.view, how)?;
-                return Ok(Unbacked { spec, node, read_only, options, file, target: Some(target) });
+                let bitmap = bitmap.map(|(node, name)| self.bitmap(&node, name)).transpose()?;
+                let filter = copy_before_write(&file.view, &target.view, how)?;
+                if let Some((node, name)) = bitmap {
+                    let size = file.view.cx().length();
+                    let bits = self.wires.plan().bits_for_size(node, &name, size).map_err(|why| {
+                        let text = "Cannot create block-copy-state: Failed to merge bitmap";
+                        OpenError::text(format!("{text} '{name}' to internal copy-bitmap: {why}"))
+                    })?;
+                    filter.copies().limit_to(&bits);
+                }
+                return Ok(Unbacked { spec, node: filter, read_only, options, file, target: Some(target) });
             }
             DriverSpec::Probe { .. } => return Err(OpenError::text("The format is not known".to_owned())),
         };
         Ok(Unbacked { spec, node, read_only, options, file, target: None })
+    }
+
+    fn bitmap(&self, node: &str, name: String) -> Result<(NodeId, String), OpenError> {
+        let plan = self.wires.plan();
+        let id = plan.find(node).ok_or_else(|| OpenError::text(format!("Node '{node}' not found")))?;
+        plan.bitmap(id, &name).map_err(|why| OpenError::text(why.to_string()))?;
+        Ok((id, name))
     }
 
     /// The lowest image that a copy-on-read filter above `top` shall copy from.
@@ -306,7 +322,7 @@ impl Opener {
     }
 }
 
-fn copy_before_write(disk: &View, target: &View, how: CbwOptions) -> Result<Arc<dyn Node>, OpenError> {
+fn copy_before_write(disk: &View, target: &View, how: CbwOptions) -> Result<Arc<CopyBeforeWrite>, OpenError> {
     let is_same = disk.id() == target.id() && disk.id() != underlay_graph::NodeId::DETACHED;
     if is_same {
         return Err(OpenError::text("Source and target cannot be the same".to_owned()));
@@ -316,7 +332,7 @@ fn copy_before_write(disk: &View, target: &View, how: CbwOptions) -> Result<Arc<
             "The target is smaller than the disk that is to be copied there".to_owned(),
         ));
     }
-    Ok(CopyBeforeWrite::new(disk, target, how).map_err(OpenError::text)?)
+    CopyBeforeWrite::new(disk, target, how).map_err(OpenError::text)
 }
 
 fn inherit(options: &NodeOptions) -> Inherited {

@@ -86,6 +86,8 @@ pub enum DriverSpec {
         target: Child,
         /// How.
         options: CbwOptions,
+        /// Only what is dirty here is copied: a node and its bitmap.
+        bitmap: Option<(String, String)>,
     },
     /// `snapshot-access`
     SnapshotAccess {
@@ -599,13 +601,7 @@ fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
 }
 
 fn cbw_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {
-    if let Some(bitmap) = fields.take("bitmap") {
-        let name = match &bitmap {
-            Value::Object(bitmap) => bitmap.get("name").and_then(Value::as_str).unwrap_or_default(),
-            _ => return Err(fields.wrong_type("bitmap", "object")),
-        };
-        return Err(OpenError::text(format!("Dirty bitmap '{name}' not found")));
-    }
+    let bitmap = fields.take("bitmap").map(|bitmap| bitmap_of(fields, bitmap)).transpose()?;
     let on_error = fields.choice(
         "on-cbw-error",
         &[("break-guest-write", OnCbwError::BreakGuestWrite), ("break-snapshot", OnCbwError::BreakSnapshot)],
@@ -624,7 +620,18 @@ fn cbw_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {
         let missing = || OpenError::text(format!("A block device must be specified for \"{name}\""));
         fields.child(name, depth)?.ok_or_else(missing)
     };
-    Ok(DriverSpec::CopyBeforeWrite { file: child("file")?, target: child("target")?, options })
+    Ok(DriverSpec::CopyBeforeWrite { file: child("file")?, target: child("target")?, options, bitmap })
+}
+
+/// A node and its bitmap.
+fn bitmap_of(fields: &Fields, bitmap: Value) -> Result<(String, String), OpenError> {
+    let Value::Object(mut bitmap) = bitmap else { return Err(fields.wrong_type("bitmap", "object")) };
+    let mut text = |name: &str| match bitmap.remove(name) {
+        Some(Value::Str(text)) => Ok(text),
+        Some(_) => Err(fields.wrong_type(&format!("bitmap.{name}"), "string")),
+        None => Err(OpenError::text(format!("Parameter '{}bitmap.{name}' is missing", fields.prefix))),
+    };
+    Ok((text("node")?, text("name")?))
 }
 
 fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {

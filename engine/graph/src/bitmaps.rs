@@ -260,15 +260,7 @@ impl Plan {
         let size = into.size();
         let mut from = vec![into.clone()];
         for (other, name) in sources {
-            let bits = &self.bitmap_for(*other, name, Purpose::Rely)?.bits;
-            if bits.size() != size {
-                return Err(GraphError::new(format!(
-                    "Bitmaps are of different sizes (destination size is {size}, source size is {}) and can't be \
-                     merged",
-                    bits.size()
-                )));
-            }
-            from.push(bits.clone());
+            from.push(self.bits_for_size(*other, name, size)?);
         }
         let merged = fresh(&from[0]);
         self.bitmap_mut(node, target)?.bits = merged.clone();
@@ -276,6 +268,23 @@ impl Plan {
         self.touch(node);
         self.at_the_moment(move || from.iter().for_each(|bits| merged.merge(bits)));
         Ok(())
+    }
+
+    /// What a bitmap says about a disk of `size` bytes, for somebody who relies on it.
+    pub fn bits_for_size(
+        &self,
+        node: NodeId,
+        name: &str,
+        size: u64,
+    ) -> std::result::Result<Arc<DirtyBitmap>, GraphError> {
+        let bits = &self.bitmap_for(node, name, Purpose::Rely)?.bits;
+        if bits.size() == size {
+            return Ok(bits.clone());
+        }
+        let own = bits.size();
+        Err(GraphError::new(format!(
+            "Bitmaps are of different sizes (destination size is {size}, source size is {own}) and can't be merged"
+        )))
     }
 
     /// A job will work with a bitmap: nobody else may, and what is written from the moment on is noted beside it. What the job

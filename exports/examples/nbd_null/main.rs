@@ -50,6 +50,7 @@ fn serve(socket: &str, mib: usize, threads: usize) -> Outcome {
             writable,
             writethrough: false,
             allocation_depth: true,
+            bitmaps: Vec::new(),
         })?;
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;

@@ -37,6 +37,7 @@ pub(crate) async fn serve(shared: &Arc<Shared>, handle: &Arc<Handle>) {
     let session = Session {
         framing: agreed.framing,
         contexts: agreed.contexts,
+        kinds: membership.export().contexts(),
         size,
         root: membership.export().root.clone(),
         writable: membership.export().writable,
@@ -239,7 +240,7 @@ impl Receiver {
             return false;
         }
         self.received.little = payload >= LARGE;
-        let Some(permit) = self.admit(payload.max(request::reply_memory(&request))).await else {
+        let Some(permit) = self.admit(payload.max(self.session.reply_memory(&request))).await else {
             return false;
         };
         let mut from = None;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use underlay_graph::Root;
+use underlay_graph::bitmap::DirtyBitmap;
 use underlay_nbd::{ExportInfo, MAX_NAME, MAX_PAYLOAD, flags};
 
 use super::Handle;
@@ -26,6 +27,38 @@ pub struct NbdExport {
     pub writethrough: bool,
     /// Offer the meta context `qemu:allocation-depth`.
     pub allocation_depth: bool,
+    /// Offer the meta context `qemu:dirty-bitmap:NAME` for each; nobody may change them but guests that write.
+    pub bitmaps: Vec<(String, Arc<DirtyBitmap>)>,
+}
+
+/// What block status can be about.
+#[derive(Clone, Debug)]
+pub(crate) enum Context {
+    /// Holes and zeroes.
+    Allocation,
+    /// Which layer has it.
+    Depth,
+    /// What is dirty.
+    Dirty(String, Arc<DirtyBitmap>),
+}
+
+impl Context {
+    fn name(&self) -> String {
+        match self {
+            Self::Allocation => "base:allocation".to_owned(),
+            Self::Depth => "qemu:allocation-depth".to_owned(),
+            Self::Dirty(name, _) => format!("qemu:dirty-bitmap:{name}"),
+        }
+    }
+}
+
+impl NbdExport {
+    /// Its contexts; their places are their ids.
+    pub(crate) fn contexts(&self) -> Vec<Context> {
+        let depth = self.allocation_depth.then_some(Context::Depth);
+        let bitmaps = self.bitmaps.iter().map(|(name, bits)| Context::Dirty(name.clone(), bits.clone()));
+        [Context::Allocation].into_iter().chain(depth).chain(bitmaps).collect()
+    }
 }
 
 /// What there is to tell about an export.
@@ -86,10 +119,6 @@ impl Entry {
         if several_clients {
             flags |= flags::CAN_MULTI_CONN;
         }
-        let mut contexts = vec!["base:allocation".to_owned()];
-        if export.allocation_depth {
-            contexts.push("qemu:allocation-depth".to_owned());
-        }
         Ok(ExportInfo {
             name: export.name.clone(),
             description: export.description.clone(),
@@ -98,7 +127,7 @@ impl Entry {
             minimum_block: minimum,
             preferred_block: minimum.max(4096),
             maximum_block: (limits.max_transfer.min(MAX_PAYLOAD) & !(minimum - 1)).max(minimum),
-            contexts,
+            contexts: export.contexts().iter().map(Context::name).collect(),
         })
     }
 }

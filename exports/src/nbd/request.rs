@@ -4,6 +4,7 @@
 
 use smallvec::SmallVec;
 use tokio::sync::OwnedSemaphorePermit;
+use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, Root, WriteFlags, ZeroFlags};
 use underlay_nbd::flags as bits;
@@ -11,6 +12,7 @@ use underlay_nbd::transmission::{Chunks, command, simple_reply};
 use underlay_nbd::{Errno, Extents, Framing, MAX_PAYLOAD, MetaContext, Request};
 use underlay_sys::Iov;
 
+use super::export::Context;
 use super::outbox::{Batch, Outbox};
 
 /// Zeroes are looked for in blocks of this many bytes.
@@ -27,6 +29,8 @@ const STEP: u64 = 1 << 30;
 pub(crate) struct Session {
     pub(crate) framing: Framing,
     pub(crate) contexts: Vec<MetaContext>,
+    /// What each context id of the export is about.
+    pub(crate) kinds: Vec<Context>,
     /// As it was told to the client.
     pub(crate) size: u64,
     pub(crate) root: Root,
@@ -76,16 +80,6 @@ enum Answer {
     Status(Vec<(u32, Extents)>),
 }
 
-/// Memory that the reply may need.
-pub(crate) fn reply_memory(request: &Request) -> u64 {
-    match request.command {
-        command::READ | command::CACHE => request.length.min(MAX_PAYLOAD.into()),
-        // Two contexts with as many descriptors as there may be.
-        command::BLOCK_STATUS => 4 << 20,
-        _ => 0,
-    }
-}
-
 pub(crate) fn too_long(length: u64) -> String {
     format!("len ({length}) is larger than max len ({MAX_PAYLOAD})")
 }
@@ -109,6 +103,16 @@ fn command_name(command: u16) -> &'static str {
 }
 
 impl Session {
+    /// Memory that the reply may need.
+    pub(crate) fn reply_memory(&self, request: &Request) -> u64 {
+        match request.command {
+            command::READ | command::CACHE => request.length.min(MAX_PAYLOAD.into()),
+            // As many descriptors as there may be.
+            command::BLOCK_STATUS => self.contexts.len() as u64 * (2 << 20),
+            _ => 0,
+        }
+    }
+
     /// Carries out a request and pushes its reply. `payload` is what came with it.
     pub(crate) async fn work(
         &self,
@@ -338,7 +342,15 @@ impl Session {
         let one = request.flags & bits::CMD_REQ_ONE != 0;
         let mut answers: Vec<_> =
             contexts.into_iter().map(|context| (context, Extents::new(self.framing, one))).collect();
-        let mut rest = range;
+        let mut of_layers = Vec::new();
+        for (context, extents) in &mut answers {
+            match usize::try_from(context.id).ok().and_then(|id| self.kinds.get(id)) {
+                Some(Context::Dirty(_, bits)) => dirty_extents(bits, range, extents),
+                Some(kind) => of_layers.push((kind, extents)),
+                None => {}
+            }
+        }
+        let mut rest = if of_layers.is_empty() { range.split(0).0 } else { range };
         for _ in 0..ENTRIES {
             let inside = self.root.enter().await.map_err(failed("can't get block status"))?;
             let cx = inside.cx();
@@ -349,14 +361,14 @@ impl Session {
                 let found = status(&cx, rest, None).await.map_err(failed("can't get block status"))?;
                 let len = found.len.clamp(1, rest.len());
                 let mut room = false;
-                for (context, extents) in &mut answers {
-                    let flags = if context.name == "base:allocation" {
-                        let hole = if found.data { 0 } else { bits::STATE_HOLE };
-                        hole | if found.zero { bits::STATE_ZERO } else { 0 }
-                    } else if found.allocated {
-                        found.depth.saturating_add(1)
-                    } else {
-                        0
+                for (kind, extents) in &mut of_layers {
+                    let flags = match kind {
+                        Context::Depth if found.allocated => found.depth.saturating_add(1),
+                        Context::Depth => 0,
+                        _ => {
+                            let hole = if found.data { 0 } else { bits::STATE_HOLE };
+                            hole | if found.zero { bits::STATE_ZERO } else { 0 }
+                        }
                     };
                     room |= extents.push(len, flags);
                 }
@@ -367,6 +379,18 @@ impl Session {
             }
         }
         Ok(Answer::Status(answers.into_iter().map(|(context, extents)| (context.id, extents)).collect()))
+    }
+}
+
+/// Tells of `range` what is dirty; behind the end of the bitmap nothing is.
+fn dirty_extents(bitmap: &DirtyBitmap, range: ByteRange, extents: &mut Extents) {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (dirty, len) = bitmap.run_at(rest);
+        if !extents.push(len, if dirty { bits::STATE_DIRTY } else { 0 }) {
+            return;
+        }
+        rest = rest.split(len).1;
     }
 }
 

@@ -53,6 +53,7 @@ impl World {
                     writable,
                     writethrough: false,
                     allocation_depth: true,
+                    bitmaps: Vec::new(),
                 })
                 .expect("a new name");
         }

@@ -66,6 +66,7 @@ async fn serve(
         writable: !disk.is_read_only(),
         writethrough: serving.request.modes.writethrough,
         allocation_depth: serving.allocation_depth,
+        bitmaps: Vec::new(),
     };
     let options = ServerOptions { max_connections: serving.clients, handshake_timeout: serving.handshake };
     let spawners = threads.iter().map(IoThread::spawner).collect();

@@ -48,3 +48,5 @@ pub const REPLY_DONE: u16 = 1;
 pub const STATE_HOLE: u32 = 1;
 /// Bit of `base:allocation`: reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
+/// Context `qemu:dirty-bitmap:…`: was written.
+pub const STATE_DIRTY: u32 = 1;
