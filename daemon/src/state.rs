@@ -8,7 +8,7 @@ use underlay_drivers::open::tell_trouble_on_stderr;
 use underlay_drivers::throttle::Groups;
 use underlay_drivers::{BackingPolicy, Opener};
 use underlay_exports::NbdServer;
-use underlay_graph::Graph;
+use underlay_graph::{Graph, GraphError, NodeId, Plan};
 use underlay_jobs::Jobs;
 use underlay_sys::rt::StopSign;
 use underlay_sys::thread::{IoThread, Spawner};
@@ -107,14 +107,27 @@ impl Daemon {
     pub async fn shut_down(&self) {
         self.jobs.cancel_all().await;
         crate::command::export::close_all(self).await;
-        let emptied = self.graph.change(|plan| {
-            let nodes: Vec<_> = plan.nodes().map(|(id, _)| id).collect();
-            nodes.into_iter().for_each(|id| plan.node_mut(id).monitor_owned = false);
-            Ok(())
-        });
-        if let Err(error) = emptied.await {
-            eprintln!("Could not close all block nodes: {error}");
+        let nodes: Vec<_> = self.graph.plan().nodes().map(|(id, _)| id).collect();
+        if self.close_nodes(&nodes).await.is_err() {
+            // One that cannot be flushed must not keep the others from it.
+            for node in nodes {
+                if let Err(error) = self.close_nodes(&[node]).await {
+                    eprintln!("Could not close all block nodes: {error}");
+                }
+            }
         }
         self.ended.raise();
+    }
+
+    async fn close_nodes(&self, nodes: &[NodeId]) -> Result<(), GraphError> {
+        let edit = |plan: &mut Plan| {
+            for id in nodes {
+                if plan.get(*id).is_some() {
+                    plan.node_mut(*id).monitor_owned = false;
+                }
+            }
+            Ok(())
+        };
+        self.graph.change(edit).await
     }
 }

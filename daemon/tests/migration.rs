@@ -228,14 +228,22 @@ fn migrate(source: &str, destination: &str, over: Over) {
     destination.quit();
     source.quit();
 
-    for (image, disk) in [("d", disk), ("target-disk", later)] {
-        let image = format!("{image}.qcow2");
-        tool(folder, &["img", "check", "-q", "-f", "qcow2", &image]);
-        tool(folder, &["img", "convert", "-f", "qcow2", "-O", "raw", &image, "raw"]);
-        let found = std::fs::read(folder.join("raw")).expect("the disk");
-        let differs = found.iter().zip(&disk).position(|(a, b)| a != b);
-        assert_eq!((found.len(), differs), (SIZE, None), "{image}");
-    }
+    check(folder, "d.qcow2", &disk);
+    check(folder, "target-disk.qcow2", &later);
+}
+
+/// The image is sound and shows `disk`.
+fn check(folder: &Path, image: &str, disk: &[u8]) {
+    tool(folder, &["img", "check", "-q", "-f", "qcow2", image]);
+    tool(folder, &["img", "convert", "-f", "qcow2", "-O", "raw", image, "raw"]);
+    let found = std::fs::read(folder.join("raw")).expect("the disk");
+    let differs = found.iter().zip(disk).position(|(a, b)| a != b);
+    assert_eq!((found.len(), differs), (SIZE, None), "{image}");
+}
+
+fn signal(daemon: &Daemon, signal: &str) {
+    let status = Command::new("kill").args([signal, &daemon.child.id().to_string()]).status();
+    assert!(status.expect("kill runs").success());
 }
 
 #[test]
@@ -254,4 +262,44 @@ fn to_the_reference() {
 fn from_the_reference() {
     migrate(THEIRS, OURS, Over::Tcp);
     migrate(THEIRS, OURS, Over::Unix);
+}
+
+/// The reference hangs here until the server goes on or it is killed.
+#[test]
+fn a_destination_that_does_not_answer_does_not_keep_a_daemon_from_its_end() {
+    for command in ["blockdev-mirror", "blockdev-backup"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        make_images(folder);
+        let mut source = Daemon::start(OURS, folder, "d.qcow2", "node-D");
+        let mut destination = Daemon::start(OURS, folder, "target-disk.qcow2", "node-TargetDisk");
+        source.serve("node-D");
+        let guest = Guest::start(&Server::unix(folder.join("node-D.nbd")), "node-D");
+        let place = place(Over::Unix);
+        destination.execute("nbd-server-start", Object::new().with("addr", place.address));
+        let export = Object::new().with("device", "node-TargetDisk").with("writable", true);
+        destination.execute("nbd-server-add", export);
+        let far = Object::new().with("driver", "nbd").with("node-name", "far").with("server", place.server);
+        source.execute("blockdev-add", far.with("export", "node-TargetDisk"));
+        let job = Object::new().with("device", "node-D").with("target", "far").with("job-id", "job0");
+        let job = job.with("sync", "full");
+        let disk = if command == "blockdev-mirror" {
+            source.execute(command, job);
+            source.monitor.event("BLOCK_JOB_READY", "device", "job0").expect("it is ready");
+            signal(&destination, "-STOP");
+            // What the guest writes cannot be copied any more, but is acknowledged.
+            guest.write(20);
+            guest.stop()
+        } else {
+            guest.write(20);
+            let disk = guest.stop();
+            signal(&destination, "-STOP");
+            source.execute(command, job);
+            disk
+        };
+        signal(&source, "-TERM");
+        source.monitor.event("BLOCK_JOB_CANCELLED", "device", "job0").expect("it is cancelled");
+        assert!(source.child.wait().expect("it ends").success());
+        check(folder, "d.qcow2", &disk);
+    }
 }

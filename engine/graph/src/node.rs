@@ -191,6 +191,9 @@ pub trait Node: Debug + Send + Sync {
     fn is_unusable(&self) -> bool {
         false
     }
+    /// Nobody needs what is under way here, nor what would come: a node that waits for somebody else fails it all from now
+    /// on, and is unusable.
+    fn give_up(&self) {}
     /// Waits for work of the node's own that may outlive the request which began it. While it waits no request is inside
     /// and none comes.
     async fn settle(&self) {}

@@ -251,6 +251,8 @@ impl BackupDraft {
         };
         let main = root("main node", filter, Some(Arc::new(HeldBack(self.job.clone()))));
         let roots = [main, root("target", target, None)];
+        let (graph, source) = (self.work.graph.clone(), self.source);
+        self.job.set_last_resort(move || chain::give_up(&graph.plan(), source, target));
         self.work.wiring = Some(Wiring { claim, target, filter, roots });
         Ok(())
     }

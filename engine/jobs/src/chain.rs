@@ -35,6 +35,17 @@ pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError
     Ok(())
 }
 
+/// Fails what is under way at the target of a copy that came to nothing, as far as it is not the source's as well.
+pub(crate) fn give_up(plan: &Plan, source: NodeId, target: NodeId) {
+    let of_source = if plan.get(source).is_some() { plan.reachable(source) } else { Default::default() };
+    let file = |id: &NodeId| plan.get(*id).and_then(|node| node.child(Role::File));
+    for id in std::iter::successors(Some(target), file).filter(|id| !of_source.contains(id)) {
+        if let Some(node) = plan.get(id) {
+            node.node.give_up();
+        }
+    }
+}
+
 /// Refuses when a filter relies on a link from `device` down to the last of `images`, or on the one below that.
 pub(crate) fn check_links(plan: &Plan, device: NodeId, images: &[NodeId]) -> Result<(), GraphError> {
     let filters = std::iter::successors(Some(device), |id| plan.node(*id).child(Role::File))

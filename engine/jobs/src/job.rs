@@ -67,6 +67,8 @@ pub struct Job {
     counter: OnceLock<Arc<AtomicU64>>,
     /// Those with which it ends.
     group: OnceLock<Weak<Group>>,
+    /// Makes the requests of a job that was cancelled fail which do not come to an end.
+    last_resort: OnceLock<Box<dyn Fn() + Send + Sync>>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
@@ -117,6 +119,7 @@ impl Job {
             write_blocking: OnceLock::new(),
             counter: OnceLock::new(),
             group: OnceLock::new(),
+            last_resort: OnceLock::new(),
             auto_finalize: settings.auto_finalize,
             auto_dismiss: settings.auto_dismiss,
             sink,
@@ -465,6 +468,18 @@ impl Job {
         self.state().total = total;
     }
 
+    /// What fails the requests of this job that do not come to an end.
+    pub(crate) fn set_last_resort(&self, last_resort: impl Fn() + Send + Sync + 'static) {
+        let _ = self.last_resort.set(Box::new(last_resort));
+    }
+
+    /// Has the requests under way fail, as far as they are for nobody but this job, which was cancelled.
+    pub(crate) fn give_up(&self) {
+        if let Some(last_resort) = self.last_resort.get() {
+            last_resort();
+        }
+    }
+
     /// The job is a mirror, and this is its copy mode.
     pub(crate) fn set_copy_mode(&self, write_blocking: Arc<AtomicBool>) {
         let _ = self.write_blocking.set(write_blocking);
@@ -500,6 +515,10 @@ impl Job {
     /// error is for the job to end with.
     pub(crate) fn on_error(&self, error: &IoError, is_read: bool) -> Result<Action, Stop> {
         let mut state = self.state();
+        if state.cancel == Some(Cancel::Hard) {
+            // It ends for another reason, and the request may have been given up for that.
+            return Err(Stop::Cancelled);
+        }
         // Too late to wait for anybody.
         let late = matches!(state.status, Status::Waiting | Status::Pending);
         let policy = self.on_target_error.filter(|_| !is_read).unwrap_or(self.on_error);

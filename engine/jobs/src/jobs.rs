@@ -3,10 +3,12 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_graph::GraphError;
 use underlay_graph::units::is_well_formed_id;
+use underlay_sys::rt;
 
 use crate::error::{JobError, Stop};
 use crate::event::EventSink;
@@ -14,6 +16,9 @@ use crate::group::Group;
 use crate::job::Job;
 use crate::settings::{JobInfo, Kind, Settings};
 use crate::status::Status;
+
+/// How long jobs may take to end at the end of a daemon before they give up their targets.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// The work of one job, to be spawned on an I/O thread. It must run to its end.
 pub type JobTask = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -97,14 +102,20 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends all jobs, at the end of a daemon: cancels them by force and waits until they are over. Their tasks
-    /// must be running.
+    /// Ends all jobs, at the end of a daemon: cancels them by force and waits until they are over. Who does not get there
+    /// because a target does not answer gives it up. Their tasks must be running.
     pub async fn cancel_all(&self) {
         let jobs = self.list().clone();
         for job in jobs.iter().rev() {
             job.blink();
             // Refused by a job that is ending already, which is as good.
             let _ = job.cancel();
+        }
+        let until = rt::now() + GRACE;
+        for job in &jobs {
+            if rt::by(Some(until), job.concluded()).await.is_none() {
+                job.give_up();
+            }
         }
         for job in jobs {
             job.concluded().await;

@@ -134,7 +134,9 @@ impl Jobs {
         let name = args.filter_node_name.as_deref();
         let wired = graph.change(|plan| wire(plan, source, target, name, &job, &tracked)).await;
         let wiring = wired.map_err(|why| self.refused(&job, &settings, why))?;
-        let graph = graph.clone();
+        let (graph, of_job) = (graph.clone(), graph.clone());
+        let (source, target) = (wiring.source, wiring.target);
+        job.set_last_resort(move || chain::give_up(&of_job.plan(), source, target));
         let mirror = Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, switch: false };
         self.launch(job, &settings, Box::new(mirror)).await
     }

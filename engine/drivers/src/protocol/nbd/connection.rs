@@ -250,7 +250,7 @@ impl Connection {
     }
 
     /// The connection is of no use any more. Whoever receives notices, and tells everybody; so does the next who would.
-    fn hang_up(&self) {
+    pub(crate) fn hang_up(&self) {
         self.dead.store(true, Ordering::Release);
         self.stream.shutdown();
     }

@@ -8,7 +8,7 @@
 //! in the background, and each thread keeps to one of them. A server may say so and yet take no more: then it stays with
 //! the first. When a further one is lost its requests go to the first.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -68,6 +68,8 @@ pub(crate) struct Link {
     written: AtomicU64,
     durable: AtomicU64,
     doubts: AtomicU64,
+    /// No server will be asked for anything any more.
+    given_up: AtomicBool,
     /// One attempt at a time.
     attempt: tokio::sync::Mutex<()>,
 }
@@ -121,8 +123,8 @@ impl Link {
         let granted = connection.granted().clone();
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
-        let (written, durable, doubts) = Default::default();
-        let link = Self { spec, granted, state, further, written, durable, doubts, attempt };
+        let (written, durable, doubts, given_up) = Default::default();
+        let link = Self { spec, granted, state, further, written, durable, doubts, given_up, attempt };
         link.connect_further(most);
         Ok(link)
     }
@@ -210,6 +212,7 @@ impl Link {
             match connection.ask(ask()).await {
                 Ok(descriptors) => return Ok(descriptors),
                 Err(Failure::Server(error)) => return Err(IoError::new(error.to_linux())),
+                Err(Failure::Lost) if self.is_given_up() => return Err(IoError::EIO),
                 Err(Failure::Lost) if !is_own && self.spec.reconnect_delay.is_zero() => {
                     return Err(IoError::EIO);
                 }
@@ -244,6 +247,9 @@ impl Link {
                 (state.lost.unwrap_or_default(), state.tried)
             };
             let until = lost + self.spec.reconnect_delay;
+            if self.is_given_up() {
+                return Err(IoError::EIO);
+            }
             let waits = rt::now() < until;
             if !waits && tried.is_some_and(|tried| rt::now() < tried + REST) {
                 return Err(IoError::EIO);
@@ -275,6 +281,22 @@ impl Link {
             None => state.tried = Some(rt::now()),
         }
         made
+    }
+
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst)
+    }
+
+    /// Fails all requests, now and later.
+    pub(crate) fn give_up(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
+        let further = {
+            let mut further = lock(&self.further);
+            further.closed = true;
+            further.living.clone()
+        };
+        let first = self.state().connection.clone();
+        further.into_iter().chain(first).for_each(|connection| connection.hang_up());
     }
 
     #[cfg(test)]

@@ -210,6 +210,14 @@ impl Node for NbdNode {
         self.link.doubts()
     }
 
+    fn is_unusable(&self) -> bool {
+        self.link.is_given_up()
+    }
+
+    fn give_up(&self) {
+        self.link.give_up();
+    }
+
     async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
         self.link.close().await;
         Ok(())
