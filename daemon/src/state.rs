@@ -9,8 +9,8 @@ use underlay_drivers::throttle::Groups;
 use underlay_drivers::{BackingPolicy, Opener};
 use underlay_exports::NbdServer;
 use underlay_graph::{Graph, GraphError, NodeId, Plan};
-use underlay_jobs::Jobs;
-use underlay_sys::rt::StopSign;
+use underlay_jobs::{GRACE, Jobs};
+use underlay_sys::rt::{self, StopSign};
 use underlay_sys::thread::{IoThread, Spawner};
 
 use crate::command::export::Export;
@@ -105,8 +105,18 @@ impl Daemon {
 
     /// The end: jobs cancelled, exports closed, nodes flushed and closed.
     pub async fn shut_down(&self) {
-        self.jobs.cancel_all().await;
+        let jobs = self.jobs.cancel_all().await;
         crate::command::export::close_all(self).await;
+        let mut closing = std::pin::pin!(self.close_all_nodes());
+        if rt::by(Some(rt::now() + GRACE), closing.as_mut()).await.is_none() {
+            // A target that does not answer cannot be flushed either.
+            jobs.iter().for_each(|job| job.give_up());
+            closing.await;
+        }
+        self.ended.raise();
+    }
+
+    async fn close_all_nodes(&self) {
         let nodes: Vec<_> = self.graph.plan().nodes().map(|(id, _)| id).collect();
         if self.close_nodes(&nodes).await.is_err() {
             // One that cannot be flushed must not keep the others from it.
@@ -116,7 +126,6 @@ impl Daemon {
                 }
             }
         }
-        self.ended.raise();
     }
 
     async fn close_nodes(&self, nodes: &[NodeId]) -> Result<(), GraphError> {

@@ -189,7 +189,6 @@ fn migrate(source: &str, destination: &str, over: Over) {
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
     make_images(folder);
-    let is_ours = source == OURS;
     let mut source = Daemon::start(source, folder, "d.qcow2", "node-D");
     let mut destination = Daemon::start(destination, folder, "target-disk.qcow2", "node-TargetDisk");
     source.serve("node-D");
@@ -202,15 +201,8 @@ fn migrate(source: &str, destination: &str, over: Over) {
     destination
         .execute("nbd-server-add", Object::new().with("device", "node-TargetDisk").with("writable", true));
     // (3)
-    let mirror = Object::new().with("device", "node-D").with("sync", "top").with("job-id", "job0");
-    if is_ours {
-        source.execute("drive-mirror", mirror.with("target", place.name).with("mode", "existing"));
-    } else {
-        // This command the reference's storage daemon does not have.
-        let far = Object::new().with("driver", "nbd").with("node-name", "far").with("server", place.server);
-        source.execute("blockdev-add", far.with("export", "node-TargetDisk"));
-        source.execute("blockdev-mirror", mirror.with("target", "far"));
-    }
+    let mirror = Object::new().with("device", "node-D").with("target", place.name).with("sync", "top");
+    source.execute("drive-mirror", mirror.with("mode", "existing").with("job-id", "job0"));
     // (4)
     source.monitor.event("BLOCK_JOB_READY", "device", "job0").expect("it is ready");
     guest.write(50);

@@ -233,6 +233,11 @@ fn drive_mirror() {
 }
 
 #[test]
+fn drive_mirror_existing() {
+    compare("drive_mirror_existing");
+}
+
+#[test]
 fn nbd_client() {
     compare("nbd_client");
 }

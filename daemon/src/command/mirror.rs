@@ -2,7 +2,7 @@
 
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::{BackingPolicy, NodeSpec, filename};
-use underlay_graph::{NewNode, NodeId, Plan};
+use underlay_graph::{NewNode, NodeId, Plan, Role, Wiring};
 use underlay_jobs::mirror::check_granularity;
 use underlay_jobs::{MirrorArgs, SyncMode, Target};
 
@@ -52,9 +52,9 @@ pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Command
         let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
         snapshot::create_image(&file, format, size, view.as_deref()).await?;
     }
-    let node = open_target(daemon, source, &file, format.as_deref(), node_name).await?;
+    let mut node = open_target(daemon, source, &file, format.as_deref(), node_name).await?;
     let below = match existing {
-        true => named_below(daemon, source, &file, &node)?,
+        true => named_below(daemon, source, &file, &mut node).await?,
         false => below,
     };
     let fresh = !existing && mode == "full";
@@ -86,21 +86,25 @@ async fn open_target(
     Ok(opener.open(spec).await?)
 }
 
-/// What an existing target names as its backing file: an image of the source's chain.
-fn named_below(
+/// What an existing target names as its backing file: an image of the source's chain, or else it gets what it names at once.
+async fn named_below(
     daemon: &Daemon,
     source: NodeId,
     file: &str,
-    target: &NewNode,
+    target: &mut NewNode,
 ) -> CommandResult<Option<NodeId>> {
     let Some(backing) = target.node.backing_ref() else { return Ok(None) };
     let name = resolve_backing(file, &backing.file);
     let found = filename::find_in_chain(&daemon.graph.wires(), source, &name);
-    let elsewhere = || {
-        let text = format!("The backing file '{name}' of the target is not an image of the source's chain");
-        CommandError::new(format!("{text}, which is not supported yet"))
-    };
-    found.map(Some).ok_or_else(elsewhere)
+    if found.is_none() {
+        let mut spec = NodeSpec::image(&name, backing.format.as_deref())?;
+        spec.cache_direct = Some(target.options.cache_direct);
+        spec.cache_no_flush = Some(target.options.cache_no_flush);
+        spec.read_only = Some(true);
+        let below = daemon.opener(BackingPolicy::Follow).open(spec).await?;
+        target.children.push((Role::Backing, Wiring::New(Box::new(below))));
+    }
+    Ok(found)
 }
 
 fn sync_mode(name: &str) -> CommandResult<SyncMode> {

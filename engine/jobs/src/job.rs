@@ -474,7 +474,7 @@ impl Job {
     }
 
     /// Has the requests under way fail, as far as they are for nobody but this job, which was cancelled.
-    pub(crate) fn give_up(&self) {
+    pub fn give_up(&self) {
         if let Some(last_resort) = self.last_resort.get() {
             last_resort();
         }

@@ -17,8 +17,8 @@ use crate::job::Job;
 use crate::settings::{JobInfo, Kind, Settings};
 use crate::status::Status;
 
-/// How long jobs may take to end at the end of a daemon before they give up their targets.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long jobs may take to end at the end of a daemon, and then their nodes to be closed, before targets are given up.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The work of one job, to be spawned on an I/O thread. It must run to its end.
 pub type JobTask = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -103,8 +103,8 @@ impl Jobs {
     }
 
     /// Ends all jobs, at the end of a daemon: cancels them by force and waits until they are over. Who does not get there
-    /// because a target does not answer gives it up. Their tasks must be running.
-    pub async fn cancel_all(&self) {
+    /// because a target does not answer gives it up. Their tasks must be running. Those that it has ended.
+    pub async fn cancel_all(&self) -> Vec<Arc<Job>> {
         let jobs = self.list().clone();
         for job in jobs.iter().rev() {
             job.blink();
@@ -117,13 +117,14 @@ impl Jobs {
                 job.give_up();
             }
         }
-        for job in jobs {
+        for job in &jobs {
             job.concluded().await;
             if !job.vanishes_by_itself() {
                 // Refused only for one that somebody else has just dismissed.
-                let _ = self.dismiss(&job).await;
+                let _ = self.dismiss(job).await;
             }
         }
+        jobs
     }
 
     /// The id of a new job, from what the command says.

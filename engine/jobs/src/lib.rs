@@ -42,7 +42,7 @@ pub use create::Creation;
 pub use error::JobError;
 pub use event::{Action, EventSink, JobEvent, Progress};
 pub use job::Job;
-pub use jobs::{JobTask, Jobs, Started};
+pub use jobs::{GRACE, JobTask, Jobs, Started};
 pub use mirror::{MirrorArgs, SyncMode, Target};
 pub use settings::{IoStatus, JobInfo, Kind, OnError, Settings};
 pub use status::{Status, Verb};

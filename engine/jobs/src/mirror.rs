@@ -104,7 +104,9 @@ impl Jobs {
                 (cx.node().image_info().cluster_size, unbacked)
             }
             Target::New { node, .. } => {
-                (node.node.image_info().cluster_size, node.node.backing_ref().is_some())
+                let has_backing = node.children.iter().any(|(role, _)| *role == Role::Backing);
+                let unbacked = node.node.backing_ref().is_some() && !has_backing;
+                (node.node.image_info().cluster_size, unbacked)
             }
         };
         let default = cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10));
