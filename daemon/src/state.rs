@@ -32,6 +32,8 @@ pub struct Daemon {
     pub jobs: Arc<Jobs>,
     /// The way to the monitors.
     pub events: Arc<EventBus>,
+    /// Raised when everything that the command line asks for is there: commands wait for it.
+    pub ready: StopSign,
     /// Raised when the daemon is to end.
     pub quit: StopSign,
     /// Raised when everything is closed and only the last replies are left.
@@ -58,6 +60,7 @@ impl Daemon {
             iothreads: Iothreads::default(),
             jobs: Jobs::new(events.clone()),
             events,
+            ready: StopSign::default(),
             quit: StopSign::default(),
             ended: StopSign::default(),
             turn: tokio::sync::Mutex::default(),

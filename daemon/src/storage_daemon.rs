@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use underlay_drivers::NodeSpec;
+use underlay_graph::Graph;
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::process::{self, Birth, PidFile};
 use underlay_sys::rt;
@@ -81,6 +82,8 @@ async fn serve(
         birth.succeeded().map_err(|error: io::Error| format!("cannot daemonize: {error}"))?;
     }
     if let Ok(Ready::Running(_)) = &ready {
+        daemon.ready.raise();
+        rt::spawn(Graph::refresh_bitmaps_for_ever(Arc::downgrade(&daemon.graph)));
         let quit = daemon.quit.clone();
         rt::spawn(async move {
             if ending.wait().await.is_ok() {

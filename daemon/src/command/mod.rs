@@ -33,6 +33,7 @@ pub fn version() -> Value {
 
 /// Executes a request. Queries never wait; everything else takes turns.
 pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> {
+    daemon.ready.raised().await;
     let mut arguments = Arguments::new(request.arguments);
     if let Some(answer) = query(daemon, request.command, &mut arguments) {
         return answer;

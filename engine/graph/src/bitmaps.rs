@@ -79,9 +79,10 @@ impl PlanBitmap {
         self.successor.iter().chain([&self.bits])
     }
 
-    /// Gives it the node's length.
-    pub(crate) fn resize(&self, length: u64) {
-        self.all_bits().filter(|bits| bits.size() != length).for_each(|bits| bits.resize(length));
+    /// Gives it the node's length, if it has another.
+    pub(crate) fn resize(&self, length: u64) -> bool {
+        let other = self.all_bits().filter(|bits| bits.size() != length);
+        other.map(|bits| bits.resize(length)).count() > 0
     }
 
     /// Whether an image keeps the same for both, or has what it needs to.

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use async_trait::async_trait;
+use underlay_sys::rt;
 
 use crate::bitmaps::{Moment, PlanBitmap};
 use crate::error::{GraphError, IoError};
@@ -13,6 +15,9 @@ use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanNode, PlanRoot, RootId, Wires};
 use crate::root::Root;
 use crate::view::View;
+
+/// How often images are made to keep what persistent bitmaps say by now, at most.
+const REFRESH: Duration = Duration::from_secs(30);
 
 /// What must happen between closing the gates and the swap: the last thing that may fail, and the moment of no
 /// return. Both wirings may be used for I/O here (no gate is needed: the caller holds them all).
@@ -111,6 +116,18 @@ impl Graph {
         }
     }
 
+    /// Does that now and then, as long as there is the graph: it takes a hundredth of the time at most.
+    pub async fn refresh_bitmaps_for_ever(graph: Weak<Self>) {
+        let mut pause = REFRESH;
+        loop {
+            rt::sleep(pause).await;
+            let Some(graph) = graph.upgrade() else { return };
+            let start = rt::now();
+            graph.refresh_bitmaps().await;
+            pause = REFRESH.max(rt::now().saturating_sub(start) * 100);
+        }
+    }
+
     /// Rewires the graph. See [`Graph::change_with`].
     pub async fn change<R: Send>(
         &self,
@@ -158,7 +175,7 @@ impl Graph {
         let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access, trouble };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
-            step.resize_bitmaps();
+            step.resize_bitmaps().await;
             // Nodes may want to be asked in another way after the last step.
             let now = Wires::new(Arc::new(new.plan().clone()));
             for ((id, _), gate) in roots.iter().zip(&mut gates) {
@@ -307,10 +324,17 @@ impl Step<'_> {
     }
 
     /// Bitmaps are as long as their nodes, which the last step may have changed.
-    fn resize_bitmaps(&self) {
+    async fn resize_bitmaps(&self) {
         for (id, node) in self.new.plan().nodes().filter(|(_, node)| !node.bitmaps.is_empty()) {
-            let length = self.new.view(id).cx().length();
-            node.bitmaps.iter().for_each(|bitmap| bitmap.resize(length));
+            let view = self.new.view(id);
+            let length = view.cx().length();
+            if node.bitmaps.iter().filter(|bitmap| bitmap.resize(length)).count() == 0 || node.read_only {
+                continue;
+            }
+            let Some(store) = node.node.as_bitmap_store() else { continue };
+            if let Err(error) = store.refresh(&view.cx(), &persistent(node)).await {
+                tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! Writing bitmaps to an image: their bits and tables, in clusters of their own that nothing refers to yet.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Weak};
 
 use underlay_graph::bitmap::{DirtyBitmap, Words};
 use underlay_graph::bitmaps::PlanBitmap;
@@ -10,6 +11,7 @@ use crate::bitmaps::{ALL_ONES, AUTO, MAX_BITMAP, StoredBitmap, bytes_of_bits};
 use crate::cache::to_bytes;
 use crate::commit::write_pieces;
 use crate::live::Qcow2;
+use crate::stored::Written;
 
 /// Bytes that may wait to be written together.
 const WAITING: usize = 4 << 20;
@@ -64,8 +66,13 @@ impl<'a> Writer<'a> {
         &mut self,
         old: &[StoredBitmap],
         bitmaps: &[PlanBitmap],
-        unchanged: &HashSet<&str>,
+        written: &mut Written,
     ) -> Result<Vec<StoredBitmap>> {
+        let before = std::mem::take(written);
+        let is_written = |bitmap: &PlanBitmap, now: &(Weak<DirtyBitmap>, u64)| {
+            let then = before.get(&*bitmap.name);
+            bitmap.successor.is_none() && then.is_some_and(|then| then.0.ptr_eq(&now.0) && then.1 == now.1)
+        };
         let by_name: HashMap<&str, &PlanBitmap> =
             bitmaps.iter().map(|bitmap| (&*bitmap.name, bitmap)).collect();
         let known: HashSet<&str> = old.iter().map(|entry| entry.name.as_str()).collect();
@@ -74,17 +81,22 @@ impl<'a> Writer<'a> {
             match by_name.get(entry.name.as_str()) {
                 None => {}
                 Some(bitmap) if bitmap.inconsistent => entries.push(entry.clone()),
-                Some(bitmap) if unchanged.contains(&*bitmap.name) => {
-                    let flags = if bitmap.enabled { AUTO } else { 0 };
-                    entries.push(StoredBitmap { flags, ..entry.clone() });
+                Some(bitmap) => {
+                    let now = (Arc::downgrade(&bitmap.bits), bitmap.bits.changes());
+                    entries.push(match is_written(bitmap, &now) {
+                        true => StoredBitmap { flags: flags(bitmap), ..entry.clone() },
+                        false => self.bitmap(bitmap, entry.raw_name.clone()).await?,
+                    });
+                    note(written, bitmap, now);
                 }
-                Some(bitmap) => entries.push(self.bitmap(bitmap, entry.raw_name.clone()).await?),
             }
         }
         // What is not known cannot be stored anew.
         let is_new = |bitmap: &&PlanBitmap| !known.contains(&*bitmap.name) && !bitmap.inconsistent;
         for bitmap in bitmaps.iter().rev().filter(is_new) {
+            let now = (Arc::downgrade(&bitmap.bits), bitmap.bits.changes());
             entries.push(self.bitmap(bitmap, bitmap.name.as_bytes().to_vec()).await?);
+            note(written, bitmap, now);
         }
         Ok(entries)
     }
@@ -114,7 +126,7 @@ impl<'a> Writer<'a> {
         Ok(StoredBitmap {
             name: bitmap.name.to_string(),
             raw_name,
-            flags: if bitmap.enabled { AUTO } else { 0 },
+            flags: flags(bitmap),
             granularity_bits,
             table_offset,
             table_entries: u32::try_from(entries).map_err(|_| IoError::EFBIG)?,
@@ -127,6 +139,17 @@ impl<'a> Writer<'a> {
             self.image.free_unused(self.cx, host, count).await;
         }
     }
+}
+
+/// The image has what a bitmap said.
+fn note(written: &mut Written, bitmap: &PlanBitmap, said: (Weak<DirtyBitmap>, u64)) {
+    if bitmap.successor.is_none() {
+        written.insert(bitmap.name.to_string(), said);
+    }
+}
+
+fn flags(bitmap: &PlanBitmap) -> u32 {
+    if bitmap.enabled { AUTO } else { 0 }
 }
 
 /// The bits of a bitmap in clusters as they are stored, but for those in which none is set.

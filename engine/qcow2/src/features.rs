@@ -23,8 +23,10 @@ pub const LAZY_REFCOUNTS: u64 = 1 << 0;
 pub const BITMAPS: u64 = 1 << 0;
 /// Autoclear: the external data file reads as a raw image.
 pub const RAW_DATA_FILE: u64 = 1 << 1;
+/// Autoclear, and our own: the regions that may have been written to since the bitmaps were stored are noted in the header cluster.
+pub const DIRTY_REGIONS: u64 = 1 << 62;
 /// Every autoclear bit that this crate knows the meaning of.
-pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | RAW_DATA_FILE;
+pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | RAW_DATA_FILE | DIRTY_REGIONS;
 
 /// Bytes of one entry in the feature name table.
 pub const ENTRY: usize = 48;

@@ -1,6 +1,7 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod bitmap_writer;
 pub mod bitmaps;
 pub mod cache;
@@ -11,6 +12,7 @@ pub mod compress;
 mod copied;
 mod counts;
 pub mod cow;
+mod crash_safe;
 pub mod create;
 pub mod empty;
 pub mod entry;

@@ -23,12 +23,14 @@ use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
 
+use crate::ahead::Ahead;
 use crate::bitmaps::BitmapError;
 use crate::cache::{SliceCache, to_words};
 use crate::check::{Finding, Fix, check};
 use crate::cleaner::Cleaner;
 use crate::commit::Commits;
 use crate::compress::Decoded;
+use crate::crash_safe;
 use crate::entry::Layout;
 use crate::features;
 use crate::frees::Frees;
@@ -210,6 +212,9 @@ pub struct Qcow2 {
     /// The internal snapshots; none if their table cannot be read, which `check` tells.
     pub(crate) snapshots: Arc<[SnapshotInfo]>,
     pub(crate) stored: Mutex<Stored>,
+    /// What makes the bitmaps survive a crash, and whether the header says that it holds.
+    pub(crate) ahead: OnceLock<Ahead>,
+    pub(crate) ahead_holds: AtomicBool,
     pub(crate) stored_turn: tokio::sync::Mutex<()>,
     writable: AtomicBool,
     /// Something has been written since the image became writable.
@@ -227,7 +232,8 @@ impl Qcow2 {
         let layout = layout(&header, &options)?;
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
         let l1 = read_l1(file, &header).await?;
-        let stored = stored::load(file, &header).await?;
+        let notes = crash_safe::load(file, &header).await.map_err(BitmapError::Directory)?;
+        let stored = stored::load(file, &header, notes.as_ref()).await?;
         let snapshots = snapshots::read(file, &header).await.unwrap_or_default().snapshots;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
@@ -259,6 +265,8 @@ impl Qcow2 {
             resizing: tokio::sync::Mutex::default(),
             snapshots: snapshots.iter().map(snapshot_info).collect(),
             stored: Mutex::new(stored),
+            ahead_holds: AtomicBool::new(notes.is_some()),
+            ahead: notes.map_or_else(OnceLock::new, OnceLock::from),
             stored_turn: tokio::sync::Mutex::default(),
             writable: AtomicBool::new(false),
             modified: AtomicBool::new(false),

@@ -9,7 +9,8 @@
 //!   after that the old clusters are given free ([`crate::frees`]).
 //!
 //! So a cut leaves the old directory, in which everything is in use, or the new one; and clusters that leak, at most. Whoever
-//! opens an image in which bitmaps are in use knows that they say too little; they stay so until they are removed.
+//! opens an image in which bitmaps are in use knows that they say too little, unless there are notes of the rest
+//! ([`crate::crash_safe`]); they stay so until they are removed.
 //!
 //! Nobody has to keep the bitmaps of an image that he opens: without [`BitmapStore::begin`] the first write clears the bit that
 //! says that the bitmaps fit the image, as the format asks of programs that do not know bitmaps.
@@ -23,11 +24,13 @@ use underlay_graph::bitmaps::{BitmapStore, PlanBitmap, inconsistent};
 use underlay_graph::{ByteRange, Cx, GraphError, IoError, Result, WriteFlags};
 use underlay_sys::Iov;
 
+use crate::ahead::Ahead;
 use crate::bitmap_writer::Writer;
 use crate::bitmaps::{
     self, ALL_ONES, AUTO, BitmapError, GRANULARITY_BITS, IN_USE, MAX_BITMAP, MAX_NAME, StoredBitmap,
     bytes_of_bits,
 };
+use crate::crash_safe::{complete, is_good, missing_bytes};
 use crate::extensions::{BitmapsExtension, MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Region};
 use crate::features;
 use crate::header::{Header, Version};
@@ -47,35 +50,30 @@ pub(crate) struct Stored {
     pub(crate) entries: Vec<StoredBitmap>,
     /// What was loaded, until somebody begins to write.
     loaded: Vec<PlanBitmap>,
-    /// Bits that say what the image has, by name, with their number of changes then.
-    as_stored: HashMap<String, (Weak<DirtyBitmap>, u64)>,
     /// Somebody keeps the bitmaps up to date.
     kept: bool,
     /// The directory on disk says of every bitmap that it is in use.
     marked: bool,
+    /// What the disk has of which bits.
+    pub(crate) written: Written,
+}
+
+/// By the names of bitmaps: the bits that were written, and how often they had been changed by then.
+pub(crate) type Written = HashMap<String, (Weak<DirtyBitmap>, u64)>;
+
+/// What the directory says of the bitmaps in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// They are as they should be, and nobody writes.
+    Valid,
+    /// Somebody writes.
+    InUse,
 }
 
 impl Stored {
     /// The directory as the disk has it.
     pub(crate) fn directory(&self) -> Vec<StoredBitmap> {
         if self.marked { marked(&self.entries) } else { self.entries.clone() }
-    }
-
-    /// Whether the image has just what a bitmap says.
-    fn has(&self, bitmap: &PlanBitmap) -> bool {
-        let known = self.as_stored.get(&*bitmap.name);
-        bitmap.successor.is_none()
-            && known.is_some_and(|(bits, changes)| {
-                std::ptr::eq(bits.as_ptr(), Arc::as_ptr(&bitmap.bits)) && *changes == bitmap.bits.changes()
-            })
-    }
-
-    /// The image has what a bitmap says.
-    fn note(&mut self, bitmap: &PlanBitmap) {
-        if bitmap.successor.is_none() && !bitmap.inconsistent {
-            let now = (Arc::downgrade(&bitmap.bits), bitmap.bits.changes());
-            self.as_stored.insert(bitmap.name.to_string(), now);
-        }
     }
 
     fn find(&self, name: &str) -> Option<&StoredBitmap> {
@@ -87,14 +85,20 @@ fn marked(entries: &[StoredBitmap]) -> Vec<StoredBitmap> {
     entries.iter().map(|entry| StoredBitmap { flags: entry.flags | IN_USE, ..entry.clone() }).collect()
 }
 
-/// Reads all bitmaps of an image that is being opened.
-pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> std::result::Result<Stored, BitmapError> {
-    let entries = bitmaps::read(file, header).await?;
+/// Reads all bitmaps of an image that is being opened, and completes them by the notes in it.
+pub(crate) async fn load(
+    file: &Cx<'_>,
+    header: &Header,
+    ahead: Option<&Ahead>,
+) -> std::result::Result<Stored, BitmapError> {
+    let mut entries = bitmaps::read(file, header).await?;
+    let marked = entries.iter().all(|entry| entry.flags & IN_USE != 0);
     let mut names = HashSet::new();
     let mut loaded = Vec::with_capacity(entries.len());
     let mut memory = 0;
-    for entry in &entries {
-        if !names.insert(entry.name.as_str()) {
+    let mut written = Written::new();
+    for entry in &mut entries {
+        if !names.insert(entry.name.clone()) {
             return Err(BitmapError::Twice(entry.name.clone()));
         }
         let granularity = 1 << entry.granularity_bits;
@@ -103,18 +107,27 @@ pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> std::result::Result<
         if memory > MAX_MEMORY {
             return Err(BitmapError::TooMuch(MAX_MEMORY));
         }
-        let inconsistent = entry.flags & IN_USE != 0;
+        let inconsistent = !is_good(entry, ahead);
         let bits = DirtyBitmap::new(header.virtual_size(), granularity);
+        let mut changes = None;
         if !inconsistent {
             load_bits(file, header, entry, &bits, &mut memory).await?;
+            changes = Some(bits.changes());
+            memory += missing_bytes(&bits, entry, ahead);
+            if memory > MAX_MEMORY {
+                return Err(BitmapError::TooMuch(MAX_MEMORY));
+            }
+            complete(&bits, entry, ahead);
+            entry.flags &= !IN_USE;
         }
         let enabled = !inconsistent && entry.flags & AUTO != 0;
         let bitmap = PlanBitmap::new(&entry.name, bits, enabled);
+        if let Some(changes) = changes {
+            written.insert(entry.name.clone(), (Arc::downgrade(&bitmap.bits), changes));
+        }
         loaded.push(PlanBitmap { persistent: true, inconsistent, ..bitmap });
     }
-    let mut stored = Stored::default();
-    loaded.iter().for_each(|bitmap| stored.note(bitmap));
-    Ok(Stored { entries, loaded, ..stored })
+    Ok(Stored { entries, loaded, kept: false, marked, written })
 }
 
 async fn load_bits(
@@ -128,10 +141,12 @@ async fn load_bits(
     let table = bitmaps::table(file, entry, header).await?;
     let (size, cluster) = (header.virtual_size(), header.cluster_size());
     let len = bytes_of_bits(size, entry.granularity_bits);
-    if table.len() as u64 != len.div_ceil(cluster) {
+    // One that is in use may be of the disk before it got another size.
+    if table.len() as u64 != len.div_ceil(cluster) && entry.flags & IN_USE == 0 {
         return Err(failed(IoError::EINVAL));
     }
-    for (index, offset) in (0..).zip(table).filter(|(_, offset)| *offset != 0) {
+    let places = (0..len.div_ceil(cluster)).zip(table);
+    for (index, offset) in places.filter(|(_, offset)| *offset != 0) {
         let here = ByteRange::between(index * cluster, (index * cluster + cluster).min(len));
         *memory += here.len();
         if *memory > MAX_MEMORY {
@@ -193,10 +208,12 @@ impl Qcow2 {
         }
         let _turn = self.header_turn.lock().await;
         let header = self.header();
-        if header.autoclear & features::BITMAPS != 0 {
-            let autoclear = header.autoclear & !features::BITMAPS;
+        let promises = features::BITMAPS | features::DIRTY_REGIONS;
+        if header.autoclear & promises != 0 {
+            let autoclear = header.autoclear & !promises;
             write_features(&cx.below(), &Header { autoclear, ..header }).await?;
             self.header_mut().autoclear = autoclear;
+            self.notice_notes();
         }
         Ok(())
     }
@@ -234,11 +251,48 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Has the image keep these bitmaps, and no others. The turn of `stored_turn` is the caller's.
+    pub(crate) async fn store_as(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap], state: State) -> Result<()> {
+        let (old, mut written) = {
+            let stored = self.stored();
+            (stored.entries.clone(), stored.written.clone())
+        };
+        let mut writer = Writer::new(self, cx);
+        let entries = match writer.bitmaps(&old, bitmaps, &mut written).await {
+            Ok(entries) => entries,
+            Err(error) => {
+                writer.undo().await;
+                return Err(error);
+            }
+        };
+        let directory = if state == State::InUse { marked(&entries) } else { entries.clone() };
+        self.change_directory(writer, &directory, state).await?;
+        let kept: HashSet<u64> = entries.iter().map(|entry| entry.table_offset).collect();
+        {
+            let mut stored = self.stored();
+            (stored.entries, stored.written) = (entries, written);
+            stored.marked = state == State::InUse;
+        }
+        if state == State::Valid {
+            // Whoever writes all the same marks them again first.
+            self.forget_modified();
+        }
+        for entry in old.iter().filter(|entry| !kept.contains(&entry.table_offset)) {
+            self.drop_bitmap(cx, entry).await;
+        }
+        Ok(())
+    }
+
     /// Changes over to a directory of these bitmaps, whose tables and data come from `writer`. Durable on return, as is all
     /// that was written before. What is not in the new directory is the caller's to give free.
-    async fn change_directory(&self, mut writer: Writer<'_>, entries: &[StoredBitmap]) -> Result<()> {
+    async fn change_directory(
+        &self,
+        mut writer: Writer<'_>,
+        entries: &[StoredBitmap],
+        state: State,
+    ) -> Result<()> {
         let old = self.header().extensions.bitmaps;
-        let new = match self.write_directory(&mut writer, entries).await {
+        let new = match self.write_directory(&mut writer, entries, state).await {
             Ok(new) => new,
             Err(error) => {
                 if self.usable().is_ok() {
@@ -266,6 +320,7 @@ impl Qcow2 {
         &self,
         writer: &mut Writer<'_>,
         entries: &[StoredBitmap],
+        state: State,
     ) -> Result<Option<BitmapsExtension>> {
         let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
         let bytes = bitmaps::serialise(entries);
@@ -282,12 +337,12 @@ impl Qcow2 {
         };
         writer.write_out().await?;
         self.write_refcounts(writer.cx).await?;
-        self.name_directory(writer.cx, new).await?;
+        self.name_directory(writer.cx, new, state).await?;
         Ok(new)
     }
 
     /// Writes the header with another directory, or without one.
-    async fn name_directory(&self, cx: &Cx<'_>, new: Option<BitmapsExtension>) -> Result<()> {
+    async fn name_directory(&self, cx: &Cx<'_>, new: Option<BitmapsExtension>, state: State) -> Result<()> {
         let _turn = self.header_turn.lock().await;
         let old = self.header();
         let mut header = old.clone();
@@ -296,6 +351,9 @@ impl Qcow2 {
             Some(_) => header.autoclear | features::BITMAPS,
             None => header.autoclear & !features::BITMAPS,
         };
+        if new.is_none() || state == State::Valid {
+            header.autoclear &= !features::DIRTY_REGIONS;
+        }
         if let Err(error) = write_header(&cx.below(), &header).await {
             // The disk may have the one or the other header now. It must be the old one, or nothing may be written any more.
             if let Err(second) = write_header(&cx.below(), &old).await {
@@ -305,6 +363,7 @@ impl Qcow2 {
             return Err(error);
         }
         *self.header_mut() = header;
+        self.notice_notes();
         Ok(())
     }
 
@@ -395,6 +454,7 @@ impl BitmapStore for Qcow2 {
             stored.kept = true;
             stored.loaded.clear();
         }
+        self.begin_notes(cx).await?;
         self.mark_bitmaps(cx).await
     }
 
@@ -408,33 +468,7 @@ impl BitmapStore for Qcow2 {
         if !self.is_writable() {
             return Err(IoError::EPERM);
         }
-        let unchanged: HashSet<&str> = {
-            let stored = self.stored();
-            let same = |bitmap: &&PlanBitmap| stored.has(bitmap) && bitmap.bits.size() == self.size();
-            bitmaps.iter().filter(same).map(|bitmap| &*bitmap.name).collect()
-        };
-        let mut writer = Writer::new(self, cx);
-        let entries = match writer.bitmaps(&old, bitmaps, &unchanged).await {
-            Ok(entries) => entries,
-            Err(error) => {
-                writer.undo().await;
-                return Err(error);
-            }
-        };
-        self.change_directory(writer, &entries).await?;
-        let kept: HashSet<u64> = entries.iter().map(|entry| entry.table_offset).collect();
-        {
-            let mut stored = self.stored();
-            (stored.entries, stored.marked) = (entries, false);
-            stored.as_stored.clear();
-            bitmaps.iter().for_each(|bitmap| stored.note(bitmap));
-        }
-        // Whoever writes all the same marks them again first.
-        self.forget_modified();
-        for entry in old.iter().filter(|entry| !kept.contains(&entry.table_offset)) {
-            self.drop_bitmap(cx, entry).await;
-        }
-        Ok(())
+        self.store_as(cx, bitmaps, State::Valid).await
     }
 
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()> {
@@ -447,13 +481,33 @@ impl BitmapStore for Qcow2 {
             let on_disk = if stored.marked { marked(&rest) } else { rest.clone() };
             (gone, rest, on_disk)
         };
-        self.change_directory(Writer::new(self, cx), &on_disk).await?;
-        {
-            let mut stored = self.stored();
-            stored.entries = rest;
-            stored.as_stored.remove(name);
-        }
+        self.change_directory(Writer::new(self, cx), &on_disk, State::InUse).await?;
+        self.stored().entries = rest;
         self.drop_bitmap(cx, &gone).await;
         self.commit(cx).await
+    }
+
+    async fn refresh(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
+        if bitmaps.is_empty() || !self.can_take_notes() {
+            return Ok(());
+        }
+        self.begin_change(cx).await?;
+        let _turn = self.stored_turn.lock().await;
+        self.store_with_notes(cx, bitmaps).await
+    }
+
+    fn is_worth_refreshing(&self) -> bool {
+        self.usable().is_ok() && self.ahead().is_some_and(Ahead::has_news)
+    }
+
+    fn covers(&self, range: ByteRange) -> bool {
+        self.ahead().is_none_or(|ahead| ahead.covers(range))
+    }
+
+    async fn cover(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        match self.ahead() {
+            Some(ahead) => ahead.cover(&cx.below(), range).await,
+            None => Ok(()),
+        }
     }
 }

@@ -21,7 +21,9 @@ use std::ops::Range;
 use underlay_graph::{ByteRange, Cx, IoError, Result, WriteFlags};
 use underlay_sys::Iov;
 
+use crate::ahead;
 use crate::extensions;
+use crate::features;
 use crate::header::{Header, Version};
 
 /// What a disk writes whole or not at all.
@@ -45,9 +47,9 @@ pub async fn write_features(file: &Cx<'_>, header: &Header) -> Result<()> {
 /// Makes the header cluster on disk that of `header`; durable on return, safe against power cuts as the module says.
 /// Everything that the new header relies on must have been flushed before. EINVAL when it does not fit the cluster.
 pub async fn write_header(file: &Cx<'_>, header: &Header) -> Result<()> {
-    let cluster = usize::try_from(header.cluster_size()).map_err(|_| IoError::EINVAL)?;
-    let old = Iov::scratch(cluster);
-    file.read(ByteRange::between(0, header.cluster_size()), old.clone()).await?;
+    let room = ByteRange::between(0, room(header));
+    let old = Iov::scratch(room.buffer_len());
+    file.read(room, old.clone()).await?;
     let plan = plan(&old.to_vec(), header)?;
     for step in &plan.steps {
         apply(file, step).await?;
@@ -55,6 +57,22 @@ pub async fn write_header(file: &Cx<'_>, header: &Header) -> Result<()> {
     }
     // Nobody reads what is zeroed here; it need not be durable.
     apply(file, &plan.leftovers).await
+}
+
+/// Bytes of the header cluster that belong to the header: not those where dirty regions are noted.
+fn room(header: &Header) -> u64 {
+    let cluster = header.cluster_size();
+    let place = ahead::place(cluster).filter(|_| header.autoclear & features::DIRTY_REGIONS != 0);
+    place.map_or(cluster, |place| place.start())
+}
+
+/// Where the header on disk ends, with its extensions and the backing file's name.
+pub(crate) async fn header_end(file: &Cx<'_>, header: &Header) -> Result<u64> {
+    let cluster = ByteRange::between(0, header.cluster_size());
+    let bytes = Iov::scratch(cluster.buffer_len());
+    file.read(cluster, bytes.clone()).await?;
+    let end = State::on_disk(&bytes.to_vec()).and_then(|state| state.used.iter().map(|used| used.end).max());
+    Ok(end.map_or(cluster.len(), |end| end as u64))
 }
 
 async fn apply(file: &Cx<'_>, writes: &[Write]) -> Result<()> {

@@ -12,7 +12,7 @@ use underlay_graph::{
     ByteRange, Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId,
 };
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::Iov;
+use underlay_sys::{Iov, rt};
 
 use crate::modes::Modes;
 
@@ -219,6 +219,11 @@ impl Disk {
     /// How it was opened.
     pub fn request(&self) -> &Request {
         &self.request
+    }
+
+    /// Has the images keep their bitmaps now and then, as long as the disk is open: for who serves it for long.
+    pub fn refresh_bitmaps(&self) {
+        rt::spawn(Graph::refresh_bitmaps_for_ever(Arc::downgrade(&self.graph)));
     }
 
     /// The wiring, for questions.

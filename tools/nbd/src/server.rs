@@ -80,6 +80,7 @@ async fn serve(
     if serving.verbose {
         crate::complain(&format!("{program}: listening on {}", server.local_address()));
     }
+    disk.refresh_bitmaps();
     let begun = birth.map_or(Ok(()), Birth::succeeded);
     if begun.is_ok() {
         until_over(&server, serving.persistent, ending).await;

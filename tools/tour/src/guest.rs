@@ -84,7 +84,7 @@ impl Guest {
         }
     }
 
-    /// Has the guest rest: what its disk holds then.
+    /// Has the guest flush, and rest: what its disk holds then.
     pub fn rest(&self) -> Result<Moment, String> {
         let (answer, moment) = mpsc::channel();
         let gone = "the guest has gone";
@@ -133,10 +133,12 @@ impl Disk {
     /// Does what it is told, if it is told anything.
     fn obey(&mut self, orders: &mpsc::Receiver<Order>) -> std::io::Result<()> {
         let Ok(Order::Rest(answer)) = orders.try_recv() else { return Ok(()) };
+        self.client.flush()?;
         // Nobody may be there to hear it any more; then nobody gives orders either.
         let _ = answer.send(Moment(self.versions.clone()));
         if let Ok(Order::GoOn(Some(client))) = orders.recv() {
-            std::mem::replace(&mut self.client, *client).disconnect()?;
+            // The other server may be gone.
+            let _ = std::mem::replace(&mut self.client, *client).disconnect();
         }
         Ok(())
     }

@@ -1,10 +1,11 @@
 //! The tour: a daemon, a guest that never stops writing and verifying, and a chain of images that is made,
 //! streamed, committed, mirrored, backed up and moved to another daemon under it, case by case as in "Live Block Device
-//! Operations".
+//! Operations"; and a daemon that is killed between the backups of a disk.
 #![forbid(unsafe_code)]
 
 mod cases;
 mod guest;
+mod incremental;
 mod moments;
 
 use std::path::{Path, PathBuf};
@@ -25,7 +26,7 @@ const HELP: &str = "\
 Usage: underlay tour
 
 Makes a chain of disk images live in a temporary folder, streams and commits it in eight ways, mirrors it in three, backs
-it up in two and moves it to a second daemon, while a guest keeps writing and verifying over NBD, and verifies every byte.
+it up in two and moves it to a second daemon, and makes incremental backups across a crash, while a guest keeps writing and verifying over NBD, and verifies every byte.
 Exit status 1 if anything differs.
 ";
 
@@ -101,6 +102,7 @@ fn tour() -> Result<bool, String> {
         let stop = Stop { folder: folder.path().to_owned(), number };
         stop.visit(&mut monitor, case, &mut summary)?;
     }
+    incremental::visit(folder.path(), &mut summary)?;
     monitor.execute("quit", Object::new())?;
     let ended = daemon.child.wait().map_err(|error| format!("the daemon: {error}"))?;
     let errors = summary.guest.errors + u64::from(summary.wrong_chains) + u64::from(!ended.success());

@@ -2,6 +2,7 @@
 //! on it, and a check of all their references.
 
 mod check;
+mod crash_safe;
 mod empty;
 mod hostile;
 mod model;

@@ -323,10 +323,10 @@ fn a_power_cut_leaves_bitmaps_as_they_were_or_as_they_are_or_unknown() {
                 judge(&loaded(cut).0, &[&old], &mut seen, &context);
             }
             for cut in written {
-                judge(&loaded(cut).0, &[], &mut seen, &context);
+                judge(&loaded(cut).0, &[&old], &mut seen, &context);
             }
             for cut in storing {
-                judge(&loaded(cut).0, &[&new], &mut seen, &context);
+                judge(&loaded(cut).0, &[&old, &new], &mut seen, &context);
             }
             before = bitmaps;
         }
@@ -362,6 +362,7 @@ fn a_disk_that_fails_keeps_the_image_sound() {
         run(setup.image.store(&setup.view.cx(), &first)).unwrap();
         begin(&setup.image, &setup);
         setup.write(0, &[7; 5000]).unwrap();
+        let before = said(&first);
         let second = random_bitmaps(&mut rng, shape.size, first);
         disk.fail_after(Some(rng.below(12)));
         let outcome = run(setup.image.store(&setup.view.cx(), &second));
@@ -369,7 +370,7 @@ fn a_disk_that_fails_keeps_the_image_sound() {
         disk.fail_after(None);
         failed += u32::from(outcome.is_err());
         let expected = said(&second);
-        judge(&loaded(cut).0, &[&expected], &mut [0; 3], &format!("seed {seed}"));
+        judge(&loaded(cut).0, &[&before, &expected], &mut [0; 3], &format!("seed {seed}"));
         if outcome.is_err() && !setup.image.is_unusable() {
             // Once more, now that there is room.
             run(setup.image.store(&setup.view.cx(), &second)).unwrap();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backup;
+mod bitmaps;
 mod chain;
 mod copies;
 mod depth;

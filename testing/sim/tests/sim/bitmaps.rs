@@ -1,0 +1,190 @@
+//! Dirty bitmaps under guests who write, while bitmaps come, are cleared, merged, switched on and off and brought up to date in the
+//! image. Whatever on the disk is not what it was when a bitmap was last clean lies in granules that it calls dirty: now,
+//! after the image was closed and opened again, and after a power cut.
+
+use std::time::Duration;
+
+use underlay_graph::bitmap::DirtyBitmap;
+use underlay_graph::bitmaps::{NewBitmap, PlanBitmap};
+use underlay_graph::{ByteRange, Graph, GraphError, NodeId, Perms, Plan, View};
+use underlay_qcow2::OpenOptions;
+use underlay_sim::{Disk, Model, Power, Rng, SECTOR, run_seeds};
+use underlay_sys::{Iov, rt};
+
+use crate::guests::Guests;
+use crate::lab::{Setup, add_node, add_user, build, new_node, open_image};
+
+/// Bytes of the disk: a few regions of those that are noted for a crash.
+const SIZE: u64 = 5 << 18;
+/// Clusters that leave room for notes.
+const ROOMY: u64 = 4096;
+
+/// What is known of a bitmap.
+struct Known {
+    name: String,
+    persistent: bool,
+    enabled: bool,
+    /// The disk when it was last clean, unless it has missed something since.
+    clean: Option<Model>,
+}
+
+/// The guests' disk, and its bitmaps.
+struct Lab {
+    setup: Setup,
+    guests: Guests,
+    node: NodeId,
+    bitmaps: Vec<Known>,
+}
+
+impl Lab {
+    /// Edits the plan. The model of the disk at the moment, unless it came to nothing.
+    async fn edit(&self, edit: impl Fn(&mut Plan) -> Result<(), GraphError> + Send + Sync) -> Option<Model> {
+        self.guests.model().remember();
+        let outcome = self.setup.graph.change(|plan| edit(plan)).await;
+        let moment = self.guests.model().moment_over();
+        assert!(outcome.is_ok() || self.setup.power.is_cut(), "{outcome:?}");
+        outcome.ok().map(|()| moment)
+    }
+
+    async fn add(&mut self, rng: &mut Rng) {
+        let name = format!("b{}", self.bitmaps.len());
+        let persistent = !self.setup.layers[0].raw && !rng.one_in(3);
+        let (enabled, granularity) = (!rng.one_in(5), Some(512 << rng.below(9)));
+        let new = NewBitmap { name: &name, granularity, persistent, enabled };
+        if let Some(moment) = self.edit(|plan| plan.add_bitmap(self.node, &new)).await {
+            self.bitmaps.push(Known { name, persistent, enabled, clean: enabled.then_some(moment) });
+        }
+    }
+
+    async fn clear(&mut self, at: usize) {
+        let name = &self.bitmaps[at].name;
+        let moment = self.edit(|plan| plan.clear_bitmap(self.node, name)).await;
+        let known = &mut self.bitmaps[at];
+        known.clean = moment.filter(|_| known.enabled);
+    }
+
+    async fn switch(&mut self, at: usize) {
+        let enabled = !self.bitmaps[at].enabled;
+        let name = &self.bitmaps[at].name;
+        let done = self.edit(|plan| plan.enable_bitmap(self.node, name, enabled)).await;
+        let known = &mut self.bitmaps[at];
+        (known.enabled, known.clean) = (enabled && done.is_some(), None);
+    }
+
+    /// What was dirty in the other is moved to the one, in one step.
+    async fn merge(&mut self, one: usize, other: usize) {
+        let (target, source) = (&self.bitmaps[one].name, &self.bitmaps[other].name);
+        let moment = self.edit(|plan| {
+            plan.merge_bitmaps(self.node, target, &[(self.node, source)])?;
+            plan.clear_bitmap(self.node, source)
+        });
+        let moment = moment.await;
+        if moment.is_none() {
+            self.bitmaps[one].clean = None;
+        }
+        self.bitmaps[other].clean = moment.filter(|_| self.bitmaps[other].enabled);
+    }
+
+    async fn step(&mut self, rng: &mut Rng) {
+        let count = self.bitmaps.len();
+        match rng.below(8) {
+            0 | 1 => self.add(rng).await,
+            2 if count > 0 => self.clear(rng.index(count)).await,
+            3 if count > 0 => self.switch(rng.index(count)).await,
+            4 | 5 if count > 1 => {
+                let one = rng.index(count);
+                self.merge(one, (one + 1 + rng.index(count - 1)) % count).await;
+            }
+            _ => self.setup.graph.refresh_bitmaps().await,
+        }
+    }
+
+    /// Checks all bitmaps that `of` finds, against what is on a disk.
+    fn check<'a>(&self, content: &[u8], of: impl Fn(&Known) -> Option<&'a DirtyBitmap>) {
+        for known in &self.bitmaps {
+            let (Some(clean), Some(bits)) = (&known.clean, of(known)) else { continue };
+            for (sector, bytes) in (0..).zip(content.chunks(512)) {
+                let here = ByteRange::between(sector * SECTOR, (sector + 1) * SECTOR);
+                let knows = bits.any(here) || clean.check_part(sector, bytes).is_ok();
+                assert!(knows, "{} has missed sector {sector}", known.name);
+            }
+        }
+    }
+
+    /// Opens what is left of the image in a graph of its own, twice, as if the power were cut at once: nobody writes.
+    async fn check_left(&self, content: Vec<u8>, seed: u64, is_closed: bool) {
+        let mut content = content;
+        for round in 0..2 {
+            let disk = Disk::new(content, seed, Power::until(u64::MAX));
+            let file = View::detached(disk.clone(), []);
+            let image = open_image(&file, self.setup.layers[0].raw, OpenOptions::default()).await;
+            let graph = Graph::new();
+            let node = add_node(&graph, new_node("A", &disk, image, None, false)).await;
+            let root = add_user(&graph, node, Perms::CONSISTENT_READ | Perms::WRITE).await;
+            let all = Iov::scratch(usize::try_from(self.setup.sectors * SECTOR).unwrap());
+            root.read(ByteRange::between(0, self.setup.sectors * SECTOR), all.clone()).await.unwrap();
+            let plan = graph.plan();
+            let survives = is_closed || self.setup.cluster >= ROOMY;
+            let find = |known: &Known| -> Option<&PlanBitmap> {
+                let found = plan.bitmap(node, &known.name).ok().filter(|_| known.persistent);
+                assert!(found.is_none_or(|found| round > 0 || found.inconsistent != survives));
+                let may_be_gone = !survives || !known.persistent || known.clean.is_none();
+                assert!(found.is_some() || may_be_gone, "{} is gone", known.name);
+                found.filter(|_| survives && (round == 0 || self.setup.cluster >= ROOMY))
+            };
+            self.check(&all.to_vec(), |known| find(known).map(|found| &*found.bits));
+            content = disk.after_power_cut(seed);
+        }
+    }
+
+    /// Takes the disk out of its graph.
+    async fn close(&self) {
+        let close = |plan: &mut Plan| {
+            plan.remove_root(self.guests.root.id());
+            plan.node_mut(self.node).monitor_owned = false;
+            Ok(())
+        };
+        self.setup.graph.change(close).await.unwrap();
+        assert_eq!(self.setup.graph.plan().nodes().count(), 0);
+    }
+}
+
+async fn play(seed: u64) {
+    let mut rng = Rng::new(seed);
+    let setup = build(&mut rng, 1, SIZE).await;
+    let cut = rng.one_in(2);
+    let guests = Guests::new(&setup, cut);
+    let node = setup.layers[0].node;
+    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new() };
+    let mut running = lab.guests.start(&mut rng, 2, 150);
+    if cut {
+        lab.setup.cut_after(Duration::from_micros(rng.below(60_000)), &lab.guests);
+    }
+    for _ in 0..4 + rng.below(12) {
+        rt::sleep(Duration::from_micros(rng.below(6000))).await;
+        lab.step(&mut rng).await;
+    }
+    running.stop().await;
+    let is_cut = lab.setup.power.is_cut();
+    if !is_cut {
+        let all = Iov::scratch(usize::try_from(lab.setup.sectors * SECTOR).unwrap());
+        lab.guests.root.read(ByteRange::between(0, lab.setup.sectors * SECTOR), all.clone()).await.unwrap();
+        let plan = lab.setup.graph.plan();
+        lab.check(&all.to_vec(), |known| plan.bitmap(node, &known.name).ok().map(|found| &*found.bits));
+        if rng.one_in(2) {
+            lab.close().await;
+            let content = lab.setup.layers[0].disk.content();
+            return lab.check_left(content, seed, true).await;
+        }
+    }
+    lab.setup.power.cut();
+    for round in 0..3 {
+        let left = lab.setup.layers[0].disk.after_power_cut(seed.wrapping_mul(3) + round);
+        lab.check_left(left, seed, false).await;
+    }
+}
+
+#[test]
+fn bitmaps_miss_nothing() {
+    run_seeds(100, play);
+}
