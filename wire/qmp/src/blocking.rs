@@ -1,7 +1,7 @@
 //! The client's side over a blocking UNIX socket: for tools and tests.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -84,7 +84,11 @@ impl Monitor {
     /// Reads once, and keeps what there is.
     fn hear(&mut self) -> Result<(), Failure> {
         let mut bytes = [0; 1 << 16];
-        let read = self.stream.read(&mut bytes)?;
+        let read = match self.stream.read(&mut bytes) {
+            // Work that the kernel does for this thread elsewhere, not a signal of ours.
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
+            other => other?,
+        };
         if read == 0 {
             return Err(Failure::Lost("the daemon closed it".to_owned()));
         }
