@@ -53,6 +53,7 @@ impl Daemon {
         let threads = IoThread::start_crew("io", count)?;
         let events = Arc::<EventBus>::default();
         let graph = Graph::new();
+        graph.let_bitmaps_last();
         graph.on_trouble(tell_trouble_on_stderr);
         Ok(Arc::new(Self {
             graph,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub struct Graph {
     /// The plan in force and what it asks of the nodes; queries read it and never wait for a change.
     now: Mutex<InForce>,
     trouble: Trouble,
+    /// Changes of persistent bitmaps go to their images at once.
+    lasts: AtomicBool,
 }
 
 /// Who is told of what has gone wrong when it was too late for an error.
@@ -116,6 +119,12 @@ impl Graph {
         }
     }
 
+    /// From now on images are told at once when a command has changed their bitmaps: they will be right after a crash, too.
+    /// Not worth it for tools, which close them a moment later.
+    pub fn let_bitmaps_last(&self) {
+        self.lasts.store(true, Ordering::Relaxed);
+    }
+
     /// Does that now and then, as long as there is the graph: it takes a hundredth of the time at most.
     pub async fn refresh_bitmaps_for_ever(graph: Weak<Self>) {
         let mut pause = REFRESH;
@@ -172,7 +181,9 @@ impl Graph {
             node.settle().await;
         }
         let trouble = &self.trouble;
-        let step = Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access, trouble };
+        let lasts = self.lasts.load(Ordering::Relaxed);
+        let step =
+            Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access, trouble, lasts };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
             step.resize_bitmaps().await;
@@ -231,6 +242,7 @@ struct Step<'a> {
     old_access: &'a BTreeMap<NodeId, Access>,
     new_access: &'a BTreeMap<NodeId, Access>,
     trouble: &'a Trouble,
+    lasts: bool,
 }
 
 impl Step<'_> {
@@ -264,7 +276,7 @@ impl Step<'_> {
 
     /// Has images that go on being written to keep persistent bitmaps as the change has made them.
     async fn refresh_bitmaps(&self, done: &mut Done) -> Result<(), GraphError> {
-        for (id, node) in self.new.plan().nodes().filter(|(_, node)| !node.read_only) {
+        for (id, node) in self.new.plan().nodes().filter(|(_, node)| self.lasts && !node.read_only) {
             let Some(store) = node.node.as_bitmap_store() else { continue };
             let before = self.old.plan().get(id).map_or_else(|| store.loaded(), persistent);
             let now = persistent(node);
@@ -328,7 +340,10 @@ impl Step<'_> {
         for (id, node) in self.new.plan().nodes().filter(|(_, node)| !node.bitmaps.is_empty()) {
             let view = self.new.view(id);
             let length = view.cx().length();
-            if node.bitmaps.iter().filter(|bitmap| bitmap.resize(length)).count() == 0 || node.read_only {
+            if node.bitmaps.iter().filter(|bitmap| bitmap.resize(length)).count() == 0
+                || node.read_only
+                || !self.lasts
+            {
                 continue;
             }
             let Some(store) = node.node.as_bitmap_store() else { continue };

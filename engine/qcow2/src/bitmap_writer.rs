@@ -71,7 +71,8 @@ impl<'a> Writer<'a> {
         let before = std::mem::take(written);
         let is_written = |bitmap: &PlanBitmap, now: &(Weak<DirtyBitmap>, u64)| {
             let then = before.get(&*bitmap.name);
-            bitmap.successor.is_none() && then.is_some_and(|then| then.0.ptr_eq(&now.0) && then.1 == now.1)
+            let fits = bitmap.successor.is_none() && bitmap.bits.size() == self.image.size();
+            fits && then.is_some_and(|then| then.0.ptr_eq(&now.0) && then.1 == now.1)
         };
         let by_name: HashMap<&str, &PlanBitmap> =
             bitmaps.iter().map(|bitmap| (&*bitmap.name, bitmap)).collect();

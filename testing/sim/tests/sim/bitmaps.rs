@@ -155,6 +155,7 @@ async fn play(seed: u64) {
     let cut = rng.one_in(2);
     let guests = Guests::new(&setup, cut);
     let node = setup.layers[0].node;
+    setup.graph.let_bitmaps_last();
     let mut lab = Lab { setup, guests, node, bitmaps: Vec::new() };
     let mut running = lab.guests.start(&mut rng, 2, 150);
     if cut {
