@@ -317,6 +317,8 @@ impl Plan {
             self.node_mut(node).bitmaps.sort_by_key(|bitmap| *bitmap.name == *name);
         }
         self.touch(node);
+        // What the image has and what was noted since is no less; a full disk must not keep a job from its end.
+        self.let_images_lag();
         self.at_the_moment(move || {
             let kept = match &how {
                 Release::Reclaim => Some(&before),
@@ -410,21 +412,25 @@ impl LastStep for Forget {
 
 /// What a draft does when it is put into force.
 #[derive(Default)]
-pub(crate) struct Moment(Vec<Box<dyn FnOnce() + Send + Sync>>);
+pub(crate) struct Moment {
+    actions: Vec<Box<dyn FnOnce() + Send + Sync>>,
+    /// Images may go on keeping what they have: it says enough.
+    pub(crate) may_lag: bool,
+}
 
 impl Moment {
     pub(crate) fn push(&mut self, action: impl FnOnce() + Send + Sync + 'static) {
-        self.0.push(Box::new(action));
+        self.actions.push(Box::new(action));
     }
 
     pub(crate) fn run(self) {
-        self.0.into_iter().for_each(|action| action());
+        self.actions.into_iter().for_each(|action| action());
     }
 }
 
 impl fmt::Debug for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} actions", self.0.len())
+        write!(f, "{} actions", self.actions.len())
     }
 }
 

@@ -247,9 +247,9 @@ struct Step<'a> {
 
 impl Step<'_> {
     async fn run(&self, moment: Moment, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+        let mut done = Done { may_lag: moment.may_lag, ..Done::default() };
         moment.run();
         self.flush_leaving().await?;
-        let mut done = Done::default();
         let outcome = self.steps(last_step, &mut done).await;
         match outcome {
             Ok(()) => self.store_late(&done.stored).await,
@@ -283,7 +283,10 @@ impl Step<'_> {
             let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
             if !is_same {
                 done.refreshed.push(id);
-                store.refresh(&self.new.view(id).cx(), &now).await?;
+                match store.refresh(&self.new.view(id).cx(), &now).await {
+                    Err(error) if done.may_lag => tracing::warn!(%error, "the bitmaps were not refreshed"),
+                    result => result?,
+                }
             }
         }
         Ok(())
@@ -449,6 +452,8 @@ impl Step<'_> {
 /// What a change has done so far, in case it cannot go on.
 #[derive(Default)]
 struct Done {
+    /// Images need not be told of other bitmaps.
+    may_lag: bool,
     /// Nodes that were asked to get ready for more.
     gained: Vec<NodeId>,
     /// Nodes whose stored bitmaps were called out of date.

@@ -455,6 +455,10 @@ impl Plan {
         self.moment.push(action);
     }
 
+    pub(crate) fn let_images_lag(&mut self) {
+        self.moment.may_lag = true;
+    }
+
     pub(crate) fn take_moment(&mut self) -> Moment {
         std::mem::take(&mut self.moment)
     }
