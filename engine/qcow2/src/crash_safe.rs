@@ -98,15 +98,23 @@ impl Qcow2 {
 
     /// Somebody begins to write: bitmaps that are good stay so whatever happens. The turn of `stored_turn` is the caller's.
     pub(crate) async fn begin_notes(&self, cx: &Cx<'_>) -> Result<()> {
-        let any_good = self.stored().entries.iter().any(|entry| entry.flags & IN_USE == 0);
-        if any_good { self.take_notes(cx).await } else { Ok(()) }
+        let is_good = {
+            let stored = self.stored();
+            // What is marked already, and without notes, may be out of date.
+            !stored.marked && stored.entries.iter().any(|entry| entry.flags & IN_USE == 0)
+        };
+        if is_good { self.take_notes(cx).await } else { Ok(()) }
     }
 
     /// Stores bitmaps of an image that goes on being written to, if that is of any use: marked as in use, with the notes for what
     /// comes. The turn of `stored_turn` is the caller's.
     pub(crate) async fn store_with_notes(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
-        self.take_notes(cx).await?;
-        let Some(ahead) = self.ahead() else { return Ok(()) };
+        let Some(ahead) = self.ahead() else {
+            // Not before what the image has is good: it may have been written to without notes. No request is inside now.
+            self.store_as(cx, bitmaps, State::InUse).await?;
+            self.take_notes(cx).await?;
+            return self.commit(cx).await;
+        };
         ahead.begin_epoch();
         self.store_as(cx, bitmaps, State::InUse).await?;
         ahead.forget(&cx.below()).await?;

@@ -53,7 +53,7 @@ pub(crate) struct Stored {
     /// Somebody keeps the bitmaps up to date.
     kept: bool,
     /// The directory on disk says of every bitmap that it is in use.
-    marked: bool,
+    pub(crate) marked: bool,
     /// What the disk has of which bits.
     pub(crate) written: Written,
 }

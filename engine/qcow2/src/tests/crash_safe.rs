@@ -206,3 +206,37 @@ fn a_resize_and_a_crash() {
         }
     }
 }
+
+/// Written to after the bitmaps were stored, without notes: what is in the image does not count as good again before it is.
+#[test]
+fn notes_that_begin_late() {
+    let shape = shape(2);
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    let cx = setup.view.cx();
+    run(setup.image.begin(&cx)).unwrap();
+    let bitmaps = [new("a", shape.size, 65536, true)];
+    run(setup.image.refresh(&cx, &bitmaps)).unwrap();
+    run(setup.image.store(&cx, &bitmaps)).unwrap();
+    let late = ByteRange::between(5 * MIB, 5 * MIB + 512);
+    write(&setup, &bitmaps, late);
+    run(cx.flush()).unwrap();
+    let tells = |content: Vec<u8>| {
+        let found = opened(content, false).image.loaded();
+        assert!(found[0].inconsistent || found[0].bits.any(late));
+        !found[0].inconsistent
+    };
+    // As after a change of the graph that failed.
+    disk.record_cuts();
+    run(setup.image.begin(&cx)).unwrap();
+    disk.take_cuts().into_iter().for_each(|cut| {
+        tells(cut);
+    });
+    assert!(!tells(disk.content()));
+    disk.record_cuts();
+    run(setup.image.refresh(&cx, &bitmaps)).unwrap();
+    disk.take_cuts().into_iter().for_each(|cut| {
+        tells(cut);
+    });
+    assert!(tells(disk.content()));
+}
