@@ -673,8 +673,7 @@ fn qcow2_options(fields: &mut Fields) -> Result<Qcow2Options, OpenError> {
     options.discard_no_unref = fields.flag("discard-no-unref")?.unwrap_or(false);
     options.pass_discard_other = fields.flag("pass-discard-other")?.unwrap_or(false);
     options.lazy_refcounts = fields.flag("lazy-refcounts")?.unwrap_or(false);
-    // Nothing is ever freed on behalf of an internal snapshot.
-    fields.flag("pass-discard-snapshot")?;
+    options.pass_discard_snapshot = fields.flag("pass-discard-snapshot")?;
     overlap_check(fields)?;
     let seconds = fields.number("cache-clean-interval")?.unwrap_or(CACHE_CLEAN_INTERVAL);
     let seconds =
@@ -684,7 +683,7 @@ fn qcow2_options(fields: &mut Fields) -> Result<Qcow2Options, OpenError> {
 }
 
 /// `overlap-check`, short or long. Whatever it asks for: every write is held against all tables in use, which costs
-/// nothing worth switching off. (Those of internal snapshots are not in use: such images are not written to.)
+/// nothing worth switching off; against those of internal snapshots too.
 fn overlap_check(fields: &mut Fields) -> Result<(), OpenError> {
     const TEMPLATES: [(&str, ()); 4] = [("none", ()), ("constant", ()), ("cached", ()), ("all", ())];
     const TABLES: [&str; 9] = [

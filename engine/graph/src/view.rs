@@ -309,6 +309,11 @@ impl<'a> Cx<'a> {
         Ok(())
     }
 
+    /// Whether a discard here does anything.
+    pub fn passes_discards(&self) -> bool {
+        self.view.options.discard
+    }
+
     /// Tells that the range is not needed any more; nothing happens on nodes opened with `discard=ignore`.
     pub async fn discard(&self, range: ByteRange) -> Result<()> {
         if !self.view.options.discard {

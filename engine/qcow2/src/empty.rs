@@ -154,7 +154,7 @@ impl Qcow2 {
             self.give_up();
             return Err(error);
         }
-        self.collect_metadata(cx);
+        self.collect_metadata(cx).await;
         Ok(true)
     }
 

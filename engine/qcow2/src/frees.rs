@@ -14,7 +14,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use underlay_graph::{ByteRange, Cx};
+use underlay_graph::{ByteRange, Cx, Result};
 
 use crate::entry::{COMPRESSED, Entry};
 use crate::live::Qcow2;
@@ -125,17 +125,36 @@ impl Qcow2 {
                     true => self.options.pass_discard_request != Some(false),
                     false => self.options.pass_discard_other,
                 };
-                if passed_on {
-                    let bits = self.layout.cluster_bits;
-                    let range = ByteRange::between(free.first << bits, (free.first + free.count) << bits);
-                    if let Err(error) = cx.below().discard(range).await {
-                        tracing::debug!(%error, "the file kept discarded clusters");
-                    }
+                if passed_on && let Err(error) = self.discard_unshared(cx, free).await {
+                    tracing::debug!(%error, "the file kept discarded clusters");
                 }
                 if let Err(error) = self.lower(cx, free.first, free.count).await {
                     tracing::warn!(%error, first = free.first, count = free.count, "clusters leaked");
                 }
             }
         }
+    }
+
+    /// Tells the file that nobody needs clusters, which are about to lose a reference, unless snapshots have them too or,
+    /// in a damaged image, they are metadata.
+    async fn discard_unshared(&self, cx: &Cx<'_>, free: Free) -> Result<()> {
+        let bits = self.layout.cluster_bits;
+        let discard = async |first: u64, end: u64| match first < end {
+            true => cx.below().discard(ByteRange::between(first << bits, end << bits)).await,
+            false => Ok(()),
+        };
+        let (mut first, end) = (free.first, free.first + free.count);
+        if self.metadata().owner(first, end).is_some() {
+            return Ok(());
+        }
+        if self.header_mut().snapshots > 0 {
+            for cluster in free.first..end {
+                if self.refcount(cx, cluster).await? > 1 {
+                    discard(first, cluster).await?;
+                    first = cluster + 1;
+                }
+            }
+        }
+        discard(first, end).await
     }
 }

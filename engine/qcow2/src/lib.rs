@@ -34,6 +34,8 @@ mod refblocks;
 pub mod refcount;
 mod reserve;
 pub mod resize;
+mod shadow;
+pub mod snapshot_changes;
 pub mod snapshots;
 mod stored;
 #[cfg(test)]

@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-use underlay_graph::info::SnapshotInfo;
 use underlay_graph::range_lock::RangeLock;
 use underlay_graph::{ByteRange, Cx, IoError, Result};
 use underlay_sys::Iov;
@@ -35,12 +34,11 @@ use crate::entry::Layout;
 use crate::features;
 use crate::frees::Frees;
 use crate::header::{Crypt, Header, HeaderError};
-use crate::info::snapshot_info;
 use crate::mapping::L1;
 use crate::metadata::Metadata;
 use crate::refcount::Refcounts;
 use crate::reserve::Reserved;
-use crate::snapshots;
+use crate::snapshot_changes::Known;
 use crate::stored::{self, Stored};
 use crate::update::write_features;
 
@@ -112,6 +110,8 @@ pub struct OpenOptions {
     pub pass_discard_other: bool,
     /// Option `lazy-refcounts`: refcounts may be behind. Ours never are, but not every image has room for the note.
     pub lazy_refcounts: bool,
+    /// Option `pass-discard-snapshot`: so are those of snapshots that are deleted. On unless false.
+    pub pass_discard_snapshot: Option<bool>,
     /// Option `discard-no-unref`: discarded clusters keep their place in the file.
     pub discard_no_unref: bool,
     /// Accept being written to although the dirty or corrupt bit is set: for repair.
@@ -209,8 +209,7 @@ pub struct Qcow2 {
     pub(crate) preallocated: OnceLock<bool>,
     /// One change of the size at a time.
     pub(crate) resizing: tokio::sync::Mutex<()>,
-    /// The internal snapshots; none if their table cannot be read, which `check` tells.
-    pub(crate) snapshots: Arc<[SnapshotInfo]>,
+    pub(crate) snapshots: RwLock<Known>,
     pub(crate) stored: Mutex<Stored>,
     /// What makes the bitmaps survive a crash, and whether the header says that it holds.
     pub(crate) ahead: OnceLock<Ahead>,
@@ -234,7 +233,7 @@ impl Qcow2 {
         let l1 = read_l1(file, &header).await?;
         let notes = crash_safe::load(file, &header).await.map_err(BitmapError::Directory)?;
         let stored = stored::load(file, &header, notes.as_ref()).await?;
-        let snapshots = snapshots::read(file, &header).await.unwrap_or_default().snapshots;
+        let snapshots = Known::read(file, &header).await;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
         let l2 = SliceCache::new(slices(l2_cache, layout.slice_bytes()));
@@ -263,7 +262,7 @@ impl Qcow2 {
             packing: tokio::sync::Mutex::default(),
             preallocated: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
-            snapshots: snapshots.iter().map(snapshot_info).collect(),
+            snapshots: RwLock::new(snapshots),
             stored: Mutex::new(stored),
             ahead_holds: AtomicBool::new(notes.is_some()),
             ahead: notes.map_or_else(OnceLock::new, OnceLock::from),
@@ -340,11 +339,7 @@ impl Qcow2 {
             return Ok(());
         }
         let header = self.header();
-        if header.snapshots > 0 {
-            return Err(
-                IoError::ENOTSUP.with("Writing to images with internal snapshots is not supported yet")
-            );
-        }
+        self.snapshots_error().map_or(Ok(()), Err)?;
         if !self.options.repair {
             if header.has(features::CORRUPT) {
                 return Err(IoError::EACCES.with("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -354,7 +349,7 @@ impl Qcow2 {
             }
         }
         self.load_refcount_table(cx).await?;
-        self.collect_metadata(cx);
+        self.collect_metadata(cx).await;
         let unknown = self.header().autoclear & !features::KNOWN_AUTOCLEAR;
         if unknown != 0 {
             let _turn = self.header_turn.lock().await;
@@ -399,6 +394,8 @@ impl Qcow2 {
         let file = cx.below();
         let header = Header::read(&file).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
         let l1 = read_l1(&file, &header).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
+        self.notice_snapshots(Known::read(&file, &header).await);
+        self.set_size(header.virtual_size());
         *self.header_mut() = header;
         *self.l1_mut() = l1;
         self.l2.clear();

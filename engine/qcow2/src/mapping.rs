@@ -393,6 +393,7 @@ impl Qcow2 {
         self.metadata_mut().add_table(host >> self.layout.cluster_bits);
         self.l1_mut().set(index, COPIED | host);
         if old & OFFSET != 0 {
+            self.metadata_mut().leave_table((old & OFFSET) >> self.layout.cluster_bits);
             self.drop_clusters(old & OFFSET, 1, false);
         }
         Ok(())

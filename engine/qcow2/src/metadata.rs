@@ -3,6 +3,7 @@
 //! In a sound image nothing points at metadata but metadata. In a damaged (or hostile) one an L2 entry may point at the header or at
 //! another table; a write through it would destroy the image, so every write to guest data asks here first.
 
+use std::collections::HashSet;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use underlay_graph::{Cx, IoError, Result};
@@ -10,6 +11,10 @@ use underlay_graph::{Cx, IoError, Result};
 use crate::cache::NumberMap;
 use crate::entry::OFFSET;
 use crate::live::{Corruption, Qcow2};
+use crate::snapshots;
+
+/// Most L1 entries of snapshots that are looked at when an image becomes writable.
+const MOST_INACTIVE: u64 = 1 << 22;
 
 /// What a host cluster of metadata is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +31,12 @@ pub enum Owner {
     RefcountBlock,
     /// The bitmap directory.
     Bitmaps,
+    /// The table of internal snapshots.
+    Snapshots,
+    /// The L1 table of one of them.
+    InactiveL1,
+    /// An L2 table that only snapshots have.
+    InactiveL2,
     /// Claimed by two tables at once, or outside the file: damage.
     Contested,
 }
@@ -40,6 +51,9 @@ impl Owner {
             Self::RefcountTable => "refcount table",
             Self::RefcountBlock => "refcount block",
             Self::Bitmaps => "bitmap directory",
+            Self::Snapshots => "snapshot table",
+            Self::InactiveL1 => "inactive L1 table",
+            Self::InactiveL2 => "inactive L2 table",
             Self::Contested => "several tables",
         }
     }
@@ -49,6 +63,8 @@ impl Owner {
 #[derive(Debug, Default)]
 pub struct Metadata {
     clusters: NumberMap<Owner>,
+    /// L2 tables of snapshots, in use by the active L1 table or not.
+    inactive: HashSet<u64>,
 }
 
 impl Metadata {
@@ -74,6 +90,17 @@ impl Metadata {
     /// A new L2 table.
     pub(crate) fn add_table(&mut self, cluster: u64) {
         self.clusters.insert(cluster, Owner::L2);
+    }
+
+    /// An L2 table that the active L1 table does not have any more. What something else claims too stays as it is.
+    pub(crate) fn leave_table(&mut self, cluster: u64) {
+        if self.clusters.get(&cluster) != Some(&Owner::L2) {
+            return;
+        }
+        match self.inactive.contains(&cluster) {
+            true => self.clusters.insert(cluster, Owner::InactiveL2),
+            false => self.clusters.remove(&cluster),
+        };
     }
 
     /// New clusters of some structure.
@@ -104,7 +131,7 @@ impl Metadata {
 }
 
 impl Qcow2 {
-    fn metadata(&self) -> RwLockReadGuard<'_, Metadata> {
+    pub(crate) fn metadata(&self) -> RwLockReadGuard<'_, Metadata> {
         self.metadata.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -113,7 +140,8 @@ impl Qcow2 {
     }
 
     /// Finds all metadata, when the image becomes writable.
-    pub(crate) fn collect_metadata(&self, cx: &Cx<'_>) {
+    pub(crate) async fn collect_metadata(&self, cx: &Cx<'_>) {
+        let inactive = self.inactive_tables(cx).await;
         let header = self.header();
         let cluster = header.cluster_size();
         let end = cx.below().length().div_ceil(cluster);
@@ -127,6 +155,19 @@ impl Qcow2 {
             let directory = bitmaps.directory;
             all.claim_run(directory.offset / cluster, directory.len.div_ceil(cluster), Owner::Bitmaps);
         }
+        let snapshots = self.known_snapshots();
+        all.claim_run(
+            header.snapshots_offset / cluster,
+            snapshots.table.len.div_ceil(cluster),
+            Owner::Snapshots,
+        );
+        for snapshot in &snapshots.table.snapshots {
+            all.claim_run(
+                snapshot.l1_offset / cluster,
+                snapshot.l1_bytes().div_ceil(cluster),
+                Owner::InactiveL1,
+            );
+        }
         for entry in &self.l1().entries {
             if entry & OFFSET != 0 {
                 all.claim_table((entry & OFFSET) / cluster, Owner::L2, end);
@@ -135,8 +176,29 @@ impl Qcow2 {
         for block in self.refcounts.blocks() {
             all.claim_table(block / cluster, Owner::RefcountBlock, end);
         }
+        for table in &inactive {
+            all.clusters.entry(*table).or_insert(Owner::InactiveL2);
+        }
+        all.inactive = inactive;
         self.refcounts.set_end(end);
         *self.metadata_mut() = all;
+    }
+
+    /// The L2 tables of all snapshots, unless they are very many: damage that leads there is noticed late then, as with the reference.
+    async fn inactive_tables(&self, cx: &Cx<'_>) -> HashSet<u64> {
+        let snapshots = self.known_snapshots().table.snapshots.clone();
+        let entries: u64 = snapshots.iter().map(|snapshot| u64::from(snapshot.l1_entries)).sum();
+        let mut tables = HashSet::new();
+        if entries > MOST_INACTIVE {
+            return tables;
+        }
+        for snapshot in &snapshots {
+            // One that cannot be read cannot be used either.
+            let l1 = snapshots::l1(&cx.below(), &self.header(), snapshot).await.unwrap_or_default();
+            let bits = self.layout.cluster_bits;
+            tables.extend(l1.iter().map(|entry| (entry & OFFSET) >> bits).filter(|table| *table != 0));
+        }
+        tables
     }
 
     /// Whether a cluster can be something else than metadata.

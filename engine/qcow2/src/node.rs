@@ -115,7 +115,7 @@ impl Node for Qcow2 {
     }
 
     fn image_info(&self) -> ImageInfo {
-        image_info(&self.header(), &self.stored().directory(), &self.snapshots)
+        image_info(&self.header(), &self.stored().directory(), &self.snapshots())
     }
 
     fn is_unusable(&self) -> bool {

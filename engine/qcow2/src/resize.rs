@@ -37,6 +37,10 @@ impl Qcow2 {
         if !size.is_multiple_of(512) {
             return Err(IoError::EINVAL.with("The new size must be a multiple of 512"));
         }
+        if !self.layout.v3 && self.header().snapshots > 0 {
+            // The entries of the snapshots do not say how large the disk was.
+            return Err(IoError::ENOTSUP.with("Can't resize a v2 image which has snapshots"));
+        }
         self.check_bitmaps_can_be_resized(size)?;
         self.begin_change(cx).await?;
         let _turn = self.resizing.lock().await;
@@ -231,7 +235,7 @@ impl Qcow2 {
             self.check_own_table(cx, index).await?;
             self.check_own_l1(cx).await?;
             self.l1_mut().set(index, 0);
-            self.metadata_mut().remove(table / cluster, 1);
+            self.metadata_mut().leave_table(table / cluster);
             self.drop_clusters(table, 1, true);
         }
         Ok(())

@@ -1,10 +1,10 @@
-//! The table of internal snapshots, read only: their clusters must be counted, and be left alone.
-//! Source: qcow2.rst, "Snapshots".
+//! The table of internal snapshots as it is on disk. Source: qcow2.rst, "Snapshots".
 
 use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
 
-use crate::header::{Header, Version};
+use crate::cache::to_words;
+use crate::header::{Header, MAX_L1_BYTES, MAX_SNAPSHOTS, Version};
 
 /// Bytes of an entry's fixed part.
 const FIXED: u64 = 40;
@@ -15,7 +15,7 @@ const V3_EXTRA: u32 = 16;
 /// Largest table in bytes. QEMU's limit.
 const MAX_TABLE: u64 = 64 << 20;
 
-/// What matters of one snapshot.
+/// One snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Where its L1 table is.
@@ -40,6 +40,51 @@ pub struct Snapshot {
     pub icount: Option<u64>,
     /// Version 3 asks for more extra data than there is.
     pub incomplete: bool,
+    /// Its id and its name as they are on disk.
+    pub raw: (Vec<u8>, Vec<u8>),
+    /// Extra data that we do not know, behind that which we do.
+    pub unknown: Vec<u8>,
+}
+
+/// Bytes of extra data that we know: VM state size, disk size, instruction count.
+const KNOWN_EXTRA: usize = 24;
+
+impl Snapshot {
+    /// Its entry, padded.
+    fn serialise(&self) -> Vec<u8> {
+        let (id, name) = &self.raw;
+        let len = |bytes: &[u8]| u16::try_from(bytes.len()).unwrap_or(u16::MAX).to_be_bytes();
+        let mut bytes = self.l1_offset.to_be_bytes().to_vec();
+        bytes.extend(self.l1_entries.to_be_bytes());
+        bytes.extend([len(id), len(name)].concat());
+        bytes.extend([self.seconds, self.nanoseconds].map(u32::to_be_bytes).concat());
+        bytes.extend(self.clock.to_be_bytes());
+        // Who does not know the extra data sees none rather than a part of it.
+        bytes.extend(u32::try_from(self.vm_state_size).unwrap_or(0).to_be_bytes());
+        let extra = u32::try_from(KNOWN_EXTRA + self.unknown.len()).unwrap_or(u32::MAX);
+        bytes.extend(extra.to_be_bytes());
+        bytes.extend([self.vm_state_size, self.disk_size].map(u64::to_be_bytes).concat());
+        bytes.extend(self.icount.unwrap_or(u64::MAX).to_be_bytes());
+        bytes.extend(&self.unknown);
+        bytes.extend(id);
+        bytes.extend(name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// Bytes of the L1 table.
+    pub(crate) fn l1_bytes(&self) -> u64 {
+        u64::from(self.l1_entries) * 8
+    }
+}
+
+/// The table as it goes to disk. `TooBig` if it is longer than a table may be.
+pub fn serialise(snapshots: &[Snapshot]) -> Result<Vec<u8>, SnapshotError> {
+    let bytes: Vec<u8> = snapshots.iter().flat_map(Snapshot::serialise).collect();
+    if bytes.len() as u64 > MAX_TABLE || snapshots.len() > MAX_SNAPSHOTS as usize {
+        return Err(SnapshotError::TooBig);
+    }
+    Ok(bytes)
 }
 
 /// The table, and how long it is.
@@ -80,6 +125,26 @@ fn quad(bytes: &[u8], at: usize) -> u64 {
     u64::from(word(bytes, at)) << 32 | u64::from(word(bytes, at + 4))
 }
 
+/// Reads the L1 table of a snapshot.
+pub(crate) async fn l1(
+    file: &Cx<'_>,
+    header: &Header,
+    snapshot: &Snapshot,
+) -> Result<Box<[u64]>, SnapshotError> {
+    let len = snapshot.l1_bytes();
+    let end = snapshot.l1_offset.saturating_add(len);
+    let wrong = |what: &str| SnapshotError::Io(IoError::EINVAL.with(format!("Snapshot L1 table {what}")));
+    if len > MAX_L1_BYTES {
+        return Err(wrong("too large"));
+    }
+    if !snapshot.l1_offset.is_multiple_of(header.cluster_size())
+        || end > file.length().next_multiple_of(header.cluster_size())
+    {
+        return Err(wrong("offset invalid"));
+    }
+    Ok(to_words(&bytes_at(file, snapshot.l1_offset, len).await?))
+}
+
 /// Reads the snapshot table.
 pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError> {
     let mut table = Table::default();
@@ -107,6 +172,8 @@ pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError
             disk_size: if extra.len() >= 16 { quad(extra, 8) } else { header.virtual_size() },
             icount: (extra.len() >= 24).then(|| quad(extra, 16)).filter(|count| *count != u64::MAX),
             incomplete: header.version == Version::V3 && extra_len < V3_EXTRA,
+            raw: (id.to_vec(), name.to_vec()),
+            unknown: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
         });
         let len = (FIXED + rest).next_multiple_of(8);
         at += len;

@@ -14,6 +14,7 @@ use underlay_sys::{Iov, rt};
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
+use crate::snapshot::Wanted;
 use crate::{Failure, Outcome, bitmap, create, option_help, sizes};
 
 const KNOWN: Known = Known {
@@ -73,6 +74,7 @@ struct Request {
     no_create: bool,
     quiet: bool,
     force_share: bool,
+    snapshot: Option<Wanted>,
     target_is_zero: bool,
     /// What cannot be read becomes zero.
     salvage: bool,
@@ -150,6 +152,7 @@ impl Request {
             "n" => self.no_create = true,
             "q" => self.quiet = true,
             "U" => self.force_share = true,
+            "l" => self.snapshot = Some(Wanted::parse(&value)?),
             "t" => self.caches.0 = Some(value),
             "T" => self.caches.1 = Some(value),
             "C" => self.offload = true,
@@ -247,6 +250,13 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         let image_opts = request.image_opts;
         let how = How { format, image_opts, force_share, no_share: !force_share, ..How::default() };
         let input = image(name, how).await?;
+        if let Some(wanted) = &request.snapshot {
+            if sources.len() > 1 {
+                return Err(Failure::new("No support for concatenating multiple snapshot"));
+            }
+            let inside = input.root.enter().await.map_err(|error| Failure::new(error.to_string()))?;
+            wanted.show(&inside.cx()).await.map_err(Failure::new)?;
+        }
         let length = input.length().await?;
         inputs.push((total, length, Arc::new(input)));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;

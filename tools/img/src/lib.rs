@@ -18,7 +18,10 @@ mod progress;
 mod rebase;
 mod resize;
 pub mod sizes;
+mod snapshot;
 mod snapshot_list;
+
+pub use snapshot::Wanted as SnapshotWanted;
 
 pub use info::format_lines as info_lines;
 
@@ -85,7 +88,7 @@ Makes, checks, converts and resizes disk images.
   check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME
   commit [-f FMT] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME
   compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
-  convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N]
+  convert [-f FMT] [-l SNAPSHOT] [-O FMT] [-o OPTIONS] [-c] [-n] [-p] [-q] [-U] [-W] [-S SIZE] [-m N]
           [--bitmaps [--skip-broken-bitmaps]] FILENAME [...] OUTPUT
   create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]
   dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
@@ -94,13 +97,14 @@ Makes, checks, converts and resizes disk images.
   measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-U] FILENAME | --size SIZE
   rebase [-f FMT] [-b BACKING [-F FMT]] [-u] [-c] [-p] [-q] [-U] FILENAME
   resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
+  snapshot [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] [-f FMT] [-q] [-U] FILENAME
 
 All but create take --image-opts: FILENAME is then a list of options (driver=qcow2,file.filename=disk.img), and there is
 no -f. So is OUTPUT with --target-image-opts, which needs -n.
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 
-const LATER: [&str; 3] = ["amend", "bench", "snapshot"];
+const LATER: [&str; 2] = ["amend", "bench"];
 
 /// Most threads that copy.
 const MOST_THREADS: usize = 4;
@@ -170,6 +174,7 @@ fn run(command: &str, rest: &[String]) -> Outcome {
         "measure" => on_one_thread(measure::run(rest)),
         "rebase" => on_one_thread(rebase::run(rest)),
         "resize" => on_one_thread(resize::run(rest)),
+        "snapshot" => on_one_thread(snapshot::run(rest)),
         later if LATER.contains(&later) => {
             Err(Failure::new(format!("subcommand '{later}' is not part of this version of Underlay")))
         }

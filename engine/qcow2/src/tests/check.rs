@@ -3,6 +3,9 @@
 use crate::cache::to_words;
 use crate::entry::{COMPRESSED, COPIED, Layout, OFFSET};
 use crate::header::Header;
+use crate::snapshots;
+
+use super::{Disk, run, view_of};
 
 fn position(order: u32, index: u64) -> (usize, u32) {
     let bit = index << order;
@@ -42,8 +45,11 @@ pub fn check(image: &[u8]) -> (Vec<String>, u64) {
         out
     };
     let clusters = (image.len() as u64).div_ceil(cluster);
+    let snapshots = run(snapshots::read(&view_of(Disk::new(image.to_vec(), 1)).cx(), &header)).unwrap();
     let mut refs = vec![0u64; usize::try_from(clusters + 4096).unwrap()];
     let mut own: Vec<u64> = Vec::new();
+    // What the active tables refer to, and whether they say that it is theirs alone.
+    let mut flags: Vec<(u64, bool)> = Vec::new();
     {
         let mut claim = |at: u64, len: u64, what: &str| {
             if at + len > (clusters + 1) * cluster {
@@ -56,28 +62,38 @@ pub fn check(image: &[u8]) -> (Vec<String>, u64) {
             }
         };
         claim(0, cluster, "header");
-        claim(header.l1_offset, header.l1_bytes(), "l1");
         let table_len = u64::from(header.refcount_table_clusters) * cluster;
         claim(header.refcount_table_offset, table_len, "table");
         for block in to_words(&bytes(header.refcount_table_offset, table_len)).iter().filter(|b| **b != 0) {
             claim(*block, cluster, "block");
             own.push(*block);
         }
-        for l1 in to_words(&bytes(header.l1_offset, header.l1_bytes())).iter().filter(|e| **e & OFFSET != 0) {
-            claim(l1 & OFFSET, cluster, "l2");
-            own.push(l1 & OFFSET);
-            assert!(l1 & COPIED != 0);
-            let words = to_words(&bytes(l1 & OFFSET, cluster));
-            for i in 0..1usize << layout.l2_bits {
-                let entry = layout.get(&words, i);
-                layout.check(entry).unwrap();
-                if entry.word & COMPRESSED != 0 {
-                    let packed = layout.packed(entry);
-                    claim(packed.offset, packed.len.min(cluster * clusters - packed.offset), "packed");
-                } else if layout.host(entry) != 0 {
-                    assert!(entry.word & COPIED != 0);
-                    claim(layout.host(entry), cluster, "data");
-                    own.push(layout.host(entry));
+        claim(header.snapshots_offset, snapshots.len, "snapshots");
+        let active = (header.l1_offset, header.l1_bytes());
+        let inactive = snapshots.snapshots.iter().map(|snapshot| (snapshot.l1_offset, snapshot.l1_bytes()));
+        for (number, (l1_offset, l1_bytes)) in std::iter::once(active).chain(inactive).enumerate() {
+            let is_active = number == 0;
+            claim(l1_offset, l1_bytes, "l1");
+            for l1 in to_words(&bytes(l1_offset, l1_bytes)).iter().filter(|e| **e & OFFSET != 0) {
+                claim(l1 & OFFSET, cluster, "l2");
+                if is_active {
+                    own.push(l1 & OFFSET);
+                    flags.push((l1 & OFFSET, l1 & COPIED != 0));
+                }
+                let words = to_words(&bytes(l1 & OFFSET, cluster));
+                for i in 0..1usize << layout.l2_bits {
+                    let entry = layout.get(&words, i);
+                    layout.check(entry).unwrap();
+                    if entry.word & COMPRESSED != 0 {
+                        let packed = layout.packed(entry);
+                        claim(packed.offset, packed.len.min(cluster * clusters - packed.offset), "packed");
+                    } else if layout.host(entry) != 0 {
+                        claim(layout.host(entry), cluster, "data");
+                        if is_active {
+                            own.push(layout.host(entry));
+                            flags.push((layout.host(entry), entry.word & COPIED != 0));
+                        }
+                    }
                 }
             }
         }
@@ -86,6 +102,7 @@ pub fn check(image: &[u8]) -> (Vec<String>, u64) {
     let table =
         to_words(&bytes(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * cluster));
     let mut block = Vec::new();
+    let mut counts = Vec::new();
     for (i, refs) in refs.iter().enumerate() {
         let (number, index) =
             (i as u64 / header.refcounts_per_block(), i as u64 % header.refcounts_per_block());
@@ -98,6 +115,13 @@ pub fn check(image: &[u8]) -> (Vec<String>, u64) {
             errors.push(format!("cluster {i}: refcount {count}, references {refs}"));
         }
         leaks += u64::from(count > *refs);
+        counts.push(count);
+    }
+    for (at, flag) in flags {
+        let count = usize::try_from(at / cluster).ok().and_then(|i| counts.get(i)).copied().unwrap_or(0);
+        if flag != (count == 1) {
+            errors.push(format!("{at:#x}: refcount {count}, flag {flag}"));
+        }
     }
     own.sort_unstable();
     for pair in own.windows(2).filter(|pair| pair[0] == pair[1]) {

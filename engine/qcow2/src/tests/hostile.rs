@@ -154,7 +154,7 @@ fn damaged_compressed_clusters_are_errors() {
 }
 
 #[test]
-fn corrupt_images_and_images_with_snapshots_are_not_written_to() {
+fn corrupt_images_are_not_written_to() {
     let (disk, _, _) = watched(damaged(SHAPE, &[(72, features::CORRUPT)]), false);
     let setup = open(disk.clone(), None, OpenOptions::default(), false);
     let error = run(setup.image.become_writable(&setup.view.cx())).unwrap_err();

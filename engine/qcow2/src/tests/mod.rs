@@ -10,6 +10,7 @@ mod offline;
 mod power;
 mod reserve;
 mod slices;
+mod snapshots;
 mod stored;
 
 use std::any::Any;
@@ -231,6 +232,13 @@ impl Node for Disk {
         self.pause().await;
         self.lock().now.resize(usize::try_from(size).unwrap(), 0);
         Ok(())
+    }
+    /// What is discarded is lost.
+    async fn discard(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        self.pause().await;
+        let start = usize::try_from(range.start()).unwrap();
+        let end = self.lock().now.len().min(usize::try_from(range.end()).unwrap());
+        if start < end { self.put(start, &vec![0xdd; end - start]) } else { Ok(()) }
     }
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
         if self.lock().cuts.is_some() {

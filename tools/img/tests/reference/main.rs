@@ -71,6 +71,11 @@ fn internal_snapshots() {
 }
 
 #[test]
+fn snapshot() {
+    compare(include_str!("../scripts/snapshot.txt"));
+}
+
+#[test]
 fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
 }
@@ -143,7 +148,7 @@ fn refused_options() {
         ("resize --object secret,id=a,data=b x 1M", 1, "--object"),
         ("rebase --object secret,id=a,data=b x", 1, "--object"),
         ("commit --object secret,id=a,data=b x", 1, "--object"),
-        ("convert -l snapshot.id=1 y x", 1, "-l"),
+        ("snapshot --object secret,id=a,data=b x", 1, "--object"),
         ("measure -l snapshot.id=1 x", 1, "-l"),
         ("measure --object secret,id=a,data=b x", 1, "--object"),
         ("dd --object secret,id=a,data=b if=x of=y", 1, "--object"),
