@@ -190,7 +190,7 @@ impl Given {
             }
             Some("pidfile") => Ok(Arg::PidFile(value.to_owned())),
             Some("trace") => Err(CommandError::new("Trace events are not supported")),
-            Some(_) => object(value),
+            Some(_) => object(value).map(Arg::Object),
             None => Err(CommandError::new("Unexpected argument")),
         }
     }
@@ -200,13 +200,14 @@ fn pairs(value: &str, implied: Option<&str>) -> CommandResult<Object> {
     keyval::parse(value, implied).map_err(|error| CommandError::new(error.to_string()))
 }
 
-fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandResult<Object> {
+/// Reads options and holds them against their description.
+pub fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandResult<Object> {
     let input = if value.starts_with('{') { Input::Json } else { Input::Words };
     schema::check(pairs(value, implied)?, by, input).map_err(|error| CommandError::new(error.to_string()))
 }
 
-/// `--object`
-fn object(value: &str) -> CommandResult<Arg> {
+/// The options of `--object`.
+pub fn object(value: &str) -> CommandResult<Object> {
     let given = pairs(value, Some("qom-type"))?;
     let kind = given.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
     let known = [
@@ -223,7 +224,7 @@ fn object(value: &str) -> CommandResult<Arg> {
     if known.contains(&kind) {
         return Err(CommandError::new(format!("Objects of type '{kind}' are not supported yet")));
     }
-    checked(value, Some("qom-type"), schema::object_options()).map(Arg::Object)
+    checked(value, Some("qom-type"), schema::object_options())
 }
 
 #[cfg(test)]

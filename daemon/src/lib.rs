@@ -1,11 +1,15 @@
-//! The storage daemon: the one place that knows everyone.
+//! The storage daemon and the machine: the one place that knows everyone.
 #![forbid(unsafe_code)]
 
 mod args;
 mod chardev;
 mod command;
+mod device;
 mod error;
 mod event;
+mod hmp;
+mod life;
+pub mod machine;
 mod monitor;
 mod state;
 pub mod storage_daemon;

@@ -3,7 +3,8 @@
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-const NAMES: [&str; 5] = ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "qmp-shell"];
+const NAMES: [&str; 6] =
+    ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "qemu-system-x86_64", "qmp-shell"];
 
 /// Makes the links in the folder that is the one argument; the exit status. Nothing that is there is replaced,
 /// except links to this very program.

@@ -6,7 +6,7 @@ mod links;
 use std::path::Path;
 use std::process::exit;
 
-use underlay_daemon::storage_daemon;
+use underlay_daemon::{machine, storage_daemon};
 
 const HELP: &str = "\
 Usage: underlay COMMAND [arguments]
@@ -15,6 +15,7 @@ Live block operations: snapshots, streaming and committing of disk images under 
 
 Commands:
   storage-daemon    serve disk images and change them while they are in use (qemu-storage-daemon)
+  machine           a machine without a CPU: devices with disks, monitors, exports (qemu-system-x86_64)
   img               make, check and convert disk images (qemu-img)
   io                read and write in disk images (qemu-io)
   nbd               serve one disk image to NBD clients, or list what a server has (qemu-nbd)
@@ -23,8 +24,8 @@ Commands:
   install-links DIR make symbolic links in DIR, so that the programs answer to QEMU's names
   help, version
 
-Each command takes --help. Started by the name qemu-storage-daemon, qemu-img, qemu-io, qemu-nbd or qmp-shell, this is
-that program.
+Each command takes --help. Started by the name qemu-system-x86_64, qemu-storage-daemon, qemu-img, qemu-io, qemu-nbd
+or qmp-shell, this is that program.
 ";
 
 fn main() {
@@ -35,6 +36,7 @@ fn main() {
         Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     exit(match name.as_str() {
         "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
+        "qemu-system-x86_64" => machine::main(&program, &rest),
         "qemu-img" => img(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
         "qemu-nbd" => underlay_nbd_server::main(&program, &rest),
@@ -55,6 +57,7 @@ fn underlay(words: &[String]) -> i32 {
         return 1;
     };
     match command.as_str() {
+        "machine" => machine::main("qemu-system-x86_64", rest),
         "storage-daemon" => storage_daemon::main("qemu-storage-daemon", rest),
         "img" => img("qemu-img", rest),
         "io" => underlay_io::main("qemu-io", rest),

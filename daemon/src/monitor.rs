@@ -18,6 +18,7 @@ use crate::chardev::{Backend, End};
 use crate::command;
 use crate::error::CommandError;
 use crate::event::Outbox;
+use crate::hmp;
 use crate::state::Daemon;
 
 /// Bytes read from a client at a time.
@@ -30,8 +31,20 @@ const MOST_WAITING: usize = 8;
 /// A message of more bytes has the queue to itself.
 const LARGE: usize = 2 * READ;
 
-/// Serves QMP on a character device, until the daemon ends.
-pub fn serve(daemon: &Arc<Daemon>, backend: Backend, pretty: bool) {
+/// What is spoken on a monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// QMP.
+    Qmp {
+        /// Replies are printed over several lines.
+        pretty: bool,
+    },
+    /// What people type.
+    Human,
+}
+
+/// Serves a monitor on a character device, until the daemon ends.
+pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
     let daemon = daemon.clone();
     rt::spawn(async move {
         let wire = |carrier| Wire::new(carrier, backend.log.clone());
@@ -41,30 +54,30 @@ pub fn serve(daemon: &Arc<Daemon>, backend: Backend, pretty: bool) {
                     true => wire(stream).with_telnet(),
                     false => wire(stream),
                 };
-                clients(&daemon, listener, wire, pretty).await;
+                clients(&daemon, listener, wire, mode).await;
             }
-            End::Stream(stream) => client(&daemon, wire(Carrier::Socket(Arc::new(stream))), pretty).await,
-            End::Caller(address, pause) => calls(&daemon, &address, pause, wire, pretty).await,
+            End::Stream(stream) => client(&daemon, wire(Carrier::Socket(Arc::new(stream))), mode).await,
+            End::Caller(address, pause) => calls(&daemon, &address, pause, wire, mode).await,
             End::Pty(pty) => {
                 let pty = Arc::new(pty);
                 while !daemon.quit.is_raised() && pty.opened().await.is_ok() {
-                    client(&daemon, wire(Carrier::Pty(pty.clone())), pretty).await;
+                    client(&daemon, wire(Carrier::Pty(pty.clone())), mode).await;
                 }
             }
-            End::Fixed(carrier) => client(&daemon, wire(carrier), pretty).await,
+            End::Fixed(carrier) => client(&daemon, wire(carrier), mode).await,
         }
     });
 }
 
 /// One client after the other, as a character device has one other end.
-async fn clients(daemon: &Arc<Daemon>, listener: Listener, wire: impl Fn(Carrier) -> Wire, pretty: bool) {
+async fn clients(daemon: &Arc<Daemon>, listener: Listener, wire: impl Fn(Carrier) -> Wire, mode: Mode) {
     while !daemon.quit.is_raised() {
         match listener.accept().await {
             Ok(stream) => {
                 let wire = wire(Carrier::Socket(Arc::new(stream)));
                 // Who has gone already is noticed soon.
                 let _ = wire.hello().await;
-                client(daemon, wire, pretty).await;
+                client(daemon, wire, mode).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "a monitor could not accept a client");
@@ -80,24 +93,31 @@ async fn calls(
     address: &Address,
     pause: Duration,
     wire: impl Fn(Carrier) -> Wire,
-    pretty: bool,
+    mode: Mode,
 ) {
     while !daemon.quit.is_raised() {
         match Stream::connect(address).await {
-            Ok(stream) => client(daemon, wire(Carrier::Socket(Arc::new(stream))), pretty).await,
+            Ok(stream) => client(daemon, wire(Carrier::Socket(Arc::new(stream))), mode).await,
             Err(error) => tracing::warn!("a monitor: {}", cannot_connect(address, &error)),
         }
         rt::sleep(pause).await;
     }
 }
 
-async fn client(daemon: &Arc<Daemon>, wire: Wire, pretty: bool) {
+async fn client(daemon: &Arc<Daemon>, wire: Wire, mode: Mode) {
+    match mode {
+        Mode::Qmp { pretty } => qmp(daemon, wire, pretty).await,
+        Mode::Human => hmp::session(daemon, wire).await,
+    }
+}
+
+async fn qmp(daemon: &Arc<Daemon>, wire: Wire, pretty: bool) {
     let outbox = daemon.events.subscribe();
     let writer = rt::spawn(write_out(wire.clone(), outbox.clone()));
     push(&outbox, session::greeting(command::version()), pretty);
     let (orders, waiting) = mpsc::channel(MOST_WAITING);
     let worker = rt::spawn(work(daemon.clone(), waiting, outbox.clone(), pretty));
-    listen(&wire, &orders, &outbox, pretty).await;
+    listen(Session::new(daemon.program()), &wire, &orders, &outbox, pretty).await;
     // What the client has sent is executed, whether it is still there or not.
     drop(orders);
     worker.await;
@@ -113,8 +133,13 @@ struct Order {
 }
 
 /// Reads what a client sends until it goes, or nobody works for it any more.
-async fn listen(wire: &Wire, orders: &mpsc::Sender<Order>, outbox: &Outbox, pretty: bool) {
-    let mut session = Session::default();
+async fn listen(
+    mut session: Session,
+    wire: &Wire,
+    orders: &mpsc::Sender<Order>,
+    outbox: &Outbox,
+    pretty: bool,
+) {
     let mut buffer = vec![0; READ];
     // Bytes since the last message.
     let mut length = 0;

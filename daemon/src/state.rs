@@ -10,15 +10,27 @@ use underlay_drivers::{BackingPolicy, Opener};
 use underlay_exports::NbdServer;
 use underlay_graph::{Graph, GraphError, NodeId, Plan};
 use underlay_jobs::{GRACE, Jobs};
+use underlay_qmp::json::Object;
+use underlay_qmp::schema::Program;
 use underlay_sys::rt::{self, StopSign};
 use underlay_sys::thread::{IoThread, Spawner};
 
 use crate::command::export::Export;
 use crate::command::iothread::Iothreads;
 use crate::event::{self, EventBus};
+use crate::machine::Machine;
 
 /// Most I/O threads that are started, however many processors there are.
 const MAX_IO_THREADS: usize = 16;
+
+/// Why a daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The command `quit`.
+    Quit,
+    /// A signal.
+    Signal,
+}
 
 /// See the module. Commands run on the control thread, requests and jobs on the I/O threads.
 pub struct Daemon {
@@ -40,6 +52,8 @@ pub struct Daemon {
     pub ended: StopSign,
     /// One command that changes something at a time, whichever monitor it comes from.
     pub turn: tokio::sync::Mutex<()>,
+    /// The machine that the disks are in, if this is one.
+    pub machine: Option<Arc<Machine>>,
     nbd: Mutex<Option<Arc<NbdServer>>>,
     exports: Mutex<Vec<Export>>,
     threads: Vec<IoThread>,
@@ -48,7 +62,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// With nothing in it, and its I/O threads running.
-    pub fn start() -> std::io::Result<Arc<Self>> {
+    pub fn start(machine: Option<Arc<Machine>>) -> std::io::Result<Arc<Self>> {
         let count = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_IO_THREADS);
         let threads = IoThread::start_crew("io", count)?;
         let events = Arc::<EventBus>::default();
@@ -65,11 +79,29 @@ impl Daemon {
             quit: StopSign::default(),
             ended: StopSign::default(),
             turn: tokio::sync::Mutex::default(),
+            machine,
             nbd: Mutex::default(),
             exports: Mutex::default(),
             threads,
             next_job_thread: AtomicUsize::new(0),
         }))
+    }
+
+    /// Which program this is.
+    pub fn program(&self) -> Program {
+        if self.machine.is_some() { Program::Machine } else { Program::StorageDaemon }
+    }
+
+    /// Begins the end. Of a machine, everybody is told.
+    pub fn end(&self, why: Why) {
+        if self.machine.is_some() && !self.quit.is_raised() {
+            let reason = match why {
+                Why::Quit => "host-qmp-quit",
+                Why::Signal => "host-signal",
+            };
+            self.events.emit("SHUTDOWN", Object::new().with("guest", false).with("reason", reason));
+        }
+        self.quit.raise();
     }
 
     /// Every I/O thread, for a server to spread its clients over.
@@ -134,6 +166,9 @@ impl Daemon {
 
     async fn close_nodes(&self, nodes: &[NodeId]) -> Result<(), GraphError> {
         let edit = |plan: &mut Plan| {
+            for backend in self.machine.iter().flat_map(|machine| machine.devices.backends()) {
+                backend.medium.into_iter().for_each(|medium| plan.remove_root(medium));
+            }
             for id in nodes {
                 if plan.get(*id).is_some() {
                     plan.node_mut(*id).monitor_owned = false;

@@ -1,23 +1,18 @@
 //! `qemu-storage-daemon`: from a command line to a running daemon to its end.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use underlay_drivers::NodeSpec;
-use underlay_graph::Graph;
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::process::{self, Birth, PidFile};
-use underlay_sys::rt;
-use underlay_sys::signal::Ending;
-use underlay_sys::thread::block_on;
 
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
 use crate::chardev::{Chardevs, Wanted};
 use crate::command::arguments::Arguments;
 use crate::command::{blockdev, export, object};
 use crate::error::{CommandError, CommandResult};
-use crate::monitor;
+use crate::life::{self, Ready};
+use crate::monitor::{self, Mode};
 use crate::state::Daemon;
 
 /// Runs the daemon to its end; the exit status.
@@ -59,51 +54,7 @@ fn fail(name: &str, error: &str) -> i32 {
 }
 
 fn run(name: &str, daemonize: bool, given: Vec<Given>) -> Result<(), String> {
-    let ending = Ending::hold_back().map_err(|error| format!("cannot handle signals: {error}"))?;
-    // Forking must come before the first thread.
-    let birth = if daemonize {
-        Some(process::daemonize().map_err(|error| format!("cannot daemonize: {error}"))?)
-    } else {
-        None
-    };
-    let daemon = Daemon::start().map_err(|error| format!("cannot start the I/O threads: {error}"))?;
-    block_on(serve(daemon, name, given, ending, birth))
-}
-
-async fn serve(
-    daemon: Arc<Daemon>,
-    name: &str,
-    given: Vec<Given>,
-    ending: Ending,
-    birth: Option<Birth>,
-) -> Result<(), String> {
-    let ready = set_up(&daemon, name, given).await;
-    if let (Ok(_), Some(birth)) = (&ready, birth) {
-        birth.succeeded().map_err(|error: io::Error| format!("cannot daemonize: {error}"))?;
-    }
-    if let Ok(Ready::Running(_)) = &ready {
-        daemon.ready.raise();
-        rt::spawn(Graph::refresh_bitmaps_for_ever(Arc::downgrade(&daemon.graph)));
-        let quit = daemon.quit.clone();
-        rt::spawn(async move {
-            if ending.wait().await.is_ok() {
-                quit.raise();
-            }
-        });
-        daemon.quit.raised().await;
-    }
-    daemon.shut_down().await;
-    monitor::last_words(&daemon).await;
-    // The pid file was kept until here.
-    ready.map(drop)
-}
-
-/// What the options have led to.
-enum Ready {
-    /// Everything is set up; the file goes at the end.
-    Running(#[expect(dead_code, reason = "held")] Option<PidFile>),
-    /// A question was answered.
-    Answered,
+    life::run(daemonize, || Daemon::start(None), async |daemon| set_up(&daemon, name, given).await)
 }
 
 /// Carries out the options in their order.
@@ -124,12 +75,7 @@ async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<R
             }
         }
     }
-    let Some(path) = pid_file else { return Ok(Ready::Running(None)) };
-    let created = PidFile::create(Path::new(&path));
-    created.map(|file| Ready::Running(Some(file))).map_err(|error| {
-        let reason = underlay_graph::error::strerror(error.raw_os_error().unwrap_or(5));
-        format!("cannot create PID file: Could not create '{path}': {reason}")
-    })
+    life::keep_pid(pid_file)
 }
 
 /// Told what is worth a remark, but no error.
@@ -153,8 +99,11 @@ async fn carry_out(
         }
         Arg::Chardev(options) => return chardevs.add(options, remark).await,
         Arg::Monitor(options) => {
-            let (backend, pretty) = chardevs.take_for_monitor(Arguments::new(options))?;
-            monitor::serve(daemon, backend, pretty);
+            let (backend, mode) = chardevs.take_for_monitor(Arguments::new(options), "control")?;
+            if mode == Mode::Human {
+                return Err(CommandError::new("Only QMP is supported"));
+            }
+            monitor::serve(daemon, backend, mode);
         }
         Arg::NbdServer(options) => export::server_start(daemon, &mut Arguments::new(options))?,
         Arg::Export(options) => {
@@ -169,7 +118,7 @@ async fn carry_out(
 }
 
 /// Whether a block node anywhere in these options says that nothing is below it by an empty name.
-fn has_empty_backing(options: &Object) -> bool {
+pub fn has_empty_backing(options: &Object) -> bool {
     options.iter().any(|(name, value)| match value {
         Value::Str(text) => name == "backing" && text.is_empty(),
         Value::Object(inner) => has_empty_backing(inner),

@@ -4,8 +4,10 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod guest;
 pub mod listen;
 pub mod nbd;
 
 pub use error::ExportError;
+pub use guest::{Guest, Operation, Verdict};
 pub use nbd::{ExportState, Gone, NbdExport, NbdServer, ServerOptions};

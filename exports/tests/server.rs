@@ -64,6 +64,7 @@ fn export(name: &str, root: underlay_graph::Root, writable: bool) -> NbdExport {
         name: name.into(),
         description: String::new(),
         root,
+        guest: None,
         writable,
         writethrough: false,
         allocation_depth: true,

@@ -19,6 +19,7 @@ use underlay_sys::pty::Pty;
 
 use crate::command::arguments::Arguments;
 use crate::error::{CommandError, CommandResult};
+use crate::monitor::Mode;
 use crate::storage_daemon::{Answer, Remark};
 use wanted::Kind;
 pub use wanted::Wanted;
@@ -49,7 +50,8 @@ pub struct Backend {
 }
 
 /// The answer to `--chardev help`.
-const HELP: &str = "Available chardev backend types: \n  pty\n  file\n  stdio\n  socket\n  null\n  pipe\n";
+pub const HELP: &str =
+    "Available chardev backend types: \n  pty\n  file\n  stdio\n  socket\n  null\n  pipe\n";
 
 /// All character devices; those that no monitor has taken yet with what is behind them.
 #[derive(Default)]
@@ -94,18 +96,21 @@ impl Chardevs {
         Ok(End::Fixed(Carrier::Stdio))
     }
 
-    /// `--monitor`: what is behind its character device, and whether replies are printed over several lines.
-    pub fn take_for_monitor(&mut self, mut arguments: Arguments) -> CommandResult<(Backend, bool)> {
+    /// `--monitor`, `-mon`: what is behind its character device, and what is spoken there; `default` if that is not said.
+    pub fn take_for_monitor(
+        &mut self,
+        mut arguments: Arguments,
+        default: &str,
+    ) -> CommandResult<(Backend, Mode)> {
         let id = arguments.text("chardev");
         let device = self.devices.get_mut(&id);
         let device = device.ok_or_else(|| CommandError::new(format!("chardev \"{id}\" not found")))?;
-        if arguments.optional_text("mode").as_deref() == Some("readline") {
-            return Err(CommandError::new("Only QMP is supported"));
-        }
+        let is_human = arguments.optional_text("mode").as_deref().unwrap_or(default) == "readline";
+        let pretty = arguments.flag("pretty", false);
         let backend = device.take();
         let backend =
             backend.ok_or_else(|| CommandError::new(format!("chardev '{id}' is already in use")))?;
-        Ok((backend, arguments.flag("pretty", false)))
+        Ok((backend, if is_human { Mode::Human } else { Mode::Qmp { pretty } }))
     }
 }
 

@@ -4,6 +4,7 @@ use std::num::IntErrorKind;
 
 use underlay_qmp::json::{Object, Value};
 
+use crate::command::object::bad_id;
 use crate::error::{CommandError, CommandResult};
 
 /// What options take on or off, whatever the kind of device.
@@ -62,9 +63,7 @@ impl Options {
     pub fn new(mut words: Object) -> CommandResult<(Option<String>, Self)> {
         let id = words.remove("id").and_then(|id| id.as_str().map(str::to_owned));
         if id.as_deref().is_some_and(|id| !underlay_graph::units::is_well_formed_id(id)) {
-            let hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
-            let error = CommandError::new("Parameter 'id' expects an identifier");
-            return Err(CommandError { hint: Some(hint.to_owned()), ..error });
+            return Err(bad_id());
         }
         for (name, value) in words.iter() {
             let word = value.as_str().unwrap_or_default();

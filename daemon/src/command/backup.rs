@@ -7,14 +7,15 @@ use underlay_graph::{NewNode, NodeId, Plan, Role, Wiring};
 use underlay_jobs::{BackupArgs, BackupBitmap, BackupDraft, BackupSync, BackupTarget, BitmapMode};
 
 use super::arguments::Arguments;
-use super::{job, lookup, snapshot};
+use super::lookup::Names;
+use super::{job, snapshot};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
 /// blockdev-backup
 pub async fn blockdev_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let mut trial = Plan::clone(&daemon.graph.plan());
-    let args = blockdev_args(&mut trial, arguments)?;
+    let args = blockdev_args(daemon, &mut trial, arguments)?;
     job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
     Ok(())
 }
@@ -38,17 +39,19 @@ pub async fn draft(
 ) -> CommandResult<BackupDraft> {
     let args = match kind {
         "drive-backup" => drive_args(daemon, trial, arguments).await?,
-        _ => blockdev_args(trial, arguments)?,
+        _ => blockdev_args(daemon, trial, arguments)?,
     };
     let draft = daemon.jobs.draft_backup(&daemon.graph, args, taken)?;
     draft.enlist()?;
     Ok(draft)
 }
 
-fn blockdev_args(trial: &mut Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
-    let source = lookup::either(trial, &arguments.text("device"))?;
-    let target = lookup::either(trial, &arguments.text("target"))?;
-    args(trial, arguments, source, BackupTarget::Existing(target))
+fn blockdev_args(daemon: &Daemon, trial: &mut Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+    let (names, device) = (Names::of(daemon), arguments.text("device"));
+    let source = names.either(trial, &device)?;
+    let target = names.either(trial, &arguments.text("target"))?;
+    let job_id = names.job_id(trial, &device, source);
+    args(trial, arguments, source, BackupTarget::Existing(target), job_id)
 }
 
 async fn drive_args(
@@ -57,12 +60,14 @@ async fn drive_args(
     arguments: &mut Arguments,
 ) -> CommandResult<BackupArgs> {
     let plan = daemon.graph.plan();
-    let source = lookup::either(&plan, &arguments.text("device"))?;
+    let (names, device) = (Names::of(daemon), arguments.text("device"));
+    let source = names.either(&plan, &device)?;
     underlay_jobs::commit::check_root(&plan, source)?;
+    let job_id = names.job_id(&plan, &device, source);
     let file = arguments.text("target");
     let existing = arguments.optional_text("mode").as_deref() == Some("existing");
     let format = arguments.optional_text("format");
-    let mut args = args(trial, arguments, source, BackupTarget::Existing(source))?;
+    let mut args = args(trial, arguments, source, BackupTarget::Existing(source), job_id)?;
     let wires = daemon.graph.wires();
     let own = plan.skip_filters(source);
     let format = format.or_else(|| (!existing).then(|| wires.view(own).node().driver().to_owned()));
@@ -116,6 +121,7 @@ fn args(
     arguments: &mut Arguments,
     source: NodeId,
     target: BackupTarget,
+    job_id: String,
 ) -> CommandResult<BackupArgs> {
     let (sync, bitmap) = sync_mode(trial, arguments, source)?;
     let mut perf = arguments.object("x-perf").unwrap_or_else(|| Arguments::new(Default::default()));
@@ -138,7 +144,7 @@ fn args(
         ..CbwOptions::default()
     };
     Ok(BackupArgs {
-        settings: job::settings(arguments),
+        settings: job::settings(arguments, job_id),
         source,
         target,
         sync,

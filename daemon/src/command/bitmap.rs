@@ -8,6 +8,7 @@ use underlay_graph::{GraphError, NodeId, Plan};
 use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
+use super::lookup::Names;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -65,8 +66,8 @@ impl Action {
     }
 
     /// Does it to a draft.
-    pub fn apply(&self, plan: &mut Plan) -> Result<(), GraphError> {
-        let (name, node) = (&*self.name, plan.find(&self.node));
+    pub fn apply(&self, names: &Names, plan: &mut Plan) -> Result<(), GraphError> {
+        let (name, node) = (&*self.name, find(names, plan, &self.node)?);
         if let Verb::Add { granularity, persistent, enabled } = self.verb {
             let node = node.ok_or_else(|| GraphError::NeitherDeviceNorNode(self.node.clone()))?;
             return plan.add_bitmap(node, &NewBitmap { name, granularity, persistent, enabled });
@@ -80,7 +81,8 @@ impl Action {
             Verb::Merge(sources) => {
                 // What is wrong with the target comes first.
                 plan.merge_bitmaps(node, name, &[])?;
-                let find = |source: &Source| plan.find(&source.node).ok_or_else(|| not_found(&source.node));
+                let find =
+                    |source: &Source| find(names, plan, &source.node)?.ok_or_else(|| not_found(&source.node));
                 let nodes = sources.iter().map(find).collect::<Result<Vec<_>, _>>()?;
                 let names = sources.iter().map(|source| &*source.name);
                 plan.merge_bitmaps(node, name, &nodes.into_iter().zip(names).collect::<Vec<_>>())
@@ -89,8 +91,9 @@ impl Action {
     }
 
     /// After all actions were done: lets go what this one gives up.
-    fn finish(&self, plan: &mut Plan) -> Option<(NodeId, String)> {
-        let node = plan.find(&self.node).filter(|_| matches!(self.verb, Verb::Remove))?;
+    fn finish(&self, names: &Names, plan: &mut Plan) -> Option<(NodeId, String)> {
+        let removes = matches!(self.verb, Verb::Remove);
+        let node = find(names, plan, &self.node).ok().flatten().filter(|_| removes)?;
         let stored = plan.bitmap(node, &self.name).ok()?.persistent;
         plan.drop_bitmap(node, &self.name);
         stored.then(|| {
@@ -101,9 +104,17 @@ impl Action {
 }
 
 /// After all actions were done to a draft: lets go of bitmaps that are given up. Images that keep them forget them in the step.
-pub fn finish<'a>(plan: &mut Plan, actions: impl Iterator<Item = &'a Action>) -> Option<Box<dyn LastStep>> {
-    let gone: Vec<_> = actions.filter_map(|action| action.finish(plan)).collect();
+pub fn finish<'a>(
+    names: &Names,
+    plan: &mut Plan,
+    actions: impl Iterator<Item = &'a Action>,
+) -> Option<Box<dyn LastStep>> {
+    let gone: Vec<_> = actions.filter_map(|action| action.finish(names, plan)).collect();
     if gone.is_empty() { None } else { Some(Box::new(Forget(gone))) }
+}
+
+fn find(names: &Names, plan: &Plan, name: &str) -> Result<Option<NodeId>, GraphError> {
+    names.find(plan, name).map_err(|error| GraphError::new(error.desc))
 }
 
 fn not_found(node: &str) -> GraphError {
@@ -125,9 +136,10 @@ fn sources(arguments: &mut Arguments, node: &str) -> Vec<Source> {
 
 /// A command of its own.
 pub async fn change(daemon: &Daemon, action: Action) -> CommandResult<()> {
+    let names = Names::of(daemon);
     let edit = |plan: &mut Plan| {
-        action.apply(plan)?;
-        Ok(((), finish(plan, std::iter::once(&action))))
+        action.apply(&names, plan)?;
+        Ok(((), finish(&names, plan, std::iter::once(&action))))
     };
     Ok(daemon.graph.change_with(edit).await?)
 }
@@ -136,7 +148,8 @@ pub async fn change(daemon: &Daemon, action: Action) -> CommandResult<()> {
 pub fn sha256(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<Value> {
     let plan = daemon.graph.plan();
     let (node, name) = (arguments.text("node"), arguments.text("name"));
-    let node = plan.find(&node).ok_or_else(|| CommandError::from(not_found(&node)))?;
+    let found = Names::of(daemon).find(&plan, &node)?;
+    let node = found.ok_or_else(|| CommandError::from(not_found(&node)))?;
     let hash = hash(&plan.bitmap(node, &name)?.bits);
     Ok(Object::new().with("sha256", hash).into())
 }

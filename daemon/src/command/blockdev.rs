@@ -9,7 +9,7 @@ use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation,
 use underlay_qmp::json::Object;
 
 use super::arguments::Arguments;
-use super::lookup;
+use super::lookup::{self, Names};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -22,6 +22,9 @@ pub async fn add(daemon: &Daemon, options: Object) -> CommandResult<NodeId> {
     let Some(name) = spec.node_name.clone() else {
         return Err(CommandError::new("'node-name' must be specified for the root node"));
     };
+    if daemon.machine.as_ref().is_some_and(|machine| machine.devices.named(&name).is_some()) {
+        return Err(CommandError::new(format!("node-name={name} is conflicting with a device id")));
+    }
     if daemon.graph.plan().find(&name).is_some() {
         return Err(GraphError::DuplicateName(name).into());
     }
@@ -36,6 +39,7 @@ pub async fn add(daemon: &Daemon, options: Object) -> CommandResult<NodeId> {
 
 /// blockdev-del: gives up a node that only the monitor keeps alive.
 pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
+    let names = Names::of(daemon);
     let edit = |plan: &mut Plan| {
         let id = plan.find(node_name).ok_or_else(|| GraphError::NodeNotFound(node_name.to_owned()))?;
         // A job's own ends are told by what follows.
@@ -46,7 +50,7 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         if plan.parents(id).any(|(parent, role)| role == Role::Target && is_job(parent)) {
             return Err(GraphError::new(format!("Node {node_name} is in use")));
         }
-        lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;
+        names.not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;
         if !plan.node(id).monitor_owned {
             return Err(GraphError::NotMonitorOwned(node_name.to_owned()));
         }
@@ -114,9 +118,10 @@ pub async fn resize(
     size: i64,
 ) -> CommandResult<()> {
     let plan = daemon.graph.plan();
-    let id = lookup::device_or_node(&plan, device, node_name)?;
+    let names = Names::of(daemon);
+    let id = names.device_or_node(&plan, device, node_name)?;
     let size = u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
-    lookup::not_busy(&plan, id)?;
+    names.not_busy(&plan, id)?;
     let name = plan.node(id).name.clone();
     let edit = move |plan: &mut Plan| {
         // The node may have gone since it was looked up.
@@ -159,7 +164,7 @@ pub async fn change_backing_file(
     backing_file: &str,
 ) -> CommandResult<()> {
     let plan = daemon.graph.plan();
-    let top = lookup::either(&plan, device)?;
+    let top = Names::of(daemon).either(&plan, device)?;
     underlay_jobs::commit::check_root(&plan, top)?;
     let image = plan.find(image_node_name);
     let image = image.ok_or_else(|| {

@@ -13,11 +13,21 @@ use underlay_sys::net::Address;
 
 use super::arguments::Arguments;
 use super::blockdev::UNNAMED_USER;
+use super::lookup::Names;
+use crate::device::guest::Attached;
+use crate::device::{Backend, BackendId, plug};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
 /// Longest name and description of an export, in bytes. Source: the NBD protocol's limit of a string.
 const MAX_STRING: usize = 4096;
+
+/// A guest of a device.
+#[derive(Clone, Debug)]
+struct Guest {
+    backend: BackendId,
+    attached: Attached,
+}
 
 /// An export as the queries know it.
 #[derive(Clone, Debug)]
@@ -26,6 +36,8 @@ pub struct Export {
     /// What NBD clients call it.
     name: String,
     root: RootId,
+    /// The device whose guest uses it.
+    of: Option<Guest>,
     /// Bitmaps that it shows, each once.
     bitmaps: Vec<(NodeId, String)>,
     shutting_down: bool,
@@ -112,13 +124,14 @@ pub async fn server_add(daemon: &Daemon, arguments: &mut Arguments) -> CommandRe
         return Err(CommandError::new(format!("export name '{name}' too long")));
     }
     let plan = daemon.graph.plan();
-    let node = super::lookup::either(&plan, &device)?;
+    let node = Names::of(daemon).either(&plan, &device)?;
     let writable = arguments.flag("writable", false) && !plan.node(node).read_only;
+    let node_name = plan.node(node).name.to_string();
     drop(plan);
     let description = arguments.optional_text("description");
     let spec = Spec {
         id: name.clone(),
-        node_name: device,
+        node_name,
         name,
         description,
         writable,
@@ -240,8 +253,13 @@ impl Spec {
             return Err(CommandError::new(format!("Block export id '{id}' is already in use")));
         }
         let plan = daemon.graph.plan();
-        let node = super::lookup::device_or_node(&plan, None, Some(&node_name))?;
-        if writable && plan.node(node).read_only {
+        let guest = plan.find(&node_name).is_none().then(|| Guest::new(daemon, &node_name)).flatten();
+        let node = match &guest {
+            Some((backend, _)) => Names::of(daemon).device_or_node(&plan, Some(backend.called()), None)?,
+            None => Names::of(daemon).device_or_node(&plan, None, Some(&node_name))?,
+        };
+        let is_cd = guest.as_ref().is_some_and(|(backend, _)| backend.has_tray());
+        if writable && (plan.node(node).read_only || is_cd) {
             return Err(CommandError::new("Cannot export read-only node as writable"));
         }
         // Every I/O thread serves every export, with `fixed-iothread` and without.
@@ -277,7 +295,11 @@ impl Spec {
             let find = |shown: Shown| shown.find(plan, top, writable);
             let found = bitmaps.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
             let shown = lock_bitmaps(plan, &found)?;
-            Ok((plan.add_root(new_root), found, shown))
+            let root = match &guest {
+                Some((backend, _)) => Guest::let_in(daemon, backend, plan)?,
+                None => plan.add_root(new_root),
+            };
+            Ok((root, found, shown))
         };
         let (root_id, locked, bitmaps) = daemon.graph.change(edit).await?;
         let root = daemon
@@ -285,24 +307,97 @@ impl Spec {
             .root(root_id)
             .ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
         let description = description.unwrap_or_default();
-        let export = NbdExport {
+        let writethrough = writethrough || guest.as_ref().is_some_and(|(backend, _)| backend.writethrough);
+        let of = guest.map(|(_, guest)| guest);
+        if let Some(guest) = &of {
+            guest.count(daemon, 1);
+        }
+        let nbd = NbdExport {
             id: id.clone(),
             name: name.clone(),
             description,
             root,
+            guest: of
+                .as_ref()
+                .map(|guest| Arc::new(guest.attached.clone()) as Arc<dyn underlay_exports::Guest>),
             writable,
             writethrough,
             allocation_depth: depth,
             bitmaps,
         };
-        if let Err(error) = server.add(export) {
-            let_go(daemon, root_id, &locked).await?;
+        let export = Export { id, name, root: root_id, of, bitmaps: locked, shutting_down: false };
+        if let Err(error) = server.add(nbd) {
+            export.let_go(daemon).await?;
             return Err(error.into());
         }
-        let export = Export { id, name, root: root_id, bitmaps: locked, shutting_down: false };
         daemon.exports().push(export);
         Ok(())
     }
+}
+
+impl Guest {
+    /// A guest to come, if it is a device that is called so.
+    fn new(daemon: &Daemon, name: &str) -> Option<(Backend, Self)> {
+        let backend = daemon.machine.as_ref()?.devices.find(name)?;
+        let attached = Attached::new(backend.io.clone());
+        Some((backend.clone(), Self { backend: backend.id, attached }))
+    }
+
+    /// In a draft: nobody may change the length of the device's disk from now on. The root of the disk.
+    fn let_in(daemon: &Daemon, backend: &Backend, plan: &mut Plan) -> Result<RootId, GraphError> {
+        let gone = || GraphError::new(format!("Device '{}' has no medium", backend.called()));
+        let mut used = backend.clone();
+        used.guests += 1;
+        let state = daemon.machine.as_ref().map(|machine| machine.running.state()).unwrap_or_default();
+        plug::apply_access(&used, state, plan)?;
+        backend.medium.ok_or_else(gone)
+    }
+
+    /// So many more exports of the device.
+    fn count(&self, daemon: &Daemon, more: isize) {
+        if let Some(machine) = &daemon.machine {
+            machine.devices.edit(self.backend, |backend| {
+                backend.guests = backend.guests.saturating_add_signed(more);
+            });
+        }
+    }
+
+    /// In a draft: the device's disk is as it was before there was a guest. False if there is no such device any more.
+    fn let_out(&self, daemon: &Daemon, plan: &mut Plan) -> Result<(), GraphError> {
+        let Some(machine) = &daemon.machine else { return Ok(()) };
+        let Some(mut backend) = machine.devices.backend(self.backend) else { return Ok(()) };
+        backend.guests = backend.guests.saturating_sub(1);
+        plug::apply_access(&backend, machine.running.state(), plan)
+    }
+}
+
+impl Export {
+    /// The disk and its bitmaps are not used any more.
+    async fn let_go(&self, daemon: &Daemon) -> CommandResult<()> {
+        let edit = |plan: &mut Plan| {
+            match &self.of {
+                Some(guest) => guest.let_out(daemon, plan)?,
+                None => plan.remove_root(self.root),
+            }
+            self.bitmaps.iter().for_each(|(node, name)| plan.unlock_bitmap(*node, name));
+            Ok(())
+        };
+        daemon.graph.change(edit).await?;
+        if let Some(guest) = &self.of {
+            guest.count(daemon, -1);
+        }
+        Ok(())
+    }
+}
+
+/// The end of all exports of a device.
+pub async fn close_guests(daemon: &Daemon, backend: BackendId) -> CommandResult<()> {
+    let is_one = |export: &&Export| export.of.as_ref().is_some_and(|guest| guest.backend == backend);
+    let ids: Vec<_> = daemon.exports().iter().filter(is_one).map(|export| export.id.clone()).collect();
+    for id in ids {
+        close(daemon, &id, true).await?;
+    }
+    Ok(())
 }
 
 /// block-export-del, nbd-server-remove: once its clients' last requests are done, the export is gone and
@@ -311,18 +406,8 @@ pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
     close(daemon, id, hard).await
 }
 
-/// An export has gone.
-async fn let_go(daemon: &Daemon, root: RootId, bitmaps: &[(NodeId, String)]) -> CommandResult<()> {
-    let edit = |plan: &mut Plan| {
-        plan.remove_root(root);
-        bitmaps.iter().for_each(|(node, name)| plan.unlock_bitmap(*node, name));
-        Ok(())
-    };
-    Ok(daemon.graph.change(edit).await?)
-}
-
 async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
-    let (name, root, bitmaps) = {
+    let export = {
         let mut exports = daemon.exports();
         let found = exports.iter_mut().find(|export| export.id == id);
         let export = found.ok_or_else(|| CommandError::new(format!("Export '{id}' is not found")))?;
@@ -330,10 +415,12 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
             return Err(CommandError::new(format!("Export '{id}' is already shutting down")));
         }
         export.shutting_down = true;
-        (export.name.clone(), export.root, export.bitmaps.clone())
+        export.clone()
     };
     let server = daemon.nbd().clone();
-    let removed = server.map(|server| server.remove(&name, hard));
+    let removed = server.map(|server| server.remove(&export.name, hard));
+    // What waits for a machine that is stopped would wait for ever.
+    let hurried = export.of.as_ref().filter(|_| hard).map(|guest| guest.attached.give_up());
     match removed {
         Some(Ok(gone)) => gone.wait().await,
         None | Some(Err(ExportError::NotFound(_))) => {}
@@ -346,7 +433,8 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
             return Err(error.into());
         }
     }
-    let_go(daemon, root, &bitmaps).await?;
+    drop(hurried);
+    export.let_go(daemon).await?;
     daemon.exports().retain(|export| export.id != id);
     daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", id));
     Ok(())

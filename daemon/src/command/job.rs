@@ -10,13 +10,13 @@ use underlay_jobs::{
 use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
-use super::{lookup, snapshot};
+use super::lookup::Names;
+use super::snapshot;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
 /// block-stream
 pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let settings = settings(arguments);
     let plan = daemon.graph.plan();
     let device = arguments.text("device");
     let names = ["base", "base-node", "bottom"].map(|name| arguments.optional_text(name));
@@ -27,7 +27,9 @@ pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
             return Err(CommandError::new(format!("'{a}' and '{b}' cannot be specified at the same time")));
         }
     }
-    let top = lookup::either(&plan, &device)?;
+    let names_of = Names::of(daemon);
+    let top = names_of.either(&plan, &device)?;
+    let settings = settings(arguments, names_of.job_id(&plan, &device, top));
     let [base, base_node, bottom] = names;
     let end = if let Some(base) = base {
         let found = filename::find_in_chain(&daemon.graph.wires(), top, &base);
@@ -56,13 +58,11 @@ pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
 
 /// block-commit
 pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let settings = settings(arguments);
     let plan = daemon.graph.plan();
     let device = arguments.text("device");
-    let root = plan.find(&device).ok_or_else(|| CommandError {
-        class: underlay_graph::Class::DeviceNotFound,
-        ..CommandError::new(format!("Device '{device}' not found"))
-    })?;
+    let names = Names::of(daemon);
+    let root = names.root(&plan, &device)?;
+    let settings = settings(arguments, names.job_id(&plan, &device, root));
     underlay_jobs::commit::check_root(&plan, root)?;
     let mut ends = [None, None];
     for (end, name) in ends.iter_mut().zip(["top", "base"]) {
@@ -110,8 +110,8 @@ pub fn start(daemon: &Daemon, started: Started) {
     daemon.job_thread().spawn_background(started.task);
 }
 
-/// What the commands that start a job say about it.
-pub fn settings(arguments: &mut Arguments) -> Settings {
+/// What the commands that start a job say about it. `default_id` is that of its device.
+pub fn settings(arguments: &mut Arguments, default_id: String) -> Settings {
     let mut policy = |name| {
         arguments.optional_text(name).map(|policy| match policy.as_str() {
             "ignore" => OnError::Ignore,
@@ -123,8 +123,8 @@ pub fn settings(arguments: &mut Arguments) -> Settings {
     let on_error = policy("on-error").or(policy("on-source-error")).unwrap_or_default();
     let on_target_error = policy("on-target-error");
     Settings {
-        // The default is the name of the device, and nodes have none: the same complaint as for an empty name.
-        id: Some(arguments.text("job-id")),
+        // Nodes have no name as a device: the same complaint as for an empty name.
+        id: Some(arguments.optional_text("job-id").unwrap_or(default_id)),
         default_id: String::new(),
         speed: arguments.number("speed", 0),
         auto_finalize: arguments.flag("auto-finalize", true),

@@ -7,18 +7,21 @@ use underlay_jobs::mirror::check_granularity;
 use underlay_jobs::{MirrorArgs, SyncMode, Target};
 
 use super::arguments::Arguments;
-use super::{job, lookup, snapshot};
+use super::lookup::Names;
+use super::{job, snapshot};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
 /// blockdev-mirror
 pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let plan = daemon.graph.plan();
-    let source = lookup::either(&plan, &arguments.text("device"))?;
-    let target = lookup::either(&plan, &arguments.text("target"))?;
+    let (names, device) = (Names::of(daemon), arguments.text("device"));
+    let source = names.either(&plan, &device)?;
+    let target = names.either(&plan, &arguments.text("target"))?;
+    let job_id = names.job_id(&plan, &device, source);
     let is_zero = arguments.flag("target-is-zero", false);
     let mode = arguments.text("sync");
-    let args = args(&plan, arguments, source, Target::Existing(target), &mode)?;
+    let args = args(&plan, arguments, source, Target::Existing(target), &mode, job_id)?;
     drop(plan);
     let args = MirrorArgs { target_is_zero: is_zero, ..args };
     job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
@@ -28,7 +31,9 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
 /// drive-mirror: the target is a file, made for it unless the mode is `existing`.
 pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let plan = daemon.graph.plan();
-    let source = lookup::either(&plan, &arguments.text("device"))?;
+    let (names, device) = (Names::of(daemon), arguments.text("device"));
+    let source = names.either(&plan, &device)?;
+    let job_id = names.job_id(&plan, &device, source);
     underlay_jobs::commit::check_root(&plan, source)?;
     let node_name = arguments.optional_text("node-name");
     if node_name.is_none() && arguments.has("replaces") {
@@ -60,7 +65,8 @@ pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Command
     let fresh = !existing && mode == "full";
     let target = Target::New { node: Box::new(node), backing: below };
     let unmap = arguments.flag("unmap", true);
-    let args = MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, &mode)? };
+    let args =
+        MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, &mode, job_id)? };
     drop(plan);
     job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
     Ok(())
@@ -123,6 +129,7 @@ fn args(
     source: NodeId,
     target: Target,
     mode: &str,
+    job_id: String,
 ) -> CommandResult<MirrorArgs> {
     let replaces = match arguments.optional_text("replaces") {
         Some(name) => Some(
@@ -135,7 +142,7 @@ fn args(
     check_granularity(granularity)?;
     let sync = sync_mode(mode)?;
     Ok(MirrorArgs {
-        settings: job::settings(arguments),
+        settings: job::settings(arguments, job_id),
         source,
         target,
         replaces,

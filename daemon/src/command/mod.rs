@@ -9,6 +9,7 @@ pub mod export;
 pub mod iothread;
 pub mod job;
 pub mod lookup;
+pub mod machine;
 pub mod mirror;
 pub mod object;
 pub mod query;
@@ -20,7 +21,7 @@ use underlay_qmp::schema;
 use underlay_qmp::session::Request;
 
 use crate::error::{CommandError, CommandResult};
-use crate::state::Daemon;
+use crate::state::{Daemon, Why};
 use arguments::Arguments;
 use snapshot::SnapshotSync;
 
@@ -40,7 +41,7 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
     }
     if request.command == "quit" {
         // The reply is the last thing that the client hears, behind the events of the end.
-        daemon.quit.raise();
+        daemon.end(Why::Quit);
         daemon.ended.raised().await;
         return Ok(Value::Object(Object::new()));
     }
@@ -58,24 +59,29 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
         "query-version" => version(),
         "query-commands" => {
             let name = |command: &schema::ty::Command| Object::new().with("name", command.name).into();
-            Value::List(schema::COMMANDS.iter().map(name).collect())
+            Value::List(daemon.program().commands().map(name).collect())
         }
-        "query-qmp-schema" => schema::introspect::query_qmp_schema(),
+        "query-qmp-schema" => schema::introspect::query_qmp_schema(daemon.program()),
         "query-named-block-nodes" => query::named_block_nodes(daemon, arguments.flag("flat", false)),
-        "query-block" => query::block(),
+        "query-block" => query::block(daemon),
         "query-blockstats" => query::blockstats(daemon, arguments.flag("query-nodes", false)),
         "x-debug-query-block-graph" => query::block_graph(daemon),
         "x-debug-block-dirty-bitmap-sha256" => return Some(bitmap::sha256(daemon, arguments)),
         "query-jobs" => job::query_jobs(daemon),
         "query-block-jobs" => job::query_block_jobs(daemon),
         "query-block-exports" => export::query(daemon),
-        _ => return None,
+        other => return machine::query(daemon.machine.as_ref()?, other).map(Ok),
     }))
 }
 
 async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
     if let Some(action) = bitmap::Action::new(command, &mut arguments) {
         return bitmap::change(daemon, action).await;
+    }
+    if let Some(machine) = &daemon.machine
+        && let Some(done) = machine::change(daemon, machine, command, &mut arguments).await
+    {
+        return done;
     }
     match command {
         "blockdev-add" => {

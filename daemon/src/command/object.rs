@@ -46,9 +46,7 @@ const PROPERTIES: [&str; 21] = [
 pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
     let id = options.text("id");
     if !is_well_formed_id(&id) {
-        let hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
-        let error = CommandError::new("Parameter 'id' expects an identifier");
-        return Err(CommandError { hint: Some(hint.to_owned()), ..error });
+        return Err(bad_id());
     }
     let taken = daemon.groups.get(&id).is_some() || daemon.iothreads.get(&id).is_some();
     let twice = || {
@@ -69,6 +67,12 @@ pub fn add(daemon: &Daemon, mut options: Arguments) -> CommandResult<()> {
     limits.check().map_err(|error| CommandError::new(error.to_string()))?;
     daemon.groups.add(Group::new(&id, limits));
     Ok(())
+}
+
+/// The error for a name that is not well formed.
+pub fn bad_id() -> CommandError {
+    let hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
+    CommandError { hint: Some(hint.to_owned()), ..CommandError::new("Parameter 'id' expects an identifier") }
 }
 
 /// Reads the options of an object and makes none.

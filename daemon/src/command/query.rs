@@ -12,6 +12,8 @@ use underlay_graph::plan::{DetectZeroes, Wires};
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Perms, Plan, Role, RootId, perm};
 use underlay_qmp::json::{Object, Value};
 
+use super::machine::describe_limits;
+use crate::device::Backend;
 use crate::state::Daemon;
 
 /// Lengths are shown in whole sectors of this many bytes, rounded up.
@@ -186,9 +188,45 @@ fn info_value(value: InfoValue) -> Value {
     }
 }
 
-/// query-block: devices with names, of which a storage daemon has none.
-pub fn block() -> Value {
-    Value::List(Vec::new())
+/// query-block: backends with names, and those that came with a device. A storage daemon has none.
+pub fn block(daemon: &Daemon) -> Value {
+    let wires = daemon.graph.wires();
+    Value::List(shown_backends(daemon).iter().map(|backend| block_info(&wires, backend)).collect())
+}
+
+fn shown_backends(daemon: &Daemon) -> Vec<Backend> {
+    let backends = daemon.machine.iter().flat_map(|machine| machine.devices.backends());
+    backends.filter(|backend| !backend.name.is_empty() || backend.device.is_some()).collect()
+}
+
+/// BlockInfo
+fn block_info(wires: &Wires, backend: &Backend) -> Value {
+    let mut object = Object::new().with("device", &*backend.name);
+    if let Some(shown) = &backend.device {
+        object.insert("qdev", &*shown.qdev);
+        object.insert("io-status", backend.io.status().as_str());
+    }
+    object.insert("type", "unknown");
+    object.insert("removable", backend.is_removable());
+    object.insert("locked", false);
+    if backend.has_tray() {
+        object.insert("tray_open", backend.tray_open);
+    }
+    if let Some(disk) = backend.disk(wires.plan()) {
+        let mut inserted = block_device_info(wires, disk, false);
+        if let Value::Object(inserted) = &mut inserted {
+            if backend.writethrough
+                && let Some(Value::Object(cache)) = inserted.get_mut("cache")
+            {
+                cache.insert("writeback", false);
+            }
+            if let Some(group) = backend.io.group() {
+                describe_limits(&group.limits(), group.name(), inserted);
+            }
+        }
+        object.insert("inserted", inserted);
+    }
+    Value::Object(object)
 }
 
 /// x-debug-query-block-graph: nodes, roots and the edges between them with their permissions.
@@ -198,7 +236,7 @@ pub fn block_graph(daemon: &Daemon) -> Value {
     for (id, root) in plan.roots() {
         let (kind, name) = match root.user.split_once(" job '") {
             Some((_, job)) => ("block-job", job.trim_end_matches('\'')),
-            None => ("block-backend", ""),
+            None => ("block-backend", backend_name(&root.user)),
         };
         let from = graph.vertex(Vertex::Root(id), kind, name);
         let to = graph.number(Vertex::Node(root.node));
@@ -221,6 +259,11 @@ pub fn block_graph(daemon: &Daemon) -> Value {
     object.insert("nodes", Value::List(graph.nodes));
     object.insert("edges", Value::List(graph.edges));
     Value::Object(object)
+}
+
+/// The name of a backend, from how it is called as a user.
+fn backend_name(user: &str) -> &str {
+    user.strip_prefix("block device '").map_or("", |name| name.trim_end_matches('\''))
 }
 
 /// What is numbered, in the order in which it is met, be it as somebody's child.
@@ -280,13 +323,41 @@ fn graph_edge(parent: u64, child: u64, name: &str, required: Perms, shared: Perm
     Value::Object(object)
 }
 
-/// query-blockstats: per node when asked for, else per named device, of which there are none.
+/// query-blockstats: per node when asked for, else per backend.
 pub fn blockstats(daemon: &Daemon, query_nodes: bool) -> Value {
-    if !query_nodes {
-        return Value::List(Vec::new());
-    }
     let plan = daemon.graph.plan();
-    Value::List(plan.nodes().map(|(id, _)| node_stats(&plan, id, 0)).collect())
+    if query_nodes {
+        return Value::List(plan.nodes().map(|(id, _)| node_stats(&plan, id, 0)).collect());
+    }
+    Value::List(shown_backends(daemon).iter().map(|backend| backend_stats(&plan, backend)).collect())
+}
+
+fn backend_stats(plan: &Plan, backend: &Backend) -> Value {
+    let disk = backend.disk(plan);
+    let below = disk.map_or(Value::Null, |disk| node_stats_with_backing(plan, disk));
+    let mut object = if let Value::Object(object) = below { object } else { Object::new() };
+    let mut stats = device_stats(disk.map_or(0, |disk| plan.node(disk).highest_write()));
+    backend.io.stats().describe(&mut stats);
+    object.insert("device", &*backend.name);
+    object.insert("stats", Value::Object(stats));
+    if let Some(shown) = &backend.device {
+        object.insert("qdev", &*shown.qdev);
+    }
+    Value::Object(object)
+}
+
+/// Statistics of an image with those of the images below it. Built from the bottom up: chains may be long.
+fn node_stats_with_backing(plan: &Plan, id: NodeId) -> Value {
+    let mut below = None;
+    let chain: Vec<_> = plan.chain(id).take(MAX_STATS_DEPTH as usize).collect();
+    for id in chain.into_iter().rev() {
+        let mut stats = node_stats(plan, id, 0);
+        if let (Value::Object(object), Some(below)) = (&mut stats, below.take()) {
+            object.insert("backing", below);
+        }
+        below = Some(stats);
+    }
+    below.unwrap_or(Value::Null)
 }
 
 /// How deep the statistics of what is below are nested.

@@ -10,7 +10,7 @@ use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Preallocatio
 use underlay_qcow2::CreateOptions;
 
 use super::arguments::Arguments;
-use super::lookup;
+use super::lookup::Names;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -83,8 +83,9 @@ pub async fn prepare_sync(
 ) -> CommandResult<Prepared> {
     let plan = daemon.graph.plan();
     let (device, node_name) = (arguments.device.as_deref(), arguments.node_name.as_deref());
-    let disk = lookup::device_or_node(&plan, device, node_name)?;
-    lookup::not_busy(&plan, disk)?;
+    let names = Names::of(daemon);
+    let disk = names.device_or_node(&plan, device, node_name)?;
+    names.not_busy(&plan, disk)?;
     match &arguments.snapshot_node_name {
         None if arguments.node_name.is_some() => {
             return Err(CommandError::new("New overlay node-name missing"));
@@ -100,7 +101,7 @@ pub async fn prepare_sync(
     }
     let new = open_overlay(daemon, disk, &arguments, format).await?;
     let edit = move |plan: &mut Plan| {
-        still_free(plan, disk)?;
+        still_free(&names, plan, disk)?;
         let overlay = plan.add(new)?;
         put_on_top(plan, disk, overlay)
     };
@@ -110,11 +111,12 @@ pub async fn prepare_sync(
 /// blockdev-snapshot up to the change of the graph.
 pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prepared> {
     let plan = daemon.graph.plan();
-    let disk = lookup::either(&plan, node)?;
-    lookup::not_busy(&plan, disk)?;
-    let overlay = lookup::either(&plan, overlay)?;
+    let names = Names::of(daemon);
+    let disk = names.either(&plan, node)?;
+    names.not_busy(&plan, disk)?;
+    let overlay = names.either(&plan, overlay)?;
     let edit = move |plan: &mut Plan| {
-        still_free(plan, disk)?;
+        still_free(&names, plan, disk)?;
         still_there(plan, overlay)?;
         put_on_top(plan, disk, overlay)
     };
@@ -122,9 +124,9 @@ pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prep
 }
 
 /// Nothing else goes on with the node, even after what came before in the same change.
-fn still_free(plan: &Plan, id: NodeId) -> Result<(), GraphError> {
+fn still_free(names: &Names, plan: &Plan, id: NodeId) -> Result<(), GraphError> {
     still_there(plan, id)?;
-    lookup::not_busy(plan, id).map_err(|error| GraphError::new(error.desc))
+    names.not_busy(plan, id).map_err(|error| GraphError::new(error.desc))
 }
 
 fn still_there(plan: &Plan, id: NodeId) -> Result<(), GraphError> {

@@ -9,6 +9,7 @@ use underlay_jobs::BackupDraft;
 use underlay_jobs::backup::start_all;
 
 use super::arguments::Arguments;
+use super::lookup::Names;
 use super::snapshot::{self, Prepared, SnapshotSync};
 use super::{backup, bitmap, job};
 use crate::error::{CommandError, CommandResult};
@@ -56,9 +57,10 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
         }
     }
     if result.is_ok() {
+        let names = Names::of(daemon);
         let edit = |plan: &mut Plan| {
-            actions.iter_mut().try_for_each(|action| action.apply(plan))?;
-            Ok(((), bitmap::finish(plan, actions.iter().filter_map(Action::bitmap))))
+            actions.iter_mut().try_for_each(|action| action.apply(&names, plan))?;
+            Ok(((), bitmap::finish(&names, plan, actions.iter().filter_map(Action::bitmap))))
         };
         result = daemon.graph.change_with(edit).await.map_err(CommandError::from);
     }
@@ -79,10 +81,10 @@ struct Earlier {
 }
 
 impl Action {
-    fn apply(&mut self, plan: &mut Plan) -> Result<(), GraphError> {
+    fn apply(&mut self, names: &Names, plan: &mut Plan) -> Result<(), GraphError> {
         match self {
             Self::Snapshot(prepared) => prepared.take().map_or(Ok(()), |prepared| prepared.apply(plan)),
-            Self::Bitmap(action) => action.apply(plan),
+            Self::Bitmap(action) => action.apply(names, plan),
             Self::Backup(draft) => draft.wire(plan),
         }
     }
@@ -131,7 +133,7 @@ async fn prepare(
     let mut data = action.object("data").unwrap_or_else(|| Arguments::new(Default::default()));
     if let Some(action) = bitmap::Action::new(kind, &mut data) {
         if !earlier.names.contains(&action.node) {
-            action.apply(trial)?;
+            action.apply(&Names::of(daemon), trial)?;
         }
         return Ok(Action::Bitmap(action));
     }

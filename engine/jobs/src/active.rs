@@ -45,7 +45,7 @@ const STRIDE: u64 = 128 << 20;
 #[derive(Clone, Debug)]
 struct Wiring {
     claim: Claim,
-    filter: Option<NodeId>,
+    filter: NodeId,
     roots: Vec<RootId>,
     main: RootId,
     base: RootId,
@@ -128,12 +128,7 @@ impl Active {
             claim.leave_writable(part.base);
         }
         claim.release(plan);
-        match (wiring.filter.filter(|filter| plan.get(*filter).is_some()), switch) {
-            (Some(filter), true) => plan.replace(filter, part.base, |_| false),
-            (Some(filter), false) => plan.replace(filter, part.top, |_| false),
-            (None, true) => plan.replace(part.top, part.base, |_| false),
-            (None, false) => Ok(()),
-        }
+        plan.replace(wiring.filter, if switch { part.base } else { part.top }, |_| false)
     }
 }
 
@@ -338,10 +333,7 @@ fn wire(
     claim.make_writable(plan, part.base);
     let tracker: Arc<dyn Tracker> = dirty;
     plan.node_mut(part.top).trackers.push(tracker.clone());
-    let filter = match &args.filter_node_name {
-        Some(name) => Some(Pass::MirrorTop.insert(plan, part.top, Some(name))?),
-        None => None,
-    };
+    let filter = Pass::MirrorTop.insert(plan, part.top, args.filter_node_name.as_deref())?;
     let needs_growth = grows(graph, part.top, part.base);
     let mut root = |node, role, required, shared, drained| {
         let user = chain::user(Kind::Commit, job.id());
@@ -356,6 +348,6 @@ fn wire(
         let shared = Perms::CONSISTENT_READ | Perms::WRITE | Perms::WRITE_UNCHANGED;
         roots.push(root(*image, "intermediate node", Perms::NONE, shared, None));
     }
-    roots.extend(filter.map(|filter| root(filter, "filter", Perms::NONE, Perms::ALL, None)));
+    roots.push(root(filter, "filter", Perms::NONE, Perms::ALL, None));
     Ok(Wiring { claim, filter, roots, main, base, tracker })
 }

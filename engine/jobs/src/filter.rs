@@ -45,9 +45,16 @@ impl Node for Pass {
     fn limits(&self, cx: &Cx<'_>) -> Limits {
         self.child(cx).limits()
     }
-    fn child_access(&self, _access: Access, _role: Role) -> Option<(Perms, Perms)> {
-        // The images below the top of a commit are not consistent by themselves.
-        (*self == Self::CommitTop).then_some((Perms::NONE, Perms::ALL))
+    fn child_access(&self, access: Access, _role: Role) -> Option<(Perms, Perms)> {
+        match self {
+            // The images below the top of a commit are not consistent by themselves.
+            Self::CommitTop => Some((Perms::NONE, Perms::ALL)),
+            // Nor are those below the active layer, and who lets nobody write above lets the job write to the base.
+            Self::MirrorTop => {
+                Some((access.required.without(Perms::CONSISTENT_READ), access.shared | Perms::WRITE))
+            }
+            Self::CopyOnRead => None,
+        }
     }
     async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.child(cx).read(range, into).await

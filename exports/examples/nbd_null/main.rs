@@ -47,6 +47,7 @@ fn serve(socket: &str, mib: usize, threads: usize) -> Outcome {
             name: name.into(),
             description: String::new(),
             root,
+            guest: None,
             writable,
             writethrough: false,
             allocation_depth: true,

@@ -15,6 +15,7 @@ use super::export::Membership;
 use super::outbox::Outbox;
 use super::request::{self, Session};
 use super::{Handle, Shared};
+use crate::guest::Way;
 
 /// Bytes received at a time while requests are small.
 const RECEIVE: usize = 256 << 10;
@@ -39,7 +40,7 @@ pub(crate) async fn serve(shared: &Arc<Shared>, handle: &Arc<Handle>) {
         contexts: agreed.contexts,
         kinds: membership.export().contexts(),
         size,
-        root: membership.export().root.clone(),
+        disk: Way::new(membership.export().root.clone(), membership.export().guest.clone()),
         writable: membership.export().writable,
         writethrough: membership.export().writethrough,
     };

@@ -8,7 +8,7 @@ use underlay_graph::bitmap::DirtyBitmap;
 use underlay_nbd::{ExportInfo, MAX_NAME, MAX_PAYLOAD, flags};
 
 use super::Handle;
-use crate::ExportError;
+use crate::{ExportError, Guest};
 
 /// A disk that clients can choose by name.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub struct NbdExport {
     pub description: String,
     /// The way to the disk. Its plan must forbid others to resize the disk.
     pub root: Root,
+    /// What stands in between.
+    pub guest: Option<Arc<dyn Guest>>,
     /// Whether clients may write; the root must have the permission.
     pub writable: bool,
     /// Flush after every write.

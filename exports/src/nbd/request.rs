@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use tokio::sync::OwnedSemaphorePermit;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::status::status;
-use underlay_graph::{ByteRange, IoError, Root, WriteFlags, ZeroFlags};
+use underlay_graph::{ByteRange, IoError, WriteFlags, ZeroFlags};
 use underlay_nbd::flags as bits;
 use underlay_nbd::transmission::{Chunks, command, simple_reply};
 use underlay_nbd::{Errno, Extents, Framing, MAX_PAYLOAD, MetaContext, Request};
@@ -14,6 +14,7 @@ use underlay_sys::Iov;
 
 use super::export::Context;
 use super::outbox::{Batch, Outbox};
+use crate::guest::Way;
 
 /// Zeroes are looked for in blocks of this many bytes.
 const GRAIN: u64 = 64 << 10;
@@ -33,7 +34,7 @@ pub(crate) struct Session {
     pub(crate) kinds: Vec<Context>,
     /// As it was told to the client.
     pub(crate) size: u64,
-    pub(crate) root: Root,
+    pub(crate) disk: Way,
     pub(crate) writable: bool,
     pub(crate) writethrough: bool,
 }
@@ -241,7 +242,7 @@ impl Session {
 
     async fn carry_out(&self, request: &Request, payload: Option<Iov>) -> Outcome<Answer> {
         if request.command == command::FLUSH {
-            self.root.flush().await.map_err(failed("flush failed"))?;
+            self.disk.flush().await.map_err(failed("flush failed"))?;
             return Ok(Answer::Done);
         }
         if request.command == command::BLOCK_STATUS {
@@ -257,17 +258,17 @@ impl Session {
             }
             command::CACHE => {
                 let into = Iov::scratch(range.buffer_len());
-                self.root.read(range, into).await.map_err(failed("caching data failed"))?;
+                self.disk.read(range, into).await.map_err(failed("caching data failed"))?;
                 return Ok(Answer::Done);
             }
             command::WRITE => {
                 let from = payload.unwrap_or_default();
-                let written = self.root.write(range, from, WriteFlags::default()).await;
+                let written = self.disk.write(range, from, WriteFlags::default()).await;
                 written.map_err(failed("writing to file failed"))?;
             }
             command::TRIM => {
                 for step in steps(range) {
-                    self.root.discard(step).await.map_err(failed("discard failed"))?;
+                    self.disk.discard(step).await.map_err(failed("discard failed"))?;
                 }
             }
             _ => {
@@ -276,19 +277,19 @@ impl Session {
                     no_fallback: request.flags & bits::CMD_FAST_ZERO != 0,
                 };
                 for step in steps(range) {
-                    self.root.write_zeroes(step, flags).await.map_err(failed("writing to file failed"))?;
+                    self.disk.write_zeroes(step, flags).await.map_err(failed("writing to file failed"))?;
                 }
             }
         }
         let durable = request.flags & bits::CMD_FUA != 0 || self.writethrough;
         if durable {
-            self.root.flush().await.map_err(failed("flush failed"))?;
+            self.disk.flush().await.map_err(failed("flush failed"))?;
         }
         Ok(Answer::Done)
     }
 
     async fn read(&self, request: &Request, range: ByteRange, into: Iov) -> Outcome<Answer> {
-        self.root.read(range, into.clone()).await.map_err(failed("reading from file failed"))?;
+        self.disk.read(range, into.clone()).await.map_err(failed("reading from file failed"))?;
         if self.framing == Framing::Simple || request.flags & bits::CMD_DF != 0 {
             return Ok(Answer::Whole(into));
         }
@@ -352,7 +353,7 @@ impl Session {
         }
         let mut rest = if of_layers.is_empty() { range.split(0).0 } else { range };
         for _ in 0..ENTRIES {
-            let inside = self.root.enter().await.map_err(failed("can't get block status"))?;
+            let inside = self.disk.root().enter().await.map_err(failed("can't get block status"))?;
             let cx = inside.cx();
             for _ in 0..CALLS {
                 if rest.is_empty() {

@@ -50,6 +50,7 @@ impl World {
                     name: name.into(),
                     description: format!("the {name}"),
                     root: block_on(ram::root(disk.clone())),
+                    guest: None,
                     writable,
                     writethrough: false,
                     allocation_depth: true,

@@ -98,7 +98,8 @@ impl Request {
         }
     }
 
-    fn spec(&self) -> Result<NodeSpec> {
+    /// The node that it asks for.
+    pub fn spec(&self) -> Result<NodeSpec> {
         let text = |error: underlay_drivers::OpenError| error.to_string();
         let mut spec = match &self.source {
             Source::Name(name) if self.options.is_empty() => {

@@ -63,6 +63,7 @@ async fn serve(
         name: serving.name.clone(),
         description: serving.description.clone(),
         root: disk.root.clone(),
+        guest: None,
         writable: !disk.is_read_only(),
         writethrough: serving.request.modes.writethrough,
         allocation_depth: serving.allocation_depth,

@@ -250,12 +250,13 @@ fn is_plain(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use underlay_qmp::json;
+    use underlay_qmp::schema::Program;
     use underlay_qmp::schema::introspect::query_qmp_schema;
 
     use super::*;
 
     fn completed(line: &str, action: bool) -> String {
-        let (at, names) = Vocabulary::from_schema(&query_qmp_schema()).complete(line, action);
+        let (at, names) = Vocabulary::from_schema(&query_qmp_schema(Program::Machine)).complete(line, action);
         format!("{}|{}", &line[at..], names.join(" "))
     }
 

@@ -147,6 +147,11 @@ impl Object {
         self
     }
 
+    /// A member's value, to be changed in its place.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut Value> {
+        self.members.iter_mut().find(|(member, _)| member == name).map(|(_, value)| value)
+    }
+
     /// Takes a member out.
     pub fn remove(&mut self, name: &str) -> Option<Value> {
         let at = self.members.iter().position(|(member, _)| member == name)?;

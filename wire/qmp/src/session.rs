@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::codec::{Piece, Splitter};
 use crate::json::{self, Object, Value};
-use crate::schema::{self, Input};
+use crate::schema::{self, Input, Program};
 
 /// The capability to execute commands out of band. Of the storage daemon's commands none may be (`allow-oob` is nowhere in
 /// the reference's `query-qmp-schema`): whoever asks is told so at once, whatever waits.
@@ -60,6 +60,7 @@ pub enum Incoming {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Session {
+    program: Program,
     splitter: Splitter,
     negotiated: bool,
     /// The client may ask out of band.
@@ -110,6 +111,11 @@ pub fn event(name: &str, data: Object, since: Duration) -> Value {
 }
 
 impl Session {
+    /// With a program.
+    pub fn new(program: Program) -> Self {
+        Self { program, ..Self::default() }
+    }
+
     /// Takes bytes from the client.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<Incoming> {
         let pieces = self.splitter.push(bytes);
@@ -193,14 +199,17 @@ impl Session {
             let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
             return Err(unavailable(desc.to_owned()));
         }
-        let Some(command) = schema::command(&name) else {
+        let Some(command) = self.program.command(&name) else {
             return Err(unavailable(format!("The command {name} has not been found")));
         };
         if out_of_band {
             return Err(generic(format!("The command {name} does not support OOB")));
         }
-        let arguments = schema::check(arguments, command.arguments, Input::Json);
-        let arguments = arguments.map_err(|error| generic(error.to_string()))?;
+        let arguments = match schema::takes_more(command.name) {
+            true => arguments,
+            false => schema::check(arguments, command.arguments, Input::Json)
+                .map_err(|error| generic(error.to_string()))?,
+        };
         if self.negotiated && name == "qmp_capabilities" {
             let desc = "Capabilities negotiation is already complete, command ignored";
             return Err(unavailable(desc.to_owned()));

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::process::{Child, Command, Stdio};
 
 use underlay_qmp::json::{self, Object, Value};
+use underlay_qmp::schema::Program;
 use underlay_qmp::schema::introspect::query_qmp_schema;
 use underlay_qmp::session::{Incoming, Session};
 
@@ -439,7 +440,7 @@ fn every_command_and_event_is_one_of_the_reference() {
     let reply = json::parse(lines[1].as_bytes()).expect("JSON");
     let theirs = reply.as_object().and_then(|reply| reply.get("return")?.as_list()).expect("a list");
     let theirs = outlines(theirs);
-    let ours = query_qmp_schema();
+    let ours = query_qmp_schema(Program::StorageDaemon);
     // Arguments of later versions than the reference.
     let later = [", (Some(\"target-is-zero\"), true)", ", (Some(\"on-cbw-error\"), true)"];
     for outline in outlines(ours.as_list().expect("a list")) {

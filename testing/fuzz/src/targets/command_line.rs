@@ -19,8 +19,9 @@ pub fn run(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut words: Vec<String> = text.lines().map(str::to_owned).collect();
     let program = if words.is_empty() { String::new() } else { words.remove(0) };
-    let programs: [Program; 4] = [
+    let programs: [Program; 5] = [
         ("qemu-storage-daemon", |words| drop(underlay_daemon::storage_daemon::understood(words))),
+        ("qemu-system-x86_64", |words| drop(underlay_daemon::machine::understood(words))),
         ("qemu-img", img),
         ("qemu-io", |words| {
             underlay_io::is_understood(words);
@@ -54,6 +55,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
          --chardev pty,id=p,path=link --chardev pipe,id=q,path=p --chardev file,id=f,path=o,append=on --chardev fd=3,id=x,backend=socket",
         "qemu-storage-daemon --object throttle-group,id=g,limits.iops-total=100,x-bps-read=5 --object iothread,id=io,poll-max-ns=32768 -V",
         "qemu-storage-daemon --blockdev {\"driver\":\"nbd\",\"node-name\":\"n\",\"server\":{\"type\":\"unix\",\"path\":\"s\",\"abstract\":true}}",
+        "qemu-system-x86_64 -M q35,accel=tcg -m 64 -nographic -S -name guest=a -drive file=a.img,format=raw,if=virtio,cache=none,werror=stop \
+         -device virtio-scsi,id=s -device {\"driver\":\"scsi-hd\",\"drive\":\"n\",\"share-rw\":true,\"lun\":3} -device scsi-cd,bus=s.0,serial=x \
+         -monitor telnet:localhost:44,server,nowait -qmp unix:a,,b,server=on -mon chardev=m,mode=control,pretty=on -incoming defer",
         "qemu-img convert -f raw -O qcow2 -o cluster_size=64k,preallocation=metadata -S 4k -m 8 -W a.raw b.qcow2",
         "qemu-img create -f qcow2 -b a.qcow2 -F qcow2 b.qcow2 1.5G",
         "qemu-io -c read\u{a0}-P\u{a0}0x5a\u{a0}0\u{a0}64k -c write\u{a0}-z\u{a0}1M\u{a0}1.5k --image-opts driver=null-co,size=1M",

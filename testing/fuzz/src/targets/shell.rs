@@ -5,11 +5,13 @@ use std::sync::LazyLock;
 
 use underlay_qmp::client::{Client, Heard};
 use underlay_qmp::json::{self, Object, Value};
+use underlay_qmp::schema::Program;
 use underlay_qmp::schema::introspect::query_qmp_schema;
 use underlay_shell::line::{Typed, Typist};
 use underlay_shell::vocabulary::Vocabulary;
 
-static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::from_schema(&query_qmp_schema()));
+static VOCABULARY: LazyLock<Vocabulary> =
+    LazyLock::new(|| Vocabulary::from_schema(&query_qmp_schema(Program::Machine)));
 
 /// Types the bytes, line by line, with TAB at the end of each.
 pub fn typed(data: &[u8]) {

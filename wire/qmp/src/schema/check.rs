@@ -220,11 +220,11 @@ fn read_number(word: &str) -> Option<Value> {
 mod tests {
     use super::*;
     use crate::json::parse;
-    use crate::schema::command;
+    use crate::schema::Program;
 
     fn complaint(name: &str, arguments: &str) -> String {
         let Ok(Value::Object(object)) = parse(arguments.as_bytes()) else { panic!("{arguments}") };
-        let command = command(name).expect("known");
+        let command = Program::Machine.command(name).expect("known");
         check(object, command.arguments, Input::Json)
             .map_or_else(|error| error.to_string(), |_| String::new())
     }

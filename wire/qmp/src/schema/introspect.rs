@@ -3,24 +3,25 @@
 
 use std::collections::HashMap;
 
+use super::Program;
 use super::ty::{Member, Object, Type};
-use super::{COMMANDS, EVENTS};
 use crate::json::{self, Value};
 
-/// Every command, event and type.
-pub fn query_qmp_schema() -> Value {
+/// Every command, event and type of a program.
+pub fn query_qmp_schema(program: Program) -> Value {
     let mut writer = Writer::default();
     let mut entries = Vec::new();
-    for command in COMMANDS {
+    for command in program.commands() {
         let arguments = writer.object(command.arguments);
         let returns = writer.name(&command.returns);
         let mut entry = entry(command.name, "command").with("arg-type", arguments).with("ret-type", returns);
-        if let Some(feature) = feature(command.name) {
-            entry.insert("features", vec![Value::from(feature)]);
+        let features: Vec<_> = features(command.name).iter().map(|feature| Value::from(*feature)).collect();
+        if !features.is_empty() {
+            entry.insert("features", features);
         }
         entries.push(Value::Object(entry));
     }
-    for event in EVENTS {
+    for event in program.events() {
         let data = writer.object(event.data);
         entries.push(Value::Object(entry(event.name, "event").with("arg-type", data)));
     }
@@ -29,11 +30,12 @@ pub fn query_qmp_schema() -> Value {
 }
 
 /// What clients should know before they rely on a command.
-fn feature(command: &str) -> Option<&'static str> {
+fn features(command: &str) -> &'static [&'static str] {
     match command {
-        "nbd-server-add" | "nbd-server-remove" => Some("deprecated"),
-        "x-debug-query-block-graph" | "x-debug-block-dirty-bitmap-sha256" => Some("unstable"),
-        _ => None,
+        "nbd-server-add" | "nbd-server-remove" => &["deprecated"],
+        "x-debug-query-block-graph" | "x-debug-block-dirty-bitmap-sha256" => &["unstable"],
+        "device_add" => &["json-cli", "json-cli-hotplug"],
+        _ => &[],
     }
 }
 
@@ -139,7 +141,7 @@ mod tests {
 
     #[test]
     fn every_type_that_is_named_is_described() {
-        let Value::List(entries) = query_qmp_schema() else { panic!("a list") };
+        let Value::List(entries) = query_qmp_schema(Program::Machine) else { panic!("a list") };
         let name = |entry: &Value| entry.as_object().and_then(|e| e.get("name")?.as_str().map(str::to_owned));
         let names: Vec<_> = entries.iter().filter_map(name).collect();
         let mut used = Vec::new();

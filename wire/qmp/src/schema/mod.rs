@@ -9,16 +9,45 @@ mod create;
 mod defs;
 pub mod introspect;
 mod jobs;
+mod machine;
 mod objects;
 mod start;
 pub mod ty;
 
 pub use check::{ArgumentError, Input, check};
-pub use commands::{COMMANDS, EVENTS};
 
-/// The command called `name`.
-pub fn command(name: &str) -> Option<&'static ty::Command> {
-    COMMANDS.iter().find(|command| command.name == name)
+/// Who is talked to: not everybody has all commands and events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Program {
+    /// `qemu-storage-daemon`
+    #[default]
+    StorageDaemon,
+    /// `qemu-system-x86_64`: what the storage daemon has, and more.
+    Machine,
+}
+
+impl Program {
+    /// All commands.
+    pub fn commands(self) -> impl Iterator<Item = &'static ty::Command> {
+        let more = if self == Self::Machine { machine::COMMANDS } else { &[] };
+        commands::COMMANDS.iter().chain(more)
+    }
+
+    /// All events.
+    pub fn events(self) -> impl Iterator<Item = &'static ty::Event> {
+        let more = if self == Self::Machine { machine::EVENTS } else { &[] };
+        commands::EVENTS.iter().chain(more)
+    }
+
+    /// The command called `name`.
+    pub fn command(self, name: &str) -> Option<&'static ty::Command> {
+        self.commands().find(|command| command.name == name)
+    }
+}
+
+/// Whether a command has arguments that only its handler knows.
+pub fn takes_more(command: &str) -> bool {
+    command == "device_add"
 }
 
 /// The options of block nodes: what blockdev-add and `--blockdev` take.

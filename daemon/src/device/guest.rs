@@ -1,0 +1,274 @@
+//! A guest's requests on their way to the disk of a device: they wait while the machine is stopped and for the device's
+//! limits, they are counted, and what fails is reported, ignored, or stops the machine to be tried again later.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use underlay_drivers::throttle::{Direction, Group, Member};
+use underlay_exports::{Guest, Operation, Verdict};
+use underlay_graph::{Graph, IoError, Result, RootId};
+use underlay_qmp::json::Object;
+
+use super::stats::Stats;
+use crate::event::EventBus;
+use crate::machine::running::{RunState, Running};
+
+/// What to do about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well.
+    Ignore,
+    /// The machine stops; the request is tried again when it goes on.
+    Stop,
+    /// That if the disk is full, else the guest is told.
+    Enospc,
+}
+
+impl OnError {
+    /// From the word for it.
+    pub fn new(word: &str) -> Option<Self> {
+        match word {
+            "report" => Some(Self::Report),
+            "ignore" => Some(Self::Ignore),
+            "stop" => Some(Self::Stop),
+            "enospc" => Some(Self::Enospc),
+            _ => None,
+        }
+    }
+}
+
+/// What to do about errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policies {
+    /// `rerror`
+    pub read: OnError,
+    /// `werror`
+    pub write: OnError,
+}
+
+impl Default for Policies {
+    fn default() -> Self {
+        Self { read: OnError::Report, write: OnError::Enospc }
+    }
+}
+
+/// What became of the last requests: `io-status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoStatus {
+    /// They went well.
+    #[default]
+    Ok,
+    /// The machine was stopped by an error.
+    Failed,
+    /// The machine was stopped as the disk was full.
+    NoSpace,
+}
+
+impl IoStatus {
+    /// As query-block calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::NoSpace => "nospace",
+        }
+    }
+}
+
+/// What a device is called in events.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// The name of what is behind it.
+    pub backend: String,
+    /// Its place among all objects.
+    pub path: String,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    names: Names,
+    disk: Option<RootId>,
+    policies: Policies,
+    status: IoStatus,
+    member: Option<Arc<Member>>,
+    stats: Stats,
+}
+
+/// What all guests of a device share.
+#[derive(Debug)]
+pub struct GuestIo {
+    graph: Arc<Graph>,
+    events: Arc<EventBus>,
+    running: Arc<Running>,
+    state: Mutex<State>,
+}
+
+impl GuestIo {
+    /// Of a device in that machine.
+    pub fn new(graph: Arc<Graph>, events: Arc<EventBus>, running: Arc<Running>) -> Arc<Self> {
+        Arc::new(Self { graph, events, running, state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What events call it from now on.
+    pub fn set_names(&self, names: Names) {
+        self.state().names = names;
+    }
+
+    /// Where its disk is from now on.
+    pub fn set_disk(&self, disk: Option<RootId>) {
+        self.state().disk = disk;
+    }
+
+    /// What is done about errors from now on.
+    pub fn set_policies(&self, policies: Policies) {
+        self.state().policies = policies;
+    }
+
+    /// What is done about errors.
+    pub fn policies(&self) -> Policies {
+        self.state().policies
+    }
+
+    /// Errors so far are forgotten.
+    pub fn forget_errors(&self) {
+        self.state().status = IoStatus::Ok;
+    }
+
+    /// What became of the last requests.
+    pub fn status(&self) -> IoStatus {
+        self.state().status
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> Stats {
+        self.state().stats
+    }
+
+    /// Its limits are those of a group from now on; nothing: there are none.
+    pub fn set_group(&self, group: Option<Arc<Group>>) {
+        let before =
+            std::mem::replace(&mut self.state().member, group.map(|group| Arc::new(Member::new(group))));
+        // Who waits there waits no longer.
+        if let Some(before) = before {
+            before.hurry(true);
+        }
+    }
+
+    /// The group whose limits it has.
+    pub fn group(&self) -> Option<Arc<Group>> {
+        self.state().member.as_ref().map(|member| member.group().clone())
+    }
+
+    fn member(&self) -> Option<Arc<Member>> {
+        self.state().member.clone()
+    }
+
+    /// Deals with an error: tells of it, and stops the machine if that is wanted.
+    fn failed(&self, operation: Operation, error: &IoError) -> Verdict {
+        let (names, disk, policy) = {
+            let state = self.state();
+            let reads = operation == Operation::Read;
+            let policy = if reads { state.policies.read } else { state.policies.write };
+            (state.names.clone(), state.disk, policy)
+        };
+        let (action, verdict) = match policy {
+            OnError::Report => ("report", Verdict::Tell),
+            OnError::Ignore => ("ignore", Verdict::Hide),
+            OnError::Enospc if !error.is_no_space() => ("report", Verdict::Tell),
+            OnError::Stop | OnError::Enospc => ("stop", Verdict::Again),
+        };
+        if verdict == Verdict::Again {
+            self.state().status = if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
+        }
+        let mut data = Object::new().with("qom-path", names.path).with("device", names.backend);
+        let plan = self.graph.plan();
+        if let Some(node) = disk.and_then(|disk| plan.root(disk)).and_then(|root| plan.get(root.node)) {
+            data.insert("node-name", node.name.as_str());
+        }
+        let data = data
+            .with("operation", if operation == Operation::Read { "read" } else { "write" })
+            .with("action", action)
+            .with("nospace", error.is_no_space())
+            .with("reason", error.plain().to_string());
+        self.events.emit("BLOCK_IO_ERROR", data);
+        if verdict == Verdict::Again && self.running.stop_if_running(RunState::IoError) {
+            self.events.emit("STOP", Object::new());
+        }
+        verdict
+    }
+}
+
+/// One guest of a device: an export.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    io: Arc<GuestIo>,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Attached {
+    /// To a device.
+    pub fn new(io: Arc<GuestIo>) -> Self {
+        Self { io, given_up: Arc::default() }
+    }
+
+    /// Requests that wait are answered with an error from now on; they wait for no limits while the result is held.
+    pub fn give_up(&self) -> Hurried {
+        self.given_up.store(true, Ordering::Release);
+        self.io.running.wake();
+        let member = self.io.member();
+        if let Some(member) = &member {
+            member.hurry(true);
+        }
+        Hurried(member)
+    }
+}
+
+/// Requests of a device do not wait for its limits as long as this is there.
+#[derive(Debug)]
+#[must_use = "the device's requests are in a hurry until this is dropped"]
+pub struct Hurried(Option<Arc<Member>>);
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        if let Some(member) = &self.0 {
+            member.hurry(false);
+        }
+    }
+}
+
+#[async_trait]
+impl Guest for Attached {
+    async fn admit(&self, operation: Operation, bytes: u64) -> Result<()> {
+        let mut may_pass = operation == Operation::Flush;
+        loop {
+            if !self.io.running.runs(&self.given_up).await {
+                return Err(IoError::ECANCELED);
+            }
+            if !may_pass && let Some(member) = self.io.member() {
+                let direction = if operation == Operation::Read { Direction::Read } else { Direction::Write };
+                member.pass(direction, bytes).await;
+            }
+            may_pass = true;
+            if self.io.running.enter() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict {
+        self.io.running.leave();
+        self.io.state().stats.count(operation, bytes, took, result.is_ok());
+        match result {
+            Err(error) if *error != IoError::ECANCELED => self.io.failed(operation, error),
+            _ => Verdict::Tell,
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! `-drive`, `-hda`, `-cdrom`: disks with names, most of them in devices that come along.
+
+use std::path::PathBuf;
+
+use underlay_disk::{Modes, Request, Source, guessed_raw};
+use underlay_drivers::options::{Backing, Child, DriverSpec, FileSpec};
+use underlay_drivers::protocol::file::{Aio, Locking};
+use underlay_drivers::throttle::Limits;
+use underlay_drivers::{BackingPolicy, NodeSpec};
+use underlay_graph::plan::{DetectZeroes, NewNode};
+use underlay_graph::{Plan, Role, Wiring};
+use underlay_qcow2::CreateOptions;
+use underlay_qmp::json::{Object, Value};
+
+use super::Machine;
+use super::args::{DriveWords, Typed};
+use crate::command::lookup::Names;
+use crate::device::guest::{OnError, Policies};
+use crate::device::{BackendId, plug};
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// Where the device of a disk goes that comes along with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// There is none: a `-device` takes the disk. They are counted all the same.
+    None(u32),
+    /// A virtio device.
+    Virtio(u32),
+    /// An IDE drive: its bus and its place there.
+    Ide {
+        /// The bus.
+        bus: u32,
+        /// The place on it.
+        unit: u32,
+        /// It takes CDs.
+        cd: bool,
+    },
+}
+
+/// A disk that was opened.
+#[derive(Debug)]
+pub struct Drive {
+    /// Its name.
+    pub name: String,
+    /// Where its device goes.
+    pub place: Place,
+}
+
+/// Options that are taken out one by one.
+struct Words(Object);
+
+impl Words {
+    fn text(&mut self, name: &str) -> Option<String> {
+        match self.0.remove(name) {
+            Some(Value::Str(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    fn flag(&mut self, name: &str) -> CommandResult<Option<bool>> {
+        match self.text(name).as_deref() {
+            None => Ok(None),
+            Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
+            Some("off" | "no" | "false" | "n") => Ok(Some(false)),
+            Some(_) => Err(CommandError::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
+        }
+    }
+
+    fn number(&mut self, name: &str) -> CommandResult<Option<u32>> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let wrong = || CommandError::new(format!("Parameter '{name}' expects a number"));
+        text.parse().map(Some).map_err(|_| wrong())
+    }
+}
+
+/// Opens the disk of an option. `others` are those that have been opened before.
+pub async fn open(
+    daemon: &Daemon,
+    machine: &Machine,
+    snapshot: bool,
+    given: Typed<DriveWords>,
+    others: &[Drive],
+    remark: &dyn Fn(&str),
+) -> CommandResult<Drive> {
+    let DriveWords { options, default_bus } = given.value;
+    let mut words = Words(options);
+    let media = words.text("media");
+    let is_cd = match media.as_deref() {
+        None | Some("disk") => false,
+        Some("cdrom") => true,
+        Some(other) => return Err(CommandError::new(format!("'{other}' invalid media"))),
+    };
+    let bus = words.text("if").unwrap_or_else(|| default_bus.to_owned());
+    let (place, automatic) = place(machine, &bus, is_cd, &mut words, others)?;
+    let name = words.text("id").unwrap_or(automatic);
+    if machine.devices.named(&name).is_some() {
+        return Err(CommandError::new(format!("Device with id '{name}' already exists")));
+    }
+    crate::command::machine::check_backend_name(&daemon.graph.plan(), &name)?;
+    let policies = policies(&mut words)?;
+    let limits = limits(&mut words)?;
+    let group = words.text("throttling.group");
+    let mut snapshot = snapshot;
+    if let Some(flag) = words.flag("snapshot")? {
+        snapshot = flag;
+    }
+    if words.0.get("readonly").is_some() && words.0.get("read-only").is_some() {
+        let text = "'read-only' and its alias 'readonly' can't be used at the same time";
+        return Err(CommandError::new(text));
+    }
+    if let Some(value) = words.0.remove("readonly") {
+        words.0.insert("read-only", value);
+    }
+    let read_only = words.flag("read-only")?.unwrap_or(is_cd);
+    let modes = modes(&mut words)?;
+    let backend = machine.new_backend(daemon, &name);
+    let opened = fill(daemon, machine, backend, words, Wanted { modes, read_only, snapshot }, remark).await;
+    if let Err(error) = opened {
+        machine.devices.remove_backend(backend);
+        return Err(error);
+    }
+    machine.devices.edit(backend, |backend| {
+        (backend.modes, backend.read_only, backend.writethrough) = (modes, read_only, modes.writethrough);
+        backend.io.set_policies(policies);
+        if !limits.is_none() {
+            let group = machine.devices.group(&daemon.groups, group.as_deref().unwrap_or(&name));
+            group.set_limits(limits);
+            backend.io.set_group(Some(group));
+        }
+    });
+    Ok(Drive { name, place })
+}
+
+/// Where a disk goes, and what it is called if nobody says.
+fn place(
+    machine: &Machine,
+    bus: &str,
+    is_cd: bool,
+    words: &mut Words,
+    others: &[Drive],
+) -> CommandResult<(Place, String)> {
+    let (index, bus_number, unit) = (words.number("index")?, words.number("bus")?, words.number("unit")?);
+    if index.is_some() && (bus_number.is_some() || unit.is_some()) {
+        return Err(CommandError::new("index cannot be used with bus and unit"));
+    }
+    let units = match bus {
+        "ide" if machine.has_one_unit_per_ide_bus() => 1,
+        "ide" => 2,
+        "none" | "virtio" => 0,
+        "floppy" | "pflash" => {
+            return Err(CommandError::new(format!("if={bus} is not supported: nothing would ever read it")));
+        }
+        "scsi" | "sd" | "mtd" | "xen" => 0,
+        other => return Err(CommandError::new(format!("unsupported bus type '{other}'"))),
+    };
+    if let Some(unit) = unit.filter(|unit| units > 0 && *unit >= units) {
+        let most = units - 1;
+        return Err(CommandError::new(format!("unit {unit} too big (max is {most})")));
+    }
+    let at = |index: u32| match units {
+        0 => (0, index),
+        units => (index / units, index % units),
+    };
+    let is_free = |place: Place| {
+        let same = |other: &&Drive| match (place, other.place) {
+            (Place::Ide { bus, unit, .. }, Place::Ide { bus: other_bus, unit: other_unit, .. }) => {
+                (bus, unit) == (other_bus, other_unit)
+            }
+            _ => other.place == place,
+        };
+        !others.iter().any(|other| same(&other))
+    };
+    let called = |(number, unit): (u32, u32)| {
+        let kind = if is_cd { "cd" } else { "hd" };
+        match bus {
+            "ide" => (Place::Ide { bus: number, unit, cd: is_cd }, format!("ide{number}-{kind}{unit}")),
+            "virtio" => (Place::Virtio(unit), format!("virtio{unit}")),
+            _ => (Place::None(unit), format!("none{unit}")),
+        }
+    };
+    let (number, unit) = match (index, bus_number, unit) {
+        (Some(index), ..) => at(index),
+        (None, number, Some(unit)) => (number.unwrap_or(0), unit),
+        // The first one that is free.
+        (None, number, None) => (0..)
+            .map(|index| if number.is_some() { (number.unwrap_or(0), index) } else { at(index) })
+            .find(|at| is_free(called(*at).0))
+            .unwrap_or((0, 0)),
+    };
+    let (place, name) = called((number, unit));
+    if !is_free(place) {
+        let index = number * units.max(1) + unit;
+        let text = format!("drive with bus={number}, unit={unit} (index={index}) exists");
+        return Err(CommandError::new(text));
+    }
+    let has_bus = matches!(bus, "none" | "virtio")
+        || bus == "ide" && (number as usize) < machine.own_buses(crate::device::model::Bus::Ide).len();
+    match has_bus && unit < units.max(u32::from(units == 0) * u32::MAX) {
+        true => Ok((place, name)),
+        false => {
+            let text = format!("machine type does not support if={bus},bus={number},unit={unit}");
+            Err(CommandError::new(text))
+        }
+    }
+}
+
+fn policies(words: &mut Words) -> CommandResult<Policies> {
+    let mut policies = Policies::default();
+    if let Some(word) = words.text("werror") {
+        let invalid = || CommandError::new(format!("'{word}' invalid write error action"));
+        policies.write = OnError::new(&word).ok_or_else(invalid)?;
+    }
+    if let Some(word) = words.text("rerror") {
+        let invalid = || CommandError::new(format!("'{word}' invalid read error action"));
+        policies.read =
+            OnError::new(&word).filter(|policy| *policy != OnError::Enospc).ok_or_else(invalid)?;
+    }
+    Ok(policies)
+}
+
+/// `throttling.LIMIT`, and the short names of old.
+fn limits(words: &mut Words) -> CommandResult<Limits> {
+    let mut limits = Limits::default();
+    let old = |name: &str| {
+        let (rate, rest) = name.split_once('-')?;
+        let (direction, rest) =
+            rest.split_once('-').map_or((rest, ""), |(direction, rest)| (direction, rest));
+        let direction = match direction {
+            "total" => "",
+            "read" => "_rd",
+            "write" => "_wr",
+            _ => return (name == "iops-size").then(|| "iops_size".to_owned()),
+        };
+        let rest = if rest.is_empty() { String::new() } else { format!("_{}", rest.replace('-', "_")) };
+        Some(format!("{rate}{direction}{rest}"))
+    };
+    for name in Limits::names() {
+        let long = format!("throttling.{name}");
+        let given = words.text(&long).or_else(|| words.text(&old(&name)?));
+        let Some(given) = given else { continue };
+        let wrong = || CommandError::new(format!("Parameter '{long}' expects a number"));
+        let value = given.parse::<u64>().map_err(|_| wrong())?;
+        if let Some(number) = limits.number_mut(&name) {
+            *number = value;
+        }
+    }
+    limits.check().map_err(|error| CommandError::new(error.to_string()))?;
+    Ok(limits)
+}
+
+fn modes(words: &mut Words) -> CommandResult<Modes> {
+    let mut modes = Modes::default();
+    let take = |words: &mut Words, name: &str, set: &mut dyn FnMut(&str) -> bool| match words.text(name) {
+        Some(word) if !set(&word) => Err(word),
+        _ => Ok(()),
+    };
+    take(words, "cache", &mut |word| modes.set_cache(word))
+        .map_err(|_| CommandError::new("invalid cache option"))?;
+    for (name, flag) in [("cache.direct", 0), ("cache.no-flush", 1), ("cache.writeback", 2)] {
+        if let Some(on) = words.flag(name)? {
+            match flag {
+                0 => modes.direct = on,
+                1 => modes.no_flush = on,
+                _ => modes.writethrough = !on,
+            }
+        }
+    }
+    take(words, "aio", &mut |word| modes.set_aio(word))
+        .map_err(|_| CommandError::new("invalid aio option"))?;
+    if modes.aio == Some(Aio::Native) && !modes.direct {
+        let text = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
+        return Err(CommandError::new(text));
+    }
+    take(words, "discard", &mut |word| modes.set_discard(word))
+        .map_err(|_| CommandError::new("Invalid discard option"))?;
+    take(words, "detect-zeroes", &mut |word| modes.set_detect_zeroes(word)).map_err(|word| {
+        CommandError::new(format!("Parameter 'detect-zeroes' does not accept value '{word}'"))
+    })?;
+    modes.copy_on_read = words.flag("copy-on-read")?.unwrap_or(false);
+    Ok(modes)
+}
+
+/// How a disk is to be opened.
+struct Wanted {
+    modes: Modes,
+    read_only: bool,
+    snapshot: bool,
+}
+
+/// Opens what the other options say and puts it into a backend; without any it stays empty.
+async fn fill(
+    daemon: &Daemon,
+    machine: &Machine,
+    backend: BackendId,
+    mut words: Words,
+    wanted: Wanted,
+    remark: &dyn Fn(&str),
+) -> CommandResult<()> {
+    let file = words.text("file").filter(|file| !file.is_empty());
+    let format = words.text("format");
+    if file.is_none() && format.is_none() && words.0.is_empty() {
+        return Ok(());
+    }
+    let Wanted { modes, read_only, snapshot } = wanted;
+    let source = match &file {
+        Some(file) => Source::Name(file.clone()),
+        None => {
+            let mut options = std::mem::take(&mut words.0);
+            if let Some(format) = &format {
+                options.insert("driver", format.as_str());
+            }
+            Source::Options(options)
+        }
+    };
+    let mut request = Request::named("");
+    let is_probed = file.is_some() && format.is_none() && words.0.get("driver").is_none();
+    (request.source, request.options) = (source, words.0);
+    request.format = format.filter(|_| file.is_some());
+    request.read_only = read_only || snapshot;
+    // Discards need not be passed on for zeroes to be found.
+    request.modes = Modes { detect_zeroes: DetectZeroes::Off, ..modes };
+    let mut spec = request.spec().map_err(CommandError::told)?;
+    if spec.detect_zeroes == DetectZeroes::Off {
+        spec.detect_zeroes = modes.detect_zeroes;
+    }
+    if let Some(name) = spec.node_name.as_deref() {
+        if machine.devices.named(name).is_some() {
+            return Err(CommandError::new(format!("node-name={name} is conflicting with a device id")));
+        }
+        // The topmost node has the name.
+        Names::of(daemon).find(&daemon.graph.plan(), name)?;
+    }
+    let mut new = daemon.opener(BackingPolicy::Follow).open(spec).await?;
+    if is_probed && new.node.driver() == "raw" && !read_only {
+        remark(&guessed_raw(file.as_deref().unwrap_or_default()));
+    }
+    if snapshot {
+        new = above(daemon, new, modes).await?;
+    }
+    put_in(daemon, machine, backend, new, modes.copy_on_read && !read_only).await
+}
+
+/// A new image above another one, in a file without a name that takes what is written.
+async fn above(daemon: &Daemon, below: NewNode, modes: Modes) -> CommandResult<NewNode> {
+    let path = temporary();
+    let name = path.to_string_lossy().into_owned();
+    let size = below.view(&daemon.graph.wires()).cx().length();
+    underlay_drivers::create::qcow2(&name, &CreateOptions::new(size)).await?;
+    let file = FileSpec {
+        driver: "file",
+        filename: name,
+        locking: Locking::default(),
+        aio: modes.aio.unwrap_or_default(),
+    };
+    let file = Child::Inline(Box::new(NodeSpec::with_driver(DriverSpec::File(file))));
+    let driver = DriverSpec::Qcow2 { file, backing: Backing::None, options: Box::default() };
+    let mut spec = NodeSpec::with_driver(driver);
+    (spec.cache_no_flush, spec.discard, spec.read_only) = (Some(true), Some(true), Some(false));
+    let opened = daemon.opener(BackingPolicy::Ignore).open(spec).await;
+    // Its name is not needed any more, whatever has become of it.
+    let _ = std::fs::remove_file(&path);
+    let mut new = opened?;
+    new.children.push((Role::Backing, Wiring::New(Box::new(below))));
+    Ok(new)
+}
+
+/// A name for a file that nobody has yet.
+fn temporary() -> PathBuf {
+    let folder = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let mut number = 0_u64;
+    loop {
+        let path = folder.join(format!("vl.{}.{number}", std::process::id()));
+        let mut how = std::fs::OpenOptions::new();
+        match how.write(true).create_new(true).open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
+            // What is wrong with the folder comes out when the image is made.
+            _ => return path,
+        }
+    }
+}
+
+async fn put_in(
+    daemon: &Daemon,
+    machine: &Machine,
+    id: BackendId,
+    new: NewNode,
+    copy_on_read: bool,
+) -> CommandResult<()> {
+    let Some(backend) = machine.devices.backend(id) else { return Ok(()) };
+    let edit = |plan: &mut Plan| {
+        let mut node = plan.add(new)?;
+        if copy_on_read {
+            node = plug::copy_on_read(plan, node)?;
+        }
+        plug::put_in(&backend, plan, node)
+    };
+    let medium = daemon.graph.change(edit).await?;
+    machine.devices.edit(id, |backend| backend.medium = Some(medium));
+    Ok(())
+}

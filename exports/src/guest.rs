@@ -1,0 +1,105 @@
+//! What stands between a guest's requests and its disk: a machine that is stopped, limits, accounts, and what is done
+//! about errors. An export without such a [`Guest`] sends requests straight to the disk.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use underlay_graph::{ByteRange, Result, Root, WriteFlags, ZeroFlags};
+use underlay_sys::{Iov, rt};
+
+/// What a request is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Bytes are read.
+    Read,
+    /// Bytes are written, or made zero.
+    Write,
+    /// What was written is made durable.
+    Flush,
+    /// Bytes are given up.
+    Discard,
+}
+
+/// What becomes of a request that was carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The guest is told how it went.
+    Tell,
+    /// The guest is told that all is well.
+    Hide,
+    /// It is carried out once more, after it was admitted again.
+    Again,
+}
+
+/// See the module.
+#[async_trait]
+pub trait Guest: Debug + Send + Sync {
+    /// Waits until a request may go on. An error is the guest's answer: it will never go on.
+    async fn admit(&self, operation: Operation, bytes: u64) -> Result<()>;
+
+    /// Told of how an admitted request went.
+    fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict;
+}
+
+/// A guest's way to its disk.
+#[derive(Clone, Debug)]
+pub struct Way {
+    root: Root,
+    guest: Option<Arc<dyn Guest>>,
+}
+
+impl Way {
+    /// To the disk of `root`.
+    pub fn new(root: Root, guest: Option<Arc<dyn Guest>>) -> Self {
+        Self { root, guest }
+    }
+
+    /// The disk itself, for questions that are nobody's I/O.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// See [`Root::read`].
+    pub async fn read(&self, range: ByteRange, into: Iov) -> Result<()> {
+        self.ask(Operation::Read, range.len(), || self.root.read(range, into.clone())).await
+    }
+
+    /// See [`Root::write`].
+    pub async fn write(&self, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        self.ask(Operation::Write, range.len(), || self.root.write(range, from.clone(), flags)).await
+    }
+
+    /// See [`Root::write_zeroes`].
+    pub async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        self.ask(Operation::Write, range.len(), || self.root.write_zeroes(range, flags)).await
+    }
+
+    /// See [`Root::discard`].
+    pub async fn discard(&self, range: ByteRange) -> Result<()> {
+        self.ask(Operation::Discard, range.len(), || self.root.discard(range)).await
+    }
+
+    /// See [`Root::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        self.ask(Operation::Flush, 0, || self.root.flush()).await
+    }
+
+    async fn ask<F>(&self, operation: Operation, bytes: u64, request: impl Fn() -> F) -> Result<()>
+    where
+        F: Future<Output = Result<()>>,
+    {
+        let Some(guest) = &self.guest else { return request().await };
+        loop {
+            guest.admit(operation, bytes).await?;
+            let start = rt::now();
+            let result = request().await;
+            match guest.done(operation, bytes, rt::now().saturating_sub(start), &result) {
+                Verdict::Tell => return result,
+                Verdict::Hide => return Ok(()),
+                Verdict::Again => {}
+            }
+        }
+    }
+}
