@@ -7,8 +7,10 @@
 mod script;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use script::{Heard, run, same};
 
@@ -65,6 +67,98 @@ fn lines(said: &[String]) -> Vec<String> {
 
 fn expected(name: &str) -> Vec<String> {
     lines(&[fs::read_to_string(path(name, "expected")).expect("what the reference said")])
+}
+
+/// A line of a command line, and what is said to it.
+struct Said {
+    line: String,
+    answer: String,
+}
+
+/// Lines after `$ ` with what is said to them, the exit status first.
+fn read_lines(text: &str) -> Vec<Said> {
+    let said = |part: &str| {
+        let (line, answer) = part.split_once('\n').unwrap_or((part, ""));
+        Said { line: line.to_owned(), answer: answer.trim_end().to_owned() }
+    };
+    text.split("$ ").skip(1).map(said).collect()
+}
+
+/// Runs a line that ends by itself. Should it not, it is ended.
+fn say(program: &Path, more: &str, line: &str) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let files = "truncate -s 1M r.img; \"$1\" img create -q -f qcow2 a.qcow2 1M; \"$1\" img create -q -f qcow2 b.qcow2 1M";
+    let script = format!("{files}; exec timeout -s KILL 30 \"$0\" {more} -nodefaults -display none {line}");
+    let output = Command::new("sh")
+        .args(["-c", &script])
+        .arg(program)
+        .arg(env!("CARGO_BIN_EXE_underlay"))
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .expect("a shell");
+    let status = output.status.code().unwrap_or(-1);
+    format!("{status}\n{}", String::from_utf8_lossy(&output.stderr)).trim_end().to_owned()
+}
+
+#[test]
+fn command_lines() {
+    let path = path("command_lines", "txt");
+    let mut lines = read_lines(&fs::read_to_string(&path).expect("lines"));
+    if let Ok(emulator) = std::env::var("UNDERLAY_SYSTEM_EMULATOR") {
+        for said in &mut lines {
+            let answer = say(Path::new(&emulator), "-accel tcg -m 64", &said.line);
+            if std::env::var("UNDERLAY_RECORD").is_ok() {
+                said.answer.clone_from(&answer);
+            }
+            assert_eq!(said.answer, answer, "{}: what was written down", said.line);
+        }
+        let text: Vec<_> = lines.iter().map(|said| format!("$ {}\n{}\n", said.line, said.answer)).collect();
+        fs::write(&path, text.join("\n")).expect("written");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let ours = folder.path().join("qemu-system-x86_64");
+    symlink(env!("CARGO_BIN_EXE_underlay"), &ours).expect("a link");
+    let answers = lines.iter().map(|said| (said, say(&ours, "", &said.line)));
+    let wrong: Vec<_> = answers
+        .filter(|(said, answer)| said.answer != *answer)
+        .map(|(said, answer)| format!("$ {}\n  ours:   {answer}\n  theirs: {}", said.line, said.answer))
+        .collect();
+    assert!(wrong.is_empty(), "{} lines:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(lines.len() > 80, "{} lines", lines.len());
+}
+
+/// As they are printed, but for where the socket is.
+const OF_THE_SPECIFICATION: [&str; 2] = [
+    "-display none -nodefconfig -M q35 -nodefaults -m 512 \
+     -blockdev node-name=node-A,driver=qcow2,file.driver=file,file.node-name=file,file.filename=./a.qcow2 \
+     -device virtio-blk,drive=node-A,id=virtio0 -monitor stdio -qmp unix:./qmp-sock,server,nowait",
+    "-display none -nodefconfig -M q35 -nodefaults -m 512 \
+     -blockdev node-name=node-TargetDisk,driver=qcow2,file.driver=file,file.node-name=file,file.filename=./a.qcow2 \
+     -device virtio-blk,drive=node-TargetDisk,id=virtio0 \
+     -S -monitor stdio -qmp unix:./qmp-sock2,server,nowait -incoming tcp:localhost:6666",
+];
+
+#[test]
+fn the_specifications_machines_start() {
+    for line in OF_THE_SPECIFICATION {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (program, here) = (env!("CARGO_BIN_EXE_underlay"), folder.path());
+        let mut make = Command::new(program);
+        let made = make.args("img create -q -f qcow2 a.qcow2 1M".split(' ')).current_dir(here).status();
+        assert!(made.expect("our tool").success());
+        let mut machine = Command::new(program);
+        machine.arg("machine").args(line.split_whitespace()).current_dir(here);
+        let piped = machine.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut machine = piped.spawn().expect("a machine");
+        machine.stdin.take().expect("a pipe").write_all(b"quit\n").expect("written");
+        let output = machine.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.starts_with("QEMU 10.0.2 monitor"), "{line}\n{output:?}");
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains("without effect, as there is no CPU here: -m\n")
+        );
+    }
 }
 
 #[test]

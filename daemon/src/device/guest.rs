@@ -272,3 +272,77 @@ impl Guest for Attached {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use underlay_sys::thread::block_on;
+
+    use super::*;
+
+    fn guest() -> (Arc<Running>, Attached) {
+        let running = Arc::<Running>::default();
+        let io = GuestIo::new(Graph::new(), Arc::default(), running.clone());
+        (running, Attached::new(io))
+    }
+
+    /// One look at a future.
+    fn look<F: Future>(future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn requests_wait_until_the_machine_runs() {
+        block_on(async { wait_until_the_machine_runs() });
+    }
+
+    fn wait_until_the_machine_runs() {
+        let (running, guest) = guest();
+        let mut request = pin!(guest.admit(Operation::Write, 512));
+        assert!(look(request.as_mut()).is_pending());
+        running.set(RunState::Running);
+        assert_eq!(look(request.as_mut()), Poll::Ready(Ok(())));
+        // It is on its way, so the machine is not quiet; another one has to wait.
+        assert!(running.stop_if_running(RunState::Paused));
+        let mut quiet = pin!(running.quiet());
+        assert!(look(quiet.as_mut()).is_pending());
+        let mut next = pin!(guest.admit(Operation::Read, 512));
+        assert!(look(next.as_mut()).is_pending());
+        assert_eq!(guest.done(Operation::Write, 512, Duration::ZERO, &Ok(())), Verdict::Tell);
+        assert!(look(quiet.as_mut()).is_ready());
+        drop(guest.give_up());
+        assert_eq!(look(next.as_mut()), Poll::Ready(Err(IoError::ECANCELED)));
+    }
+
+    #[test]
+    fn policies_decide_about_errors() {
+        block_on(async { decide_about_errors() });
+    }
+
+    fn decide_about_errors() {
+        use OnError::{Enospc, Ignore, Report, Stop};
+        let (full, broken) = (IoError::ENOSPC, IoError::EIO);
+        for (policy, error, verdict, status) in [
+            (Report, &full, Verdict::Tell, IoStatus::Ok),
+            (Ignore, &full, Verdict::Hide, IoStatus::Ok),
+            (Enospc, &full, Verdict::Again, IoStatus::NoSpace),
+            (Enospc, &broken, Verdict::Tell, IoStatus::Ok),
+            (Stop, &broken, Verdict::Again, IoStatus::Failed),
+        ] {
+            let (running, guest) = guest();
+            running.set(RunState::Running);
+            guest.io.set_policies(Policies { read: Report, write: policy });
+            assert!(running.enter());
+            let result = Err(error.clone());
+            assert_eq!(guest.done(Operation::Discard, 1, Duration::ZERO, &result), verdict, "{policy:?}");
+            assert_eq!(guest.io.status(), status, "{policy:?}");
+            let stopped = verdict == Verdict::Again;
+            assert_eq!(running.state() == RunState::IoError, stopped, "{policy:?}");
+            assert!(running.enter() || stopped);
+            assert_eq!(guest.done(Operation::Read, 1, Duration::ZERO, &result), Verdict::Tell);
+        }
+    }
+}

@@ -261,7 +261,9 @@ fn access(backend: &Backend, state: RunState, read_only: bool) -> (Perms, Perms)
         return (Perms::NONE, Perms::ALL);
     }
     let is_disk = shown.model.kind == Kind::Disk;
-    let writes = if is_disk && !read_only { Perms::WRITE } else { Perms::NONE };
+    // An IDE disk that cannot be written to is none.
+    let writes = is_disk && (!read_only || shown.model.bus == Bus::Ide);
+    let writes = if writes { Perms::WRITE } else { Perms::NONE };
     let resize = if is_disk && backend.guests == 0 { Perms::RESIZE } else { Perms::NONE };
     let share_rw = if shown.share_rw { Perms::WRITE } else { Perms::NONE };
     let shared = Perms::CONSISTENT_READ | Perms::WRITE_UNCHANGED | resize | share_rw;
@@ -273,10 +275,6 @@ pub fn apply_access(backend: &Backend, state: RunState, plan: &mut Plan) -> Resu
     let Some(id) = backend.medium else { return Ok(()) };
     let Some(node) = plan.root(id).map(|root| root.node) else { return Ok(()) };
     let read_only = plan.node(node).read_only;
-    let wants_to_write = backend.device.as_ref().is_some_and(|shown| shown.model.kind == Kind::Disk);
-    if read_only && wants_to_write && backend.device.as_ref().is_some_and(|s| s.model.bus == Bus::Ide) {
-        return Err(GraphError::new("Can't use a read-only drive"));
-    }
     let (required, shared) = access(backend, state, read_only);
     if let Some(root) = plan.root_mut(id) {
         (root.required, root.shared, root.user) = (required, shared, backend.user());

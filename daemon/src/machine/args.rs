@@ -39,7 +39,9 @@ pub struct Setting {
     pub name: Option<String>,
     /// `-uuid`
     pub uuid: String,
-    /// `-machine q35` and its like.
+    /// `-machine`
+    machine: String,
+    /// Whether that is `q35` or its like.
     pub is_q35: bool,
     /// `-incoming`
     pub incoming: bool,
@@ -96,7 +98,7 @@ struct Word<'a> {
 /// Reads a command line (without the program's name). Errors are whole messages but for the program's name.
 pub fn parse(words: &[String]) -> Result<Asked, String> {
     let uuid = "00000000-0000-0000-0000-000000000000".to_owned();
-    let mut setting = Setting { uuid, ..Setting::default() };
+    let mut setting = Setting { uuid, machine: "pc".to_owned(), ..Setting::default() };
     let mut without_effect: Vec<&str> = Vec::new();
     let words = names(words)?;
     for word in &words {
@@ -115,6 +117,10 @@ pub fn parse(words: &[String]) -> Result<Asked, String> {
             return Ok(Asked::Text(text));
         }
     }
+    setting.is_q35 = options::machine(&setting.machine).ok_or_else(|| {
+        let kind = &setting.machine;
+        format!("unsupported machine type: \"{kind}\"\nUse -machine help to list supported machines")
+    })?;
     if !without_effect.is_empty() {
         let names: Vec<_> = without_effect.iter().map(|name| format!("-{name}")).collect();
         let text = format!("warning: without effect, as there is no CPU here: {}", names.join(", "));
@@ -245,11 +251,7 @@ impl Setting {
         }
         let list = list.map_err(text)?;
         if let Some(kind) = list.get("type").and_then(Value::as_str) {
-            let unsupported = || CommandError {
-                hint: Some("Use -machine help to list supported machines".to_owned()),
-                ..CommandError::new(format!("unsupported machine type: \"{kind}\""))
-            };
-            self.is_q35 = options::machine(kind).ok_or_else(unsupported)?;
+            self.machine = kind.to_owned();
         }
         Ok(None)
     }
@@ -344,6 +346,10 @@ fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandResult
 fn display(value: &str) -> CommandResult<()> {
     let kinds = ["none", "gtk", "sdl", "curses", "egl-headless", "dbus", "spice-app"];
     let kind = value.split(',').next().unwrap_or_default();
+    if let ("none", Some((_, options))) = (kind, value.split_once(',')) {
+        let name = options.split('=').next().unwrap_or_default();
+        return Err(CommandError::new(format!("Parameter '{name}' is unexpected")));
+    }
     match kinds.contains(&kind) || kind.starts_with("vnc=") {
         true => Ok(()),
         false => Err(CommandError::new(format!("Parameter 'type' does not accept value '{kind}'"))),

@@ -298,11 +298,21 @@ async fn fill(
     remark: &dyn Fn(&str),
 ) -> CommandResult<()> {
     let file = words.text("file").filter(|file| !file.is_empty());
-    let format = words.text("format");
+    let mut format = words.text("format");
     if file.is_none() && format.is_none() && words.0.is_empty() {
         return Ok(());
     }
     let Wanted { modes, read_only, snapshot } = wanted;
+    let is_probed = file.is_some() && format.is_none() && words.0.get("driver").is_none();
+    // Which options there are depends on the format.
+    if let Some(file) = file.as_deref().filter(|_| is_probed && !words.0.is_empty()) {
+        format = Some(format_of(daemon, file).await?);
+    }
+    if let Some((option, _)) = words.0.iter().find(|(name, _)| name.starts_with("throttling.")) {
+        let format = format.unwrap_or_default();
+        let text = format!("Block format '{format}' does not support the option '{option}'");
+        return Err(CommandError::new(text));
+    }
     let source = match &file {
         Some(file) => Source::Name(file.clone()),
         None => {
@@ -314,7 +324,6 @@ async fn fill(
         }
     };
     let mut request = Request::named("");
-    let is_probed = file.is_some() && format.is_none() && words.0.get("driver").is_none();
     (request.source, request.options) = (source, words.0);
     request.format = format.filter(|_| file.is_some());
     request.read_only = read_only || snapshot;
@@ -339,6 +348,14 @@ async fn fill(
         new = above(daemon, new, modes).await?;
     }
     put_in(daemon, machine, backend, new, modes.copy_on_read && !read_only).await
+}
+
+/// The format of an image that nobody has told.
+async fn format_of(daemon: &Daemon, file: &str) -> CommandResult<String> {
+    let mut spec = NodeSpec::image(file, None)?;
+    (spec.read_only, spec.force_share) = (Some(true), Some(true));
+    let image = daemon.opener(BackingPolicy::Ignore).open(spec).await?;
+    Ok(image.node.driver().to_owned())
 }
 
 /// A new image above another one, in a file without a name that takes what is written.

@@ -4,6 +4,8 @@
 //! event waited for before, and anything else is a command to execute. What may differ (generated names, times, sizes on
 //! disk) is blanked out.
 
+#![allow(dead_code, reason = "not every test needs all of it")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -177,7 +179,6 @@ pub fn same(what: &str, ours: &[String], theirs: &[String]) {
 }
 
 /// Whether a program can be started.
-#[allow(dead_code, reason = "not every test asks")]
 pub fn is_installed(program: &str) -> bool {
     Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
 }

@@ -1,0 +1,164 @@
+//! Guests of a machine's devices, which come by exports: they wait while the machine is stopped, an error stops it, and a
+//! device that goes takes them along.
+//!
+//! The reference has no such exports; what is expected here is what its guests would see.
+
+mod script;
+
+use std::os::unix::fs::symlink;
+
+use script::{Heard, run};
+
+const COMMON: &str = "machine -nodefaults -display none -chardev socket,id=m,path=qmp.sock -mon m,mode=control \
+                      -pidfile pid -nbd-server addr.type=unix,addr.path=nbd.sock ";
+
+/// A file that is too long is an error, not the end of the program.
+const SHELL: &str = "trap '' XFSZ; exec \"$0\" \"$@\"";
+
+fn heard(arguments: &str, script: &str) -> Heard {
+    let tools = tempfile::tempdir().expect("a folder");
+    for tool in ["qemu-img", "qemu-io"] {
+        symlink(env!("CARGO_BIN_EXE_underlay"), tools.path().join(tool)).expect("a link");
+    }
+    let arguments = format!("{COMMON}{arguments}");
+    let mut words = vec!["-c", SHELL, env!("CARGO_BIN_EXE_underlay")];
+    words.extend(arguments.split_whitespace());
+    // Clients write and read `disk`; one in the background says through `done` how it went.
+    let script = script.replace("GUEST", "qemu-io -f raw nbd+unix:///disk?socket=nbd.sock -c");
+    run("sh", &words, &script, Some(tools.path()))
+}
+
+/// The replies without their commands, and the events in a few words.
+fn outline(heard: &Heard) -> String {
+    let replies = heard.replies.iter().filter_map(|reply| reply.lines().nth(1));
+    let events = heard.events.iter().map(|event| event.trim_start_matches("}, "));
+    replies.map(str::trim).chain(events).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn an_error_stops_the_machine_and_the_request_is_tried_again() {
+    let heard = heard(
+        "-drive file=d.raw,format=raw,node-name=n,if=none,id=d,werror=stop -device virtio-blk,drive=d,id=v0 \
+         -export nbd,id=g,node-name=v0,name=disk,writable=on",
+        r#"! truncate -s 8M d.raw; mkfifo done
+{"execute": "query-status"}
+! GUEST 'write -P 1 0 64k'
+! prlimit --pid $(cat pid) --fsize=1048576:
+! (GUEST 'write -P 5 4M 64k'; echo $? > done) &
+? STOP
+{"execute": "query-status"}
+{"execute": "cont"}
+? STOP
+! prlimit --pid $(cat pid) --fsize=unlimited:
+{"execute": "cont"}
+! test "$(timeout 60 cat done)" = 0
+! GUEST 'read -P 5 4M 64k' | grep -q '^read 65536'
+{"execute": "query-status"}
+"#,
+    );
+    let error = r#""event": "BLOCK_IO_ERROR", "data": {"device": "d", "nospace": false, "node-name": "n", "qom-path": "/machine/peripheral/v0/virtio-backend", "reason": "File too large", "operation": "write", "action": "stop"}}"#;
+    let (stop, resume) = (r#""event": "STOP"}"#, r#""event": "RESUME"}"#);
+    assert_eq!(
+        outline(&heard),
+        [
+            r#"{"return": {}}"#,
+            r#"{"return": {"status": "running", "running": true}}"#,
+            r#"{"return": {"status": "io-error", "running": false}}"#,
+            r#"{"return": {}}"#,
+            r#"{"return": {}}"#,
+            r#"{"return": {"status": "running", "running": true}}"#,
+            error,
+            stop,
+            resume,
+            error,
+            stop,
+            resume,
+        ]
+        .join("\n")
+    );
+}
+
+#[test]
+fn other_policies() {
+    let heard = heard(
+        "-blockdev file,filename=d.raw,node-name=n -device virtio-scsi,id=s -device scsi-hd,drive=n,id=h,werror=ignore \
+         -export nbd,id=g,node-name=h,name=disk,writable=on",
+        r#"! truncate -s 8M d.raw
+{"execute": "query-name"}
+! prlimit --pid $(cat pid) --fsize=1048576:
+! GUEST 'write -P 5 4M 64k' | grep -q '^wrote 65536'
+! GUEST 'read -P 0 4M 64k' | grep -q '^read 65536'
+{"execute": "query-status"}
+"#,
+    );
+    assert_eq!(
+        outline(&heard),
+        [
+            r#"{"return": {}}"#,
+            r#"{"return": {}}"#,
+            r#"{"return": {"status": "running", "running": true}}"#,
+            r#""event": "BLOCK_IO_ERROR", "data": {"device": "", "nospace": false, "node-name": "n", "qom-path": "/machine/peripheral/h", "reason": "File too large", "operation": "write", "action": "ignore"}}"#,
+        ]
+        .join("\n")
+    );
+}
+
+#[test]
+fn guests_wait_for_the_machine_and_go_with_their_device() {
+    let heard = heard(
+        "-S -drive file=d.qcow2,if=none,id=d -device virtio-blk,drive=d,id=v0 -device ide-cd,id=c -cdrom r.raw \
+         -export nbd,id=g,node-name=v0,name=disk,writable=on",
+        r#"! qemu-img create -q -f qcow2 d.qcow2 8M; truncate -s 1M r.raw; mkfifo done
+{"execute": "query-name"}
+! (GUEST 'write -P 5 4M 64k'; echo $? > done) &
+{"execute": "block_resize", "arguments": {"device": "d", "size": 16777216}}
+{"execute": "block-export-del", "arguments": {"id": "nope"}}
+{"execute": "cont"}
+! test "$(timeout 60 cat done)" = 0
+{"execute": "blockdev-snapshot-sync", "arguments": {"device": "v0", "snapshot-file": "e.qcow2"}}
+! GUEST 'write -P 6 0 64k'
+! qemu-io -U -r e.qcow2 -c 'read -P 6 0 64k' | grep -q '^read 65536'
+{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "cd", "node-name": "ide1-cd0", "writable": true}}
+{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "cd", "node-name": "ide1-cd0"}}
+{"execute": "eject", "arguments": {"device": "ide1-cd0"}}
+{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "none", "node-name": "c"}}
+{"execute": "stop"}
+! (GUEST 'read 0 4k' 2>/dev/null; echo $? > done) &
+{"execute": "device_del", "arguments": {"id": "v0"}}
+! test "$(timeout 60 cat done)" = 1
+{"execute": "query-block-exports"}
+"#,
+    );
+    let nothing = r#"{"return": {}}"#;
+    let error = |text: &str| format!(r#"{{"error": {{"class": "GenericError", "desc": "{text}"}}}}"#);
+    let conflict = "Permission conflict on node '#blockN': permissions 'resize' are both required by an unnamed block \
+                    device (uses node '#blockN' as 'root' child) and unshared by block device 'd' (uses node \
+                    '#blockN' as 'root' child).";
+    assert_eq!(
+        outline(&heard),
+        [
+            nothing.to_owned(),
+            nothing.to_owned(),
+            error(conflict),
+            error("Export 'nope' is not found"),
+            nothing.to_owned(),
+            nothing.to_owned(),
+            error("Cannot export read-only node as writable"),
+            nothing.to_owned(),
+            error("Device 'ide1-cd0' is in use by an export"),
+            error("Device 'c' has no medium"),
+            nothing.to_owned(),
+            nothing.to_owned(),
+            r##"{"return": [{"node-name": "#blockN", "shutting-down": false, "type": "nbd", "id": "cd"}]}"##
+                .to_owned(),
+            r#""event": "RESUME"}"#.to_owned(),
+            r#""event": "STOP"}"#.to_owned(),
+            r#""event": "BLOCK_EXPORT_DELETED", "data": {"id": "g"}}"#.to_owned(),
+            r#""event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/v0/virtio-backend"}}"#
+                .to_owned(),
+            r#""event": "DEVICE_DELETED", "data": {"device": "v0", "path": "/machine/peripheral/v0"}}"#
+                .to_owned(),
+        ]
+        .join("\n")
+    );
+}
