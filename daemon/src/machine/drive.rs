@@ -305,11 +305,14 @@ async fn fill(
     let Wanted { modes, read_only, snapshot } = wanted;
     let is_probed = file.is_some() && format.is_none() && words.0.get("driver").is_none();
     // Which options there are depends on the format.
+    let mut found = format.clone();
     if let Some(file) = file.as_deref().filter(|_| is_probed && !words.0.is_empty()) {
-        format = Some(format_of(daemon, file).await?);
+        found = Some(format_of(daemon, file).await?);
+        // A guest may not make something else of an image that looked like none.
+        format = found.clone().filter(|format| format != "raw");
     }
     if let Some((option, _)) = words.0.iter().find(|(name, _)| name.starts_with("throttling.")) {
-        let format = format.unwrap_or_default();
+        let format = found.unwrap_or_default();
         let text = format!("Block format '{format}' does not support the option '{option}'");
         return Err(CommandError::new(text));
     }
