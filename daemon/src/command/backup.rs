@@ -125,7 +125,6 @@ fn args(
 ) -> CommandResult<BackupArgs> {
     let (sync, bitmap) = sync_mode(trial, arguments, source)?;
     let mut perf = arguments.object("x-perf").unwrap_or_else(|| Arguments::new(Default::default()));
-    // `use-copy-range` is a hint: our copies go through memory either way.
     let workers = perf.number("max-workers", 64);
     let workers = i32::try_from(workers).ok().filter(|workers| *workers > 0);
     let workers = workers.ok_or_else(|| CommandError::new("max-workers must be between 1 and 2147483647"))?;
@@ -141,6 +140,7 @@ fn args(
         max_chunk,
         compress: arguments.flag("compress", false),
         discard_source: arguments.flag("discard-source", false),
+        no_reflink: !perf.flag("use-copy-range", true),
         ..CbwOptions::default()
     };
     Ok(BackupArgs {

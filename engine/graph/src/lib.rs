@@ -18,6 +18,7 @@ pub mod node;
 pub mod perm;
 pub mod plan;
 pub mod range_lock;
+pub mod reflink;
 pub mod root;
 pub mod status;
 pub mod units;

@@ -140,6 +140,15 @@ pub trait Node: Debug + Send + Sync {
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         Ok(Extent::new(Place::Data(range.start()), range.len()))
     }
+    /// Lets `to` share the storage of `range`, at `at` there, as if it were copied. An error is only that it cannot be:
+    /// ENOTSUP, or EINVAL for just this range; what is there at `to` is not known then, and has to be written.
+    async fn reflink_to(&self, _cx: &Cx<'_>, _range: ByteRange, _to: &Cx<'_>, _at: u64) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
+    /// The other half of it: `range` shares the storage of `from`, a protocol node, at `at` there.
+    async fn reflink_from(&self, _cx: &Cx<'_>, _range: ByteRange, _from: &dyn Node, _at: u64) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
     /// Copies from the backing node what the range still borrows from there, so that it reads the same without
     /// it. Safe beside writes to the same range: what a guest writes is never undone.
     async fn populate(&self, _cx: &Cx<'_>, _range: ByteRange) -> Result<()> {

@@ -329,6 +329,29 @@ impl<'a> Cx<'a> {
         result
     }
 
+    /// Lets `to` share the storage of `range`: [`Node::reflink_to`].
+    pub async fn reflink(&self, range: ByteRange, to: &Cx<'_>, at: u64) -> Result<()> {
+        let _place = self.view.blocks.reading(range).await;
+        self.node().reflink_to(self, range, to, at).await
+    }
+
+    /// A write of what `from` has at `at`, by sharing its storage: [`Node::reflink_from`].
+    pub async fn reflink_from(&self, range: ByteRange, from: &dyn Node, at: u64) -> Result<()> {
+        let alignment = u64::from(self.view.limits.request_alignment);
+        if !range.is_aligned(alignment) {
+            return Err(IoError::EINVAL);
+        }
+        self.announce(range).await?;
+        let _turn = match alignment {
+            0 | 1 => None,
+            _ => Some(self.view.blocks.shared(range).await),
+        };
+        let result = self.node().reflink_from(self, range, from, at).await;
+        self.touched(range);
+        self.wrote(range, &result);
+        result
+    }
+
     /// Makes durable what was written before.
     pub async fn flush(&self) -> Result<()> {
         self.node().flush(self).await

@@ -515,7 +515,7 @@ impl Copier for Copying {
     async fn copy(&self, range: ByteRange, _: Step) -> Result<(), Fault> {
         let inside = self.root.enter().await.map_err(Fault::read)?;
         let ends = CopyBeforeWrite::ends(&inside.cx());
-        match self.copies.copy(ends, range).await {
+        match self.copies.copy_in_background(ends, range).await {
             // Not to be tried again: the job finds it at the end of the walk.
             Err(_) if self.copies.lost().is_some() => Ok(()),
             result => Ok(result?),
@@ -537,5 +537,9 @@ impl Copier for Copying {
 
     fn unit(&self) -> u64 {
         1 << self.copies.how().chunk.ilog2()
+    }
+
+    fn stride(&self) -> u64 {
+        self.copies.stride()
     }
 }

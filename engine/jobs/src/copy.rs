@@ -100,6 +100,10 @@ pub trait Copier: Send + Sync + 'static {
     fn unit(&self) -> u64 {
         CHUNK
     }
+    /// The same while nothing limits the job's speed: more where a copy of many bytes takes no longer.
+    fn stride(&self) -> u64 {
+        self.unit()
+    }
 }
 
 /// What becomes of chunks whose errors the policy ignores.
@@ -244,7 +248,7 @@ impl<C: Copier> Walk<'_, C> {
 
     /// Up to the next multiple of the unit.
     fn chunk_len(&self, run: ByteRange) -> u64 {
-        let unit = self.copier.unit();
+        let unit = if self.job.is_throttled() { self.copier.unit() } else { self.copier.stride() };
         unit - (run.start() & (unit - 1))
     }
 

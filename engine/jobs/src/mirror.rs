@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::range_lock::Mode;
+use underlay_graph::reflink::Reflinks;
 use underlay_graph::status::{Status, status};
 use underlay_graph::view::Tracker;
 use underlay_graph::{
@@ -139,7 +140,9 @@ impl Jobs {
         let (graph, of_job) = (graph.clone(), graph.clone());
         let (source, target) = (wiring.source, wiring.target);
         job.set_last_resort(move || chain::give_up(&of_job.plan(), source, target));
-        let mirror = Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, switch: false };
+        let means = Arc::new(Means::new(true));
+        let mirror =
+            Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, means, switch: false };
         self.launch(job, &settings, Box::new(mirror)).await
     }
 }
@@ -261,6 +264,7 @@ struct Mirror {
     unmap: bool,
     wiring: Wiring,
     tracked: Arc<Tracked>,
+    means: Arc<Means>,
     /// At the end, switch the users over.
     switch: bool,
 }
@@ -273,8 +277,8 @@ impl Mirror {
     async fn copying(&self) -> Result<Arc<Copying>, Stop> {
         let root = self.root()?;
         let length = root.length().await?;
-        let (tracked, buffers) = (self.tracked.clone(), Buffers::default());
-        Ok(Arc::new(Copying { root, length, tracked, buffers, unmap: self.unmap }))
+        let (tracked, means) = (self.tracked.clone(), self.means.clone());
+        Ok(Arc::new(Copying { root, length, tracked, means, unmap: self.unmap }))
     }
 
     /// Marks what has to be copied at first.
@@ -436,8 +440,21 @@ struct Copying {
     root: Root,
     length: u64,
     tracked: Arc<Tracked>,
-    buffers: Buffers,
+    means: Arc<Means>,
     unmap: bool,
+}
+
+/// What copies are made with.
+struct Means {
+    buffers: Buffers,
+    reflinks: Reflinks,
+}
+
+impl Means {
+    /// Storage is only shared `in_the_background`: who has just written something has it in memory.
+    fn new(in_the_background: bool) -> Self {
+        Self { buffers: Buffers::default(), reflinks: Reflinks::new(in_the_background) }
+    }
 }
 
 #[async_trait]
@@ -465,7 +482,7 @@ impl Copier for Copying {
         let _turn = self.tracked.turns.lock(range, Mode::Exclusive).await;
         // Clean before it is read: a write from now on makes it dirty again.
         self.tracked.dirty.clear(range);
-        let result = copy_now(&inside.cx(), range, &self.buffers, self.how()).await;
+        let result = copy_now(&inside.cx(), range, &self.means, self.how()).await;
         if result.is_err() {
             self.tracked.dirty.set(range);
         }
@@ -478,6 +495,10 @@ impl Copier for Copying {
 
     fn unit(&self) -> u64 {
         CHUNK.max(self.tracked.dirty.granularity())
+    }
+
+    fn stride(&self) -> u64 {
+        self.unit().max(self.means.reflinks.stride())
     }
 }
 
@@ -499,24 +520,31 @@ impl Copying {
 }
 
 /// Makes the target show in `range` what the source does. `cx` is at the filter.
-async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, buffers: &Buffers, how: HowToZero) -> Result<(), Fault> {
+async fn copy_now(cx: &Cx<'_>, mut rest: ByteRange, means: &Means, how: HowToZero) -> Result<(), Fault> {
     let (source, target) = (MirrorTop::source(cx), MirrorTop::target(cx));
     while !rest.is_empty() {
         let found = status(&source, rest, None).await.map_err(Fault::read)?;
-        let len = if found.zero { found.len } else { found.len.min(CHUNK) };
-        let (run, later) = rest.split(len);
-        rest = later;
+        let (run, later) = rest.split(found.len);
         if found.zero {
             zero(&target, run, how).await.map_err(Fault::write)?;
+            rest = later;
             continue;
         }
-        let whole = buffers.take(run.buffer_len());
+        let stride = means.reflinks.stride();
+        let shared = run.split(stride).0;
+        if stride > 0 && means.reflinks.copy(&source, shared, &target, shared.start()).await {
+            rest = rest.split(shared.len()).1;
+            continue;
+        }
+        let run = run.split(CHUNK).0;
+        rest = rest.split(run.len()).1;
+        let whole = means.buffers.take(run.buffer_len());
         let bytes = whole.slice(0, run.buffer_len());
         let result = match source.read(run, bytes.clone()).await {
             Ok(()) => target.write(run, bytes, WriteFlags::default()).await.map_err(Fault::write),
             Err(error) => Err(Fault::read(error)),
         };
-        buffers.put(whole);
+        means.buffers.put(whole);
         result?;
     }
     Ok(())
@@ -563,10 +591,10 @@ struct CopyRest {
 impl LastStep for CopyRest {
     async fn run(self: Box<Self>, old: &Wires, _new: &Wires) -> Result<(), GraphError> {
         let filter = old.view(self.filter);
-        let buffers = Buffers::default();
+        let means = Means::new(false);
         let how = HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked };
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
-            copy_now(&filter.cx(), range, &buffers, how).await.map_err(|fault| fault.error)?;
+            copy_now(&filter.cx(), range, &means, how).await.map_err(|fault| fault.error)?;
         }
         if self.shows_source {
             MirrorTop::source(&filter.cx()).flush().await?;

@@ -15,7 +15,7 @@ use io_uring::{opcode, types};
 use smallvec::SmallVec;
 
 use crate::buf::Iov;
-use crate::{background, driver, hints, pool, ring, rt};
+use crate::{background, driver, hints, pool, reflink, ring, rt};
 
 /// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
 const SMALL_WRITE: usize = 128 << 10;
@@ -370,6 +370,17 @@ impl File {
         }
         let entry = opcode::Fallocate::new(types::Fd(self.raw()), len).offset(at).mode(mode).build();
         self.plain(entry, otherwise, [at, len]).await
+    }
+
+    /// Makes the `len` bytes at `at` share the storage of those at `from_at` of another file of the same file system; both are
+    /// regular files. EINVAL if they do not lie on whole blocks.
+    pub async fn reflink(&self, at: u64, from: &Self, from_at: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (to, from) = (self.fd.clone(), from.fd.clone());
+        // The kernel writes out what is not on the disk yet, and waits for it.
+        pool::run(move || reflink::reflink(&*to, at, &*from, from_at, len)).await?
     }
 
     /// Current length (of a block device: its size).

@@ -17,6 +17,7 @@ pub mod pipe;
 mod pool;
 pub mod process;
 pub mod pty;
+mod reflink;
 mod ring;
 pub mod rt;
 pub mod signal;

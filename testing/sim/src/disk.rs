@@ -21,6 +21,8 @@ use crate::rng::Rng;
 
 /// No image of a test is that long, in bytes: somebody writes far away.
 const LONGEST: u64 = 1 << 28;
+/// One in so many reflinks is refused.
+const REFUSED: u64 = 4;
 
 /// The power supply of any number of disks: goes at the nth write.
 #[derive(Debug)]
@@ -315,6 +317,21 @@ impl Node for Disk {
     async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
         let range = range.before(self.length(cx));
         self.put(range.start(), vec![0; range.buffer_len()]).await
+    }
+    async fn reflink_to(&self, _cx: &Cx<'_>, range: ByteRange, to: &Cx<'_>, at: u64) -> Result<()> {
+        to.reflink_from(ByteRange::between(at, at + range.len()), self, range.start()).await
+    }
+    async fn reflink_from(&self, _cx: &Cx<'_>, range: ByteRange, from: &dyn Node, at: u64) -> Result<()> {
+        let from = from.as_any().downcast_ref::<Self>().ok_or(IoError::ENOTSUP)?;
+        let data = from.lock().now.get(index(at)..index(at + range.len())).map(<[u8]>::to_vec);
+        let mut data = data.ok_or(IoError::EINVAL)?;
+        let refused = self.lock().rng.one_in(REFUSED);
+        if refused {
+            // Something may have happened all the same.
+            data.truncate(data.len() / 2);
+        }
+        self.put(range.start(), data).await?;
+        if refused { Err(IoError::EINVAL) } else { Ok(()) }
     }
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
         let (moment, len) = {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use underlay_drivers::filename;
+use underlay_graph::reflink::Reflinks;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, NodeId, Role, WriteFlags};
 use underlay_jobs::pace::Pace;
@@ -386,6 +387,8 @@ impl Copy<'_> {
         let sparse = if request.compressed { cluster } else { request.sparse.unwrap_or(4096) };
         let unit =
             self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
+        // Who cares where the holes are has to look at every byte.
+        let reflinks = Reflinks::new(!request.compressed && request.sparse.is_none() && request.rate == 0);
         let mut rest = ByteRange::between(0, self.length);
         let mut next_lane = 0;
         // The first one's turn has come: its sender is gone.
@@ -399,7 +402,14 @@ impl Copy<'_> {
                     Err(error) => self.unknown(rest, error)?,
                 },
             };
-            let (run, after) = rest.split(len);
+            if kind == Kind::Data
+                && let Some(shared) = self.reflink_first(rest.split(len).0, &reflinks).await
+            {
+                rest = rest.split(shared).1;
+                self.show_progress(rest);
+                continue;
+            }
+            let (run, after) = rest.split(if kind == Kind::Data { len.min(CHUNK) } else { len });
             rest = after;
             if kind == Kind::Shared || kind == Kind::Zero && self.known_zero {
                 continue;
@@ -438,9 +448,24 @@ impl Copy<'_> {
             });
             next_lane = (next_lane + 1) % rt::lanes();
             running.push_back(from);
-            self.progress.show((self.start + run.end()) as f64 * 100.0 / self.total.max(1) as f64);
+            self.show_progress(rest);
         }
         Ok(())
+    }
+
+    fn show_progress(&self, rest: ByteRange) {
+        let done = self.start + rest.start();
+        self.progress.show(done as f64 * 100.0 / self.total.max(1) as f64);
+    }
+
+    /// Copies the first bytes of `run` without copying them, if that can be: how many.
+    async fn reflink_first(&self, run: ByteRange, reflinks: &Reflinks) -> Option<u64> {
+        let (first, at) = (run.split(reflinks.stride()).0, self.start + run.start());
+        if first.is_empty() {
+            return None;
+        }
+        let (from, to) = (self.input.root.enter().await.ok()?, self.output.root.enter().await.ok()?);
+        reflinks.copy(&from.cx(), first, &to.cx(), at).await.then_some(first.len())
     }
 
     /// Where nobody can say what there is: an error, or a sector to try.
@@ -477,7 +502,6 @@ impl Copy<'_> {
                 (Kind::Data, found.len.next_multiple_of(cluster).min(CHUNK).min(rest.len()))
             }
             Kind::Data if compressed => (Kind::Data, CHUNK),
-            Kind::Data => (Kind::Data, found.len.min(CHUNK)),
             kind => (kind, found.len),
         })
     }

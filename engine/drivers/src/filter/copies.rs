@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::range_lock::{Mode, RangeGuard, RangeLock};
+use underlay_graph::reflink::Reflinks;
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, Cx, Extent, IoError, Place, Result, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
@@ -41,6 +42,8 @@ pub struct HowToCopy {
     pub compress: bool,
     /// Discard on the disk what has been copied.
     pub discard_source: bool,
+    /// Share storage with the disk where that can be.
+    pub reflink: bool,
 }
 
 /// A copy that failed.
@@ -66,6 +69,7 @@ pub struct Copies {
     /// Why the moment is lost: something was overwritten that could not be copied.
     lost: OnceLock<IoError>,
     buffers: Buffers,
+    reflinks: Reflinks,
 }
 
 /// The disk and where it is copied to.
@@ -87,7 +91,8 @@ impl Copies {
         };
         let (todo, visible) = (all(), all());
         let (turns, copied, lost) = (RangeLock::default(), Arc::default(), OnceLock::new());
-        Arc::new(Self { how, todo, visible, turns, copied, lost, buffers: Buffers::default() })
+        let (buffers, reflinks) = (Buffers::default(), Reflinks::new(how.reflink));
+        Arc::new(Self { how, todo, visible, turns, copied, lost, buffers, reflinks })
     }
 
     /// Nobody wants more than the clusters in which something is dirty in `bits`. For the very beginning, before anything is
@@ -107,6 +112,11 @@ impl Copies {
     /// How it is copied.
     pub fn how(&self) -> HowToCopy {
         self.how
+    }
+
+    /// Most bytes to be copied at once when nobody limits the speed, a power of two.
+    pub fn stride(&self) -> u64 {
+        (1 << self.how.chunk.ilog2()).max(self.reflinks.stride())
     }
 
     /// Bytes copied so far, by anybody, in whole clusters.
@@ -160,8 +170,27 @@ impl Copies {
         range.align_out(self.how.cluster).before(length.max(range.end()))
     }
 
-    /// Copies what of `clusters` (whole ones, or the end of the disk) is to be copied. After an error the rest still is.
+    /// Copies what of `clusters` (whole ones, or the end of the disk) is to be copied, for somebody who waits to write there.
+    /// After an error the rest still is.
     pub async fn copy(&self, ends: Ends<'_>, clusters: ByteRange) -> std::result::Result<(), CopyError> {
+        self.copy_with(ends, clusters, None).await
+    }
+
+    /// The same for nobody in particular: storage may be shared, which can take a moment.
+    pub async fn copy_in_background(
+        &self,
+        ends: Ends<'_>,
+        clusters: ByteRange,
+    ) -> std::result::Result<(), CopyError> {
+        self.copy_with(ends, clusters, Some(&self.reflinks)).await
+    }
+
+    async fn copy_with(
+        &self,
+        ends: Ends<'_>,
+        clusters: ByteRange,
+        reflinks: Option<&Reflinks>,
+    ) -> std::result::Result<(), CopyError> {
         let _turn = self.turns.lock(clusters, Mode::Exclusive).await;
         let mut rest = clusters;
         while !rest.is_empty() {
@@ -174,7 +203,7 @@ impl Copies {
                 rest = later;
                 continue;
             }
-            let done = self.copy_first(ends, run).await?;
+            let done = self.copy_first(ends, run, reflinks).await?;
             self.todo.clear(done);
             self.copied.fetch_add(done.len().next_multiple_of(self.how.cluster), Ordering::Relaxed);
             if self.how.discard_source {
@@ -186,7 +215,12 @@ impl Copies {
     }
 
     /// Copies the first clusters of `run`, which are the caller's alone: those that it returns.
-    async fn copy_first(&self, ends: Ends<'_>, run: ByteRange) -> std::result::Result<ByteRange, CopyError> {
+    async fn copy_first(
+        &self,
+        ends: Ends<'_>,
+        run: ByteRange,
+        reflinks: Option<&Reflinks>,
+    ) -> std::result::Result<ByteRange, CopyError> {
         let of_read = |error| CopyError { error, is_read: true };
         let of_write = |error| CopyError { error, is_read: false };
         let found = status(&ends.source, run, None).await.map_err(of_read)?;
@@ -196,7 +230,13 @@ impl Copies {
             self.zero(ends.target, zeroes).await.map_err(of_write)?;
             return Ok(zeroes);
         }
-        let piece = run.split(found.len.next_multiple_of(self.how.cluster).min(self.how.chunk)).0;
+        let data = run.split(found.len.next_multiple_of(self.how.cluster)).0;
+        if let Some(reflinks) = reflinks
+            && let Some(shared) = self.reflink_first(ends, data, reflinks).await
+        {
+            return Ok(shared);
+        }
+        let piece = data.split(self.how.chunk).0;
         let buffer = self.buffers.take(piece.buffer_len());
         let bytes = buffer.slice(0, piece.buffer_len());
         let result = match ends.source.read(piece, bytes.clone()).await {
@@ -209,6 +249,18 @@ impl Copies {
         };
         self.buffers.put(buffer);
         result.map(|()| piece)
+    }
+
+    /// Copies the first clusters of `data` without copying their bytes, if that can be.
+    async fn reflink_first(&self, ends: Ends<'_>, data: ByteRange, reflinks: &Reflinks) -> Option<ByteRange> {
+        let stride = match reflinks.stride() {
+            0 => return None,
+            stride => stride.max(self.how.cluster),
+        };
+        let piece = data.split(stride).0;
+        let _readers = ends.target.overwrite(piece).await;
+        let done = reflinks.copy(&ends.source, piece, &ends.target, piece.start()).await;
+        done.then_some(piece)
     }
 
     /// Makes the target hold zeroes itself: what it shows from below may be the very disk that is about to change.

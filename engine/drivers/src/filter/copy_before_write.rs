@@ -47,6 +47,8 @@ pub struct CbwOptions {
     pub compress: bool,
     /// Discard what has been copied from the disk.
     pub discard_source: bool,
+    /// Copy every byte, though storage could be shared.
+    pub no_reflink: bool,
 }
 
 /// See the module.
@@ -76,7 +78,9 @@ impl CopyBeforeWrite {
         let chunk = if options.max_chunk == 0 { CHUNK } else { options.max_chunk };
         let chunk = (chunk - chunk % cluster).max(cluster);
         let CbwOptions { compress, discard_source, on_error, timeout, .. } = options;
-        let how = HowToCopy { cluster, chunk, compress, discard_source };
+        // Who bounds the copies means copies.
+        let reflink = !options.no_reflink && !compress && options.max_chunk == 0;
+        let how = HowToCopy { cluster, chunk, compress, discard_source, reflink };
         let copies = Copies::new(source.cx().length(), how);
         Ok(Arc::new(Self { copies, on_error, timeout, late: watch::channel(0).0 }))
     }

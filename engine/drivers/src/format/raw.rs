@@ -181,6 +181,21 @@ impl Node for Raw {
         Ok(Extent { recurse: true, ..Extent::new(Place::Data(self.offset + range.start()), range.len()) })
     }
 
+    async fn reflink_to(&self, cx: &Cx<'_>, range: ByteRange, to: &Cx<'_>, at: u64) -> Result<()> {
+        if self.size.is_some_and(|size| range.end() > size) {
+            return Err(IoError::EINVAL);
+        }
+        cx.below().reflink(self.in_file(range), to, at).await
+    }
+
+    async fn reflink_from(&self, cx: &Cx<'_>, range: ByteRange, from: &dyn Node, at: u64) -> Result<()> {
+        if self.guessed && range.start() == 0 {
+            // Who knows what it would look like.
+            return Err(IoError::EINVAL);
+        }
+        cx.below().reflink_from(self.in_window(range)?, from, at).await
+    }
+
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
         if self.size.is_some() {
             return Err(IoError::ENOTSUP.with("Cannot resize fixed-size raw disks"));

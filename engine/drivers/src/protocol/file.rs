@@ -431,6 +431,25 @@ impl Node for FileNode {
         }
     }
 
+    async fn reflink_to(&self, _cx: &Cx<'_>, range: ByteRange, to: &Cx<'_>, at: u64) -> Result<()> {
+        let there = ByteRange::between(at, at.saturating_add(range.len()));
+        to.reflink_from(there, self, range.start()).await
+    }
+
+    async fn reflink_from(&self, _cx: &Cx<'_>, range: ByteRange, from: &dyn Node, at: u64) -> Result<()> {
+        let from = from.as_any().downcast_ref::<Self>().ok_or(IoError::ENOTSUP)?;
+        if !self.grows || !from.grows {
+            return Err(IoError::ENOTSUP);
+        }
+        let _growing = self.growing_to(range.end()).await;
+        let shared = self.file().reflink(range.start(), &from.file(), at, range.len()).await;
+        // Where there was data there may be a hole now.
+        self.forget_data();
+        shared?;
+        self.grown_to(range.end());
+        Ok(())
+    }
+
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
         if !self.grows {
             return match size <= self.length(cx) {

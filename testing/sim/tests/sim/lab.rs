@@ -146,7 +146,7 @@ pub async fn add_user(graph: &Graph, node: NodeId, required: Perms) -> Root {
 pub async fn build(rng: &mut Rng, length: usize, least: u64) -> Setup {
     let cluster = rng.pick(&[512, 1024, 4096, 16384, 65536]);
     let usual = (cluster * 24).max(least);
-    let (is_even, has_raw) = (rng.one_in(2), rng.one_in(4));
+    let (is_even, has_raw) = (rng.one_in(2), rng.one_in(if length == 1 { 2 } else { 4 }));
     let power = Power::until(u64::MAX);
     let graph = Graph::new();
     let mut model = Model::new(0);
