@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use underlay_nbd::blocking::{Client, Server};
 use underlay_qmp::blocking::Monitor;
@@ -25,6 +25,9 @@ impl Drop for Daemon {
         let _ = self.child.wait();
     }
 }
+
+/// Who has not ended by then hangs.
+const LONGEST_END: Duration = Duration::from_secs(20);
 
 /// Ticks of the kernel's processor accounting in a second; fixed for user space on Linux.
 const TICKS: f64 = 100.0;
@@ -74,6 +77,24 @@ impl Daemon {
     /// Where its images are.
     pub fn folder(&self) -> &Path {
         self.socket.parent().unwrap_or(Path::new("."))
+    }
+
+    /// The path of its NBD server.
+    pub fn nbd_socket(&self) -> String {
+        self.socket.to_string_lossy().into_owned()
+    }
+
+    /// Ends it, and waits for the end. QEMU's sometimes hangs.
+    pub fn quit(mut self) -> Outcome<()> {
+        self.execute("quit", Object::new())?;
+        let begun = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if begun.elapsed() > LONGEST_END {
+                return Err("it does not end".into());
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        Ok(())
     }
 
     fn proc(&self, file: &str) -> Outcome<String> {

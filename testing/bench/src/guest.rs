@@ -47,6 +47,15 @@ pub enum Order {
     Sequential,
     /// One request in each cluster of 64 KiB, in random order, and that is all.
     EachCluster,
+    /// One request every so many bytes, and that is all.
+    Every(u64),
+}
+
+impl Order {
+    /// Whether it comes to its end by itself.
+    fn ends(self) -> bool {
+        matches!(self, Self::EachCluster | Self::Every(_))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +85,7 @@ const CLUSTER: u64 = 64 << 10;
 /// The offsets of a load.
 struct Offsets {
     load: Load,
+    size: u64,
     blocks: u64,
     next: u64,
     random: Random,
@@ -93,13 +103,18 @@ impl Offsets {
                 shuffled.swap(last, usize::try_from(other).unwrap_or(0));
             }
         }
-        Self { load, blocks: size / u64::from(load.bytes), next: 0, random, shuffled }
+        Self { load, size, blocks: size / u64::from(load.bytes), next: 0, random, shuffled }
     }
 
     fn next(&mut self) -> Option<u64> {
         match self.load.order {
             Order::Random => Some(self.random.below(self.blocks) * u64::from(self.load.bytes)),
             Order::EachCluster => self.shuffled.pop(),
+            Order::Every(step) => {
+                let at = self.next;
+                self.next += step;
+                Some(at).filter(|at| at + u64::from(self.load.bytes) <= self.size)
+            }
             Order::Sequential => {
                 self.next = (self.next + 1) % self.blocks;
                 Some(self.next * u64::from(self.load.bytes))
@@ -175,10 +190,7 @@ pub fn run(client: Client, load: Load, until: Until<'_>, seed: u64) -> Outcome<S
     }
     while guest.client.in_flight() > 0 {
         guest.complete()?;
-        more = more
-            && !(guest.times.len().is_multiple_of(16)
-                && load.order != Order::EachCluster
-                && until.is_over(begun));
+        more = more && !(guest.times.len().is_multiple_of(16) && !load.order.ends() && until.is_over(begun));
         if more {
             more = guest.submit()?;
         }

@@ -81,6 +81,10 @@ fn run(options: &Options) -> Outcome<()> {
     let rounds = if options.quick { 1 } else { options.rounds };
     let mut report = report::Report::begin(&bench, rounds, options.json)?;
     for row in rows {
+        if !row.is_for(&bench)? {
+            report.skip(&row);
+            continue;
+        }
         let mut samples = measure::Samples::default();
         for _ in 0..rounds {
             for side in [Side::Qemu, Side::Underlay] {

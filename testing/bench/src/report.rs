@@ -96,6 +96,13 @@ impl Report {
         }
     }
 
+    /// A row that cannot be measured in this folder.
+    pub fn skip(&self, row: &Row) {
+        if !self.json {
+            println!("{:<34} not in this folder; see --folder", row.name);
+        }
+    }
+
     /// The end.
     pub fn end(&self) {
         if !self.json {

@@ -18,7 +18,7 @@ pub enum Side {
 }
 
 /// Where the programs are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Programs {
     underlay: PathBuf,
 }

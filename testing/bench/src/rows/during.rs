@@ -67,17 +67,15 @@ fn sample(bench: &Bench, side: Side, job: Job) -> Outcome<Vec<Sample>> {
 
 pub fn rows() -> Vec<Row> {
     let part = |name, unit, target| Part { name, unit, target };
-    let row = |name, about, job| Row {
-        name,
-        about,
-        parts: vec![
+    let row = |name, about, job| {
+        let parts = vec![
             part("guest's time", "of idle", Target::Value(2.0)),
             part("guest's p99", "of idle", Target::Value(4.0)),
             part("job's time", "of alone", Target::Value(2.0)),
             part("guest's time", "us/op", Target::Ratio(1.0)),
             part("guest's p99", "us", Target::None),
-        ],
-        work: Box::new(move |bench, side| sample(bench, side, job)),
+        ];
+        Row::of_parts(name, about, parts, move |bench, side| sample(bench, side, job))
     };
     vec![
         row("during-stream", "guest 50/50, depth 8, during an unthrottled stream", Job::Stream),

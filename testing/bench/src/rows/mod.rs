@@ -1,8 +1,11 @@
 //! The rows: one kind of work each, with the target that it has to meet.
 
+mod bitmaps;
 mod during;
+mod follow;
 mod guest;
 mod jobs;
+mod raw;
 mod start;
 mod tools;
 
@@ -41,11 +44,20 @@ impl Bench {
         if self.quick { Ok(()) } else { image::warm_up(&self.folder, bytes) }
     }
 
+    fn empty_folder(&self) -> Outcome<()> {
+        for entry in std::fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            match entry.file_type()?.is_dir() {
+                true => std::fs::remove_dir_all(entry.path())?,
+                false => std::fs::remove_file(entry.path())?,
+            }
+        }
+        Ok(())
+    }
+
     /// One sample of a row, in an empty folder.
     pub fn sample(&self, row: &Row, side: Side) -> Outcome<Vec<Sample>> {
-        for entry in std::fs::read_dir(&self.folder)? {
-            std::fs::remove_file(entry?.path())?;
-        }
+        self.empty_folder()?;
         (row.work)(self, side).map_err(|error| format!("{} on {side:?}: {error}", row.name).into())
     }
 }
@@ -77,6 +89,8 @@ pub struct Row {
     pub about: &'static str,
     pub parts: Vec<Part>,
     work: Work,
+    /// Whether it means anything here.
+    condition: fn(&Bench) -> Outcome<bool>,
 }
 
 impl Row {
@@ -88,14 +102,41 @@ impl Row {
         work: impl Fn(&Bench, Side) -> Outcome<Sample> + 'static,
     ) -> Self {
         let parts = vec![Part { name: "", unit, target }];
-        Self { name, about, parts, work: Box::new(move |bench, side| Ok(vec![work(bench, side)?])) }
+        Self::of_parts(name, about, parts, move |bench, side| Ok(vec![work(bench, side)?]))
+    }
+
+    /// A row with several values.
+    fn of_parts(
+        name: &'static str,
+        about: &'static str,
+        parts: Vec<Part>,
+        work: impl Fn(&Bench, Side) -> Outcome<Vec<Sample>> + 'static,
+    ) -> Self {
+        Self { name, about, parts, work: Box::new(work), condition: |_| Ok(true) }
+    }
+
+    fn only_where(self, condition: fn(&Bench) -> Outcome<bool>) -> Self {
+        Self { condition, ..self }
+    }
+
+    /// Whether it means anything on this machine.
+    pub fn is_for(&self, bench: &Bench) -> Outcome<bool> {
+        bench.empty_folder()?;
+        (self.condition)(bench)
     }
 }
 
 /// All rows, in the order of the targets.
 pub fn all() -> Vec<Row> {
-    [guest::rows(), jobs::rows(), during::rows(), tools::rows(), start::rows()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let kinds = [
+        guest::rows,
+        jobs::rows,
+        during::rows,
+        follow::rows,
+        raw::rows,
+        bitmaps::rows,
+        tools::rows,
+        start::rows,
+    ];
+    kinds.into_iter().flat_map(|rows| rows()).collect()
 }

@@ -67,11 +67,11 @@ pub fn rows() -> Vec<Row> {
     vec![
         Row::one("start", "daemon start to the first answer", ("ms", Target::Ratio(2.0)), start),
         Row::one("round-trip", "QMP command and reply", ("us", Target::Ratio(4.0)), round_trip),
-        Row {
-            name: "memory",
-            about: "resident memory of a daemon with one disk",
-            parts: vec![part("idle"), part("under load")],
-            work: Box::new(memory),
-        },
+        Row::of_parts(
+            "memory",
+            "resident memory of a daemon with one disk",
+            vec![part("idle"), part("under load")],
+            memory,
+        ),
     ]
 }
