@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use underlay_sys::rt;
 
 use crate::error::Stop;
 use crate::job::Job;
@@ -17,6 +18,11 @@ const LITTLE: u64 = 8 << 20;
 const ROUNDS: u32 = 6;
 /// How long it waits for the guest to write something, and before it tries again what failed.
 pub(crate) const NAP: Duration = Duration::from_millis(50);
+/// Once it is ready it waits so many times as long as its last round took: what the guest writes again and again need not
+/// be copied as often, and the guest has the machine meanwhile.
+const REST: u32 = 2;
+/// But no longer than this, as all that was written meanwhile has to be copied at the end.
+const LONGEST_REST: Duration = Duration::from_secs(1);
 
 /// A copy that follows a disk.
 #[async_trait]
@@ -33,7 +39,9 @@ pub(crate) trait Follow: Send + Sync {
 pub(crate) async fn until_ended(job: &Job, copy: &impl Follow) -> Result<bool, Stop> {
     let (mut ready, mut rounds) = (false, 0);
     loop {
+        let begun = rt::now();
         copy.round().await?;
+        let rest = rt::now().saturating_sub(begun).saturating_mul(REST).clamp(NAP, LONGEST_REST);
         rounds += 1;
         let near = copy.left() <= LITTLE || rounds >= ROUNDS;
         if !ready && near {
@@ -48,7 +56,7 @@ pub(crate) async fn until_ended(job: &Job, copy: &impl Follow) -> Result<bool, S
             }
             None if ready => {
                 rounds = 0;
-                job.doze(NAP).await?;
+                job.doze(rest).await?;
             }
             _ => {}
         }

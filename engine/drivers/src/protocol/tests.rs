@@ -265,3 +265,34 @@ fn direct_requests_may_be_unaligned() {
     });
     assert!(std::fs::read(&path).expect("there") == model);
 }
+
+/// Where the file system of the folder for temporary files cannot share storage, it says so.
+#[test]
+fn files_share_storage_or_say_that_they_cannot() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+    let source: Vec<u8> = (0..1_u32 << 20).map(|at| u8::try_from(at / 4096 % 251).unwrap_or(0)).collect();
+    std::fs::write(&from, &source).expect("written");
+    std::fs::write(&to, vec![9; 1 << 20]).expect("written");
+    let mut wanted = vec![9; 1 << 20];
+    block_on(async {
+        let (from, to) = (open(&from, true).await.expect("opened"), open(&to, false).await.expect("opened"));
+        let odd = from.cx().reflink(range(100, 4096), &to.cx(), 0).await;
+        assert!(odd.is_err(), "not on whole blocks");
+        match from.cx().reflink(range(65536, 131_072), &to.cx(), 524_288).await {
+            Ok(()) => wanted[524_288..655_360].copy_from_slice(&source[65536..196_608]),
+            Err(error) => assert_ne!(error, underlay_graph::IoError::EINVAL),
+        }
+        assert_eq!(content(&to).await, wanted);
+        let spec = NullSpec {
+            driver: "null-co",
+            size: 1 << 20,
+            latency_ns: 0,
+            read_zeroes: true,
+            given: Vec::new(),
+        };
+        let null = View::detached(Arc::new(NullNode::new(&spec)), []);
+        let refused = from.cx().reflink(range(0, 4096), &null.cx(), 0).await;
+        assert_eq!(refused.expect_err("no file"), underlay_graph::IoError::ENOTSUP);
+    });
+}
