@@ -129,6 +129,11 @@ fn corrupt() {
 }
 
 #[test]
+fn pull_mode() {
+    compare("pull_mode");
+}
+
+#[test]
 fn incremental() {
     compare("incremental");
 }

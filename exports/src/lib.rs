@@ -10,4 +10,4 @@ pub mod nbd;
 
 pub use error::ExportError;
 pub use guest::{Guest, Operation, Verdict};
-pub use nbd::{ExportState, Gone, NbdExport, NbdServer, ServerOptions};
+pub use nbd::{ExportState, Gone, NamedBits, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};

@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use underlay_drivers::socket_address;
-use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
-use underlay_graph::bitmap::DirtyBitmap;
+use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};
 use underlay_graph::plan::NewRoot;
-use underlay_graph::{GraphError, Kind, NodeId, Perms, Plan, Role, RootId};
+use underlay_graph::{GraphError, Perms, Plan, RootId};
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::net::Address;
 
@@ -38,8 +37,7 @@ pub struct Export {
     root: RootId,
     /// The device whose guest uses it.
     of: Option<Guest>,
-    /// Bitmaps that it shows, each once.
-    bitmaps: Vec<(NodeId, String)>,
+    bitmaps: ShownBitmaps,
     shutting_down: bool,
 }
 
@@ -153,7 +151,7 @@ pub async fn add(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()
         writable: arguments.flag("writable", false),
         writethrough: arguments.flag("writethrough", false),
         depth: arguments.flag("allocation-depth", false),
-        bitmaps: Shown::all(arguments),
+        bitmaps: shown_bitmaps(arguments),
         iothread: arguments.optional_text("iothread"),
         node_name,
     };
@@ -173,73 +171,18 @@ struct Spec {
     iothread: Option<String>,
 }
 
-/// A bitmap that an export shall show.
-enum Shown {
-    /// The first of that name on the way down from the node.
-    Somewhere(String),
-    /// That of a node.
-    Of { node: String, name: String },
-}
-
-impl Shown {
-    fn all(arguments: &mut Arguments) -> Vec<Self> {
-        let Some(Value::List(list)) = arguments.take("bitmaps") else { return Vec::new() };
-        let shown = |value| match value {
-            Value::Str(name) => Some(Self::Somewhere(name)),
-            Value::Object(object) => {
-                let mut of = Arguments::new(object);
-                Some(Self::Of { node: of.text("node"), name: of.text("name") })
-            }
-            _ => None,
-        };
-        list.into_iter().filter_map(shown).collect()
-    }
-
-    /// The node that has it, for an export of `top`.
-    fn find(self, plan: &Plan, top: NodeId, writable: bool) -> Result<(NodeId, String), GraphError> {
-        match self {
-            Self::Of { node, name } => {
-                let id = plan.find(&node);
-                let id = id.ok_or_else(|| GraphError::new(format!("Node '{node}' not found")))?;
-                plan.bitmap(id, &name)?;
-                Ok((id, name))
-            }
-            Self::Somewhere(name) => {
-                let down = |id: &NodeId| {
-                    let node = plan.node(*id);
-                    let backing = node.child(Role::Backing);
-                    backing.or(node.child(Role::File).filter(|_| node.node.kind() == Kind::Filter))
-                };
-                let mut nodes = std::iter::successors(Some(top), down);
-                let found = nodes.find(|id| plan.bitmap(*id, &name).is_ok());
-                let node = found.ok_or_else(|| GraphError::new(format!("Bitmap '{name}' is not found")))?;
-                let may_grow = !plan.node(node).read_only && plan.bitmap(node, &name)?.enabled;
-                if !writable && may_grow {
-                    return Err(GraphError::new(format!(
-                        "Enabled bitmap '{name}' incompatible with readonly export"
-                    )));
-                }
-                Ok((node, name))
-            }
+/// `bitmaps` of an NBD export.
+fn shown_bitmaps(arguments: &mut Arguments) -> Vec<Shown> {
+    let Some(Value::List(list)) = arguments.take("bitmaps") else { return Vec::new() };
+    let shown = |value| match value {
+        Value::Str(name) => Some(Shown::Somewhere(name)),
+        Value::Object(object) => {
+            let mut of = Arguments::new(object);
+            Some(Shown::Of { node: of.text("node"), name: of.text("name") })
         }
-    }
-}
-
-/// Locks the bitmaps of an export, each once, and returns all of them and what they say.
-fn lock_bitmaps(
-    plan: &mut Plan,
-    found: &[(NodeId, String)],
-) -> Result<Vec<(String, Arc<DirtyBitmap>)>, GraphError> {
-    let mut bitmaps = Vec::new();
-    for (at, (node, name)) in found.iter().enumerate() {
-        let earlier = found[..at].iter().position(|other| *other == (*node, name.clone()));
-        let bits = match earlier {
-            Some(earlier) => bitmaps.get(earlier).map(|(_, bits): &(_, Arc<DirtyBitmap>)| bits.clone()),
-            None => Some(plan.lock_bitmap(*node, name)?),
-        };
-        bitmaps.extend(bits.map(|bits| (name.clone(), bits)));
-    }
-    Ok(bitmaps)
+        _ => None,
+    };
+    list.into_iter().filter_map(shown).collect()
 }
 
 impl Spec {
@@ -292,14 +235,12 @@ impl Spec {
             if plan.get(top).is_none() {
                 return Err(GraphError::new("The node was removed in the meantime"));
             }
-            let find = |shown: Shown| shown.find(plan, top, writable);
-            let found = bitmaps.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
-            let shown = lock_bitmaps(plan, &found)?;
+            let (locked, bits) = ShownBitmaps::lock(plan, top, &bitmaps, writable)?;
             let root = match &guest {
                 Some((backend, _)) => Guest::let_in(daemon, backend, plan)?,
                 None => plan.add_root(new_root),
             };
-            Ok((root, found, shown))
+            Ok((root, locked, bits))
         };
         let (root_id, locked, bitmaps) = daemon.graph.change(edit).await?;
         let root = daemon
@@ -379,7 +320,7 @@ impl Export {
                 Some(guest) => guest.let_out(daemon, plan)?,
                 None => plan.remove_root(self.root),
             }
-            self.bitmaps.iter().for_each(|(node, name)| plan.unlock_bitmap(*node, name));
+            self.bitmaps.unlock(plan);
             Ok(())
         };
         daemon.graph.change(edit).await?;

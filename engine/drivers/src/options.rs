@@ -566,10 +566,9 @@ fn file_spec(fields: &mut Fields, driver: &'static str) -> Result<DriverSpec, Op
 }
 
 fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
-    for (unsupported, what) in [("tls-creds", "TLS"), ("tls-hostname", "TLS"), ("x-dirty-bitmap", "A bitmap")]
-    {
+    for unsupported in ["tls-creds", "tls-hostname"] {
         if fields.take(unsupported).is_some() {
-            let text = format!("{what} of NBD servers is not supported yet (option '{unsupported}')");
+            let text = format!("TLS of NBD servers is not supported yet (option '{unsupported}')");
             return Err(OpenError::text(text));
         }
     }
@@ -596,8 +595,9 @@ fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
         |name| Ok::<_, OpenError>(std::time::Duration::from_secs(fields.size(name)?.unwrap_or(0)));
     let (reconnect_delay, open_timeout) = (seconds("reconnect-delay")?, seconds("open-timeout")?);
     let export = fields.text("export")?.unwrap_or_default();
+    let context = fields.text("x-dirty-bitmap")?;
     let server = NbdSpec::server(&server)?;
-    Ok(DriverSpec::Nbd(NbdSpec { server, export, reconnect_delay, open_timeout }))
+    Ok(DriverSpec::Nbd(NbdSpec { server, export, reconnect_delay, open_timeout, context }))
 }
 
 fn cbw_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> {

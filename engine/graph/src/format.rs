@@ -23,6 +23,8 @@ pub enum Place {
     Data(u64),
     /// In a form that only the format can read (compressed).
     Encoded,
+    /// The node has them, and does not know what they are: they have to be read.
+    Unknown,
 }
 
 /// The answer to "where does this range live?": one place for the first `len` bytes of it.

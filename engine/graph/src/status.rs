@@ -25,7 +25,7 @@ pub struct Status {
     pub data: bool,
     /// They are compressed.
     pub encoded: bool,
-    /// Where they are in `file`, or would be: there may be room for what has no data.
+    /// Where they are in `file` when that is known, or would be: there may be room for what has no data.
     pub offset: Option<u64>,
     /// The node that holds them: the file of a format with an allocation of its own, else the protocol node.
     pub file: Option<NodeId>,
@@ -71,6 +71,9 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
             Place::Encoded => {
                 let status = nothing(&at, depth, range.len());
                 return Ok(Status { allocated: true, data: true, encoded: true, ..status });
+            }
+            Place::Unknown => {
+                return Ok(Status { allocated: true, data: true, ..nothing(&at, depth, range.len()) });
             }
             Place::Data(offset) => return data(&at, depth, range, offset, extent.recurse).await,
         }
@@ -140,7 +143,7 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
             Place::Zero if at.node().kind() == Kind::Protocol => Some(here.start()),
             Place::Zero => extent.kept,
             Place::Below => extent.kept.filter(|_| at.backing().is_none()),
-            Place::Encoded => None,
+            Place::Encoded | Place::Unknown => None,
         };
         if !allocates {
             (status.offset, status.file) = (place, own.filter(|_| place.is_some()));

@@ -188,7 +188,7 @@ impl Qcow2 {
             let shows = match extent.place {
                 Place::Zero => false,
                 Place::Below => here.start() < below,
-                Place::Data(_) | Place::Encoded => true,
+                Place::Data(_) | Place::Encoded | Place::Unknown => true,
             };
             let zeroes = Iov::zeroed(here.buffer_len());
             if !shows {

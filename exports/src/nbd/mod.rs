@@ -15,6 +15,7 @@ mod connection;
 mod export;
 mod outbox;
 mod request;
+mod shown;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +27,7 @@ use underlay_sys::rt::StopSign;
 use underlay_sys::thread::Spawner;
 
 pub use export::{ExportState, Gone, NbdExport};
+pub use shown::{NamedBits, Shown, ShownBitmaps};
 
 use export::Exports;
 

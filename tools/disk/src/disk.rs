@@ -227,6 +227,11 @@ impl Disk {
         rt::spawn(Graph::refresh_bitmaps_for_ever(Arc::downgrade(&self.graph)));
     }
 
+    /// The graph that it is in by itself.
+    pub fn graph(&self) -> &Arc<Graph> {
+        &self.graph
+    }
+
     /// The wiring, for questions.
     pub fn wires(&self) -> Wires {
         self.graph.wires()

@@ -64,6 +64,8 @@ pub struct Serving {
     pub persistent: bool,
     /// Offer `qemu:allocation-depth`.
     pub allocation_depth: bool,
+    /// Offer `qemu:dirty-bitmap:NAME` for each.
+    pub bitmaps: Vec<String>,
     /// Time for a client to choose its export; zero for no limit.
     pub handshake: Duration,
     /// Go on in the background once clients can connect.
@@ -127,8 +129,7 @@ const KNOWN: Known = Known {
 };
 
 /// What is there in the reference and not yet here: option, and how it is named.
-const LATER: [(&str, &str); 11] = [
-    ("B", "-B (--bitmap)"),
+const LATER: [(&str, &str); 10] = [
     ("T", "-T (--trace)"),
     ("c", "-c (--connect), the client in the Linux kernel,"),
     ("d", "-d (--disconnect), the client in the Linux kernel,"),
@@ -169,6 +170,7 @@ What:
   -r, --read-only           clients cannot write
   -o, --offset=OFFSET       leave out so many bytes at the beginning
   -A, --allocation-depth    offer the meta context qemu:allocation-depth
+  -B, --bitmap=NAME         offer the meta context qemu:dirty-bitmap:NAME; more than once for more bitmaps
   -n, --nocache             past the page cache, as --cache=none
       --cache=MODE          none, writeback (default), writethrough, directsync or unsafe
       --aio=MODE            threads, native or io_uring
@@ -180,8 +182,8 @@ Running:
       --pid-file=PATH       keep the process number in this file
   -v, --verbose             say where it listens
 
-Not supported yet: -s (--snapshot), -l (--load-snapshot), -B (--bitmap), -c (--connect), -d (--disconnect),
--T (--trace), --object, --tls-creds, --tls-authz, --tls-hostname, --selinux-label.
+Not supported yet: -s (--snapshot), -l (--load-snapshot), -c (--connect), -d (--disconnect), -T (--trace),
+--object, --tls-creds, --tls-authz, --tls-hostname, --selinux-label.
 ";
 
 /// The port that NBD has been given. Source: IANA.
@@ -219,6 +221,7 @@ impl Said {
             clients: 1,
             persistent: false,
             allocation_depth: false,
+            bitmaps: Vec::new(),
             handshake: Duration::from_secs(10),
             fork: false,
             pid_file: None,
@@ -266,6 +269,11 @@ impl Said {
             }
             "x" if value.len() > MAX_NAME => return Err(format!("export name '{value}' too long").into()),
             "x" => (self.serving.name, self.per_device) = (value, true),
+            "B" => {
+                // The last one is listed first.
+                self.serving.bitmaps.insert(0, value);
+                self.per_device = true;
+            }
             "D" if value.len() > MAX_NAME => {
                 return Err(format!("export description '{value}' too long").into());
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use underlay_disk::{Disk, guessed_raw};
 use underlay_exports::listen::{cannot_listen, reason};
-use underlay_exports::{NbdExport, NbdServer, ServerOptions};
+use underlay_exports::{NamedBits, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};
 use underlay_sys::net::{Address, Listener};
 use underlay_sys::process::{self, Birth, PidFile};
 use underlay_sys::rt::{self, StopSign};
@@ -58,6 +58,13 @@ async fn serve(
     birth: Option<Birth>,
 ) -> Result<(), String> {
     let disk = open(&serving).await?;
+    let (locked, bitmaps) = match lock_bitmaps(&disk, &serving.bitmaps).await {
+        Ok(locked) => locked,
+        Err(error) => {
+            disk.close().await?;
+            return Err(error);
+        }
+    };
     let export = NbdExport {
         id: "qemu-nbd".to_owned(),
         name: serving.name.clone(),
@@ -67,7 +74,7 @@ async fn serve(
         writable: !disk.is_read_only(),
         writethrough: serving.request.modes.writethrough,
         allocation_depth: serving.allocation_depth,
-        bitmaps: Vec::new(),
+        bitmaps,
     };
     let options = ServerOptions { max_connections: serving.clients, handshake_timeout: serving.handshake };
     let spawners = threads.iter().map(IoThread::spawner).collect();
@@ -87,9 +94,21 @@ async fn serve(
         until_over(&server, serving.persistent, ending).await;
     }
     server.stop().await;
+    let unlocked = disk.graph().change(|plan| {
+        locked.unlock(plan);
+        Ok(())
+    });
+    unlocked.await.map_err(|error| error.to_string())?;
     let closed = disk.close().await;
     begun.map_err(|error| format!("Failed to fork: {}", reason(&error)))?;
     closed
+}
+
+async fn lock_bitmaps(disk: &Disk, names: &[String]) -> Result<(ShownBitmaps, NamedBits), String> {
+    let wanted: Vec<_> = names.iter().cloned().map(Shown::Somewhere).collect();
+    let (node, writable) = (disk.node(), !disk.is_read_only());
+    let locked = disk.graph().change(|plan| ShownBitmaps::lock(plan, node, &wanted, writable));
+    locked.await.map_err(|error| error.to_string())
 }
 
 async fn open(serving: &Serving) -> Result<Disk, String> {

@@ -359,8 +359,12 @@ impl ServerHandshake {
 
     fn contexts(&mut self, option: u32, request: MetaRequest, export: &ExportInfo) {
         let listing = option == opt::LIST_META_CONTEXT;
-        let mut chosen = Vec::new();
+        let mut chosen: Vec<MetaContext> = Vec::new();
         for (id, name) in (0_u32..).zip(&export.contexts) {
+            if !listing && chosen.iter().any(|earlier| earlier.name == *name) {
+                // Listed as often as it is there, but chosen once.
+                continue;
+            }
             let all = listing && request.queries.is_empty();
             if all || request.queries.iter().any(|query| opt::query_matches(query, name, listing)) {
                 chosen.push(MetaContext { id, name: name.clone() });

@@ -75,7 +75,8 @@ pub(crate) struct Link {
 }
 
 async fn connect(spec: &NbdSpec, deadline: Option<Duration>) -> std::result::Result<Connection, Refusal> {
-    Connection::open(&spec.server, &spec.export, vec!["base:allocation".to_owned()], deadline).await
+    let context = spec.context.as_deref().unwrap_or("base:allocation");
+    Connection::open(&spec.server, &spec.export, vec![context.to_owned()], deadline).await
 }
 
 fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
@@ -121,6 +122,10 @@ impl Link {
             }
         };
         let granted = connection.granted().clone();
+        if let Some(context) = spec.context.as_ref().filter(|_| granted.contexts.is_empty()) {
+            let text = format!("The server has no '{context}' for this export (option 'x-dirty-bitmap')");
+            return Err(IoError::EINVAL.with(text));
+        }
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
         let (written, durable, doubts, given_up) = Default::default();

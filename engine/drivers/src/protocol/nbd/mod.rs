@@ -14,7 +14,7 @@ use underlay_graph::{
 };
 use underlay_nbd::flags::{
     CMD_FAST_ZERO, CMD_NO_HOLE, CMD_REQ_ONE, READ_ONLY, SEND_FAST_ZERO, SEND_FLUSH, SEND_TRIM,
-    SEND_WRITE_ZEROES, STATE_ZERO,
+    SEND_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
 };
 use underlay_nbd::transmission::command;
 use underlay_nbd::{Framing, MAX_PAYLOAD};
@@ -195,7 +195,12 @@ impl Node for NbdNode {
         };
         let found = self.link.ask(ask).await?;
         let Some(first) = found.first().filter(|first| first.length > 0) else { return Ok(whole) };
-        let place = if first.flags & STATE_ZERO != 0 { Place::Zero } else { Place::Data(here.start()) };
+        // Of a bitmap, what is dirty looks like a hole that is not zero.
+        let place = match (first.flags & STATE_ZERO != 0, first.flags & STATE_HOLE != 0) {
+            (true, _) => Place::Zero,
+            (false, true) => Place::Unknown,
+            (false, false) => Place::Data(here.start()),
+        };
         Ok(Extent::new(place, first.length.min(here.len())))
     }
 

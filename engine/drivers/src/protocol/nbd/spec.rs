@@ -23,12 +23,14 @@ pub struct NbdSpec {
     pub reconnect_delay: Duration,
     /// `open-timeout`: how long to try to connect at first.
     pub open_timeout: Duration,
+    /// `x-dirty-bitmap`: the meta context that is asked for instead of `base:allocation`.
+    pub context: Option<String>,
 }
 
 impl NbdSpec {
     fn at(server: Address, export: &str) -> Self {
         let (reconnect_delay, open_timeout) = (Duration::ZERO, Duration::ZERO);
-        Self { server, export: export.to_owned(), reconnect_delay, open_timeout }
+        Self { server, export: export.to_owned(), reconnect_delay, open_timeout, context: None }
     }
 
     /// From the value of `server`.

@@ -117,7 +117,8 @@ fn honest() -> Script {
 }
 
 fn spec(path: &Path, reconnect_delay: Duration, open_timeout: Duration) -> NbdSpec {
-    NbdSpec { server: Address::Unix(path.to_owned()), export: String::new(), reconnect_delay, open_timeout }
+    let (server, export) = (Address::Unix(path.to_owned()), String::new());
+    NbdSpec { server, export, reconnect_delay, open_timeout, context: None }
 }
 
 async fn open(path: &Path, reconnect_delay: u64) -> Arc<View> {
