@@ -204,6 +204,11 @@ fn jobs_interrupted() {
 }
 
 #[test]
+fn taking_internal_snapshots() {
+    compare("taking_internal_snapshots");
+}
+
+#[test]
 fn internal_snapshots() {
     compare("internal_snapshots");
 }

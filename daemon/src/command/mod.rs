@@ -6,6 +6,7 @@ pub mod bitmap;
 pub mod blockdev;
 pub mod create;
 pub mod export;
+pub mod internal_snapshot;
 pub mod iothread;
 pub mod job;
 pub mod lookup;
@@ -46,6 +47,9 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
         return Ok(Value::Object(Object::new()));
     }
     let _turn = daemon.turn.lock().await;
+    if request.command == "blockdev-snapshot-delete-internal-sync" {
+        return internal_snapshot::delete(daemon, &mut arguments).await;
+    }
     change(daemon, request.command, arguments).await.map(|()| Value::Object(Object::new()))
 }
 
@@ -99,6 +103,7 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "blockdev-snapshot" => {
             snapshot::snapshot(daemon, &arguments.text("node"), &arguments.text("overlay")).await?;
         }
+        "blockdev-snapshot-internal-sync" => internal_snapshot::take(daemon, &mut arguments).await?,
         "transaction" => transaction::transaction(daemon, &mut arguments).await?,
         "change-backing-file" => {
             let (device, image) = (arguments.text("device"), arguments.text("image-node-name"));

@@ -4,11 +4,13 @@
 //! all of them want: it is the one moment of all snapshots and backups. If any of it is refused, nothing has happened
 //! but for files that were made, as with QEMU.
 
+use underlay_graph::graph::LastStep;
 use underlay_graph::{GraphError, NodeId, Plan};
 use underlay_jobs::BackupDraft;
 use underlay_jobs::backup::start_all;
 
 use super::arguments::Arguments;
+use super::internal_snapshot::{AtTheMoment, Take};
 use super::lookup::Names;
 use super::snapshot::{self, Prepared, SnapshotSync};
 use super::{backup, bitmap, job};
@@ -21,6 +23,8 @@ enum Action {
     Snapshot(Option<Prepared>),
     /// An edit of the plan.
     Bitmap(bitmap::Action),
+    /// A snapshot inside an image.
+    Internal(Take),
     /// A job to start.
     Backup(Box<BackupDraft>),
 }
@@ -60,7 +64,13 @@ pub async fn transaction(daemon: &Daemon, arguments: &mut Arguments) -> CommandR
         let names = Names::of(daemon);
         let edit = |plan: &mut Plan| {
             actions.iter_mut().try_for_each(|action| action.apply(&names, plan))?;
-            Ok(((), bitmap::finish(&names, plan, actions.iter().filter_map(Action::bitmap))))
+            let rest = bitmap::finish(&names, plan, actions.iter().filter_map(Action::bitmap));
+            let takes: Vec<Take> = actions.iter().filter_map(Action::internal).cloned().collect();
+            if takes.is_empty() {
+                return Ok(((), rest));
+            }
+            let step: Box<dyn LastStep> = Box::new(AtTheMoment { takes, rest });
+            Ok(((), Some(step)))
         };
         result = daemon.graph.change_with(edit).await.map_err(CommandError::from);
     }
@@ -85,6 +95,7 @@ impl Action {
         match self {
             Self::Snapshot(prepared) => prepared.take().map_or(Ok(()), |prepared| prepared.apply(plan)),
             Self::Bitmap(action) => action.apply(names, plan),
+            Self::Internal(take) => take.apply(plan),
             Self::Backup(draft) => draft.wire(plan),
         }
     }
@@ -92,6 +103,13 @@ impl Action {
     fn bitmap(&self) -> Option<&bitmap::Action> {
         match self {
             Self::Bitmap(action) => Some(action),
+            _ => None,
+        }
+    }
+
+    fn internal(&self) -> Option<&Take> {
+        match self {
+            Self::Internal(take) => Some(take),
             _ => None,
         }
     }
@@ -147,6 +165,7 @@ async fn prepare(
             let prepared = snapshot::prepare(daemon, &data.text("node"), &data.text("overlay"))?;
             Ok(Action::Snapshot(Some(prepared)))
         }
+        "blockdev-snapshot-internal-sync" => Ok(Action::Internal(Take::new(daemon, &mut data)?)),
         "abort" => Err(CommandError::new("Transaction aborted using Abort action")),
         _ if is_backup(kind) => {
             let draft = backup::draft(daemon, trial, kind, &mut data, &earlier.targets).await?;

@@ -121,13 +121,22 @@ fn blanked(line: &str) -> String {
         rest = rest[at + 6..].trim_start_matches(|c: char| c.is_ascii_digit());
     }
     out.push_str(rest);
-    let Some(at) = out.find("\"actual-size\": ") else { return out };
-    let mut done = out[..at].to_owned();
-    for part in out[at..].split("\"actual-size\": ").skip(1) {
-        done.push_str("\"actual-size\": N");
-        done.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    let mut numbers = vec!["actual-size"];
+    // The dates of snapshots that were taken just now; a script may have set others.
+    if out.contains("\"date-sec\": 1") {
+        numbers.extend(["date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"]);
     }
-    done
+    numbers.into_iter().fold(out, |out, name| {
+        let name = format!("\"{name}\": ");
+        let mut parts = out.split(&name);
+        let mut done = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            done.push_str(&name);
+            done.push('N');
+            done.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+        }
+        done
+    })
 }
 
 /// Runs a script with a program that connects to `qmp.sock` in its folder. `path` comes before what shell commands find.

@@ -45,6 +45,16 @@ pub static COMMANDS: &[Command] = &[
         arguments: &BLOCKDEV_SNAPSHOT_SYNC_ARG,
         returns: Type::Object(&NOTHING),
     },
+    Command {
+        name: "blockdev-snapshot-internal-sync",
+        arguments: &BLOCKDEV_SNAPSHOT_INTERNAL,
+        returns: Type::Object(&NOTHING),
+    },
+    Command {
+        name: "blockdev-snapshot-delete-internal-sync",
+        arguments: &BLOCKDEV_SNAPSHOT_DELETE_INTERNAL_SYNC_ARG,
+        returns: Type::Object(&IMAGE_INFO_SNAPSHOTS),
+    },
     Command { name: "transaction", arguments: &TRANSACTION_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-snapshot", arguments: &BLOCKDEV_SNAPSHOT_ARG, returns: Type::Object(&NOTHING) },
     Command {

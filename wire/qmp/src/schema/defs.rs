@@ -248,6 +248,7 @@ pub(super) static TRANSACTION_ACTION_KIND: Enum = Enum {
         "block-dirty-bitmap-merge",
         "blockdev-backup",
         "blockdev-snapshot",
+        "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
         "drive-backup",
     ],
@@ -266,6 +267,7 @@ pub(super) static TRANSACTION_ACTION: Object = Object {
         ("block-dirty-bitmap-merge", &TRANSACTION_BITMAP_MERGE),
         ("blockdev-backup", &TRANSACTION_BLOCKDEV_BACKUP),
         ("blockdev-snapshot", &TRANSACTION_SNAPSHOT),
+        ("blockdev-snapshot-internal-sync", &TRANSACTION_SNAPSHOT_INTERNAL),
         ("blockdev-snapshot-sync", &TRANSACTION_SNAPSHOT_SYNC),
         ("drive-backup", &TRANSACTION_DRIVE_BACKUP),
     ],
@@ -279,6 +281,9 @@ pub(super) static TRANSACTION_SNAPSHOT: Object =
 
 pub(super) static TRANSACTION_SNAPSHOT_SYNC: Object =
     Object { members: &[req("data", Type::Object(&BLOCKDEV_SNAPSHOT_SYNC_ARG))], tag: None, cases: &[] };
+
+pub(super) static TRANSACTION_SNAPSHOT_INTERNAL: Object =
+    Object { members: &[req("data", Type::Object(&BLOCKDEV_SNAPSHOT_INTERNAL))], tag: None, cases: &[] };
 
 pub(super) static TRANSACTION_COMPLETION_MODE: Enum = Enum { values: &["individual", "grouped"] };
 
@@ -306,6 +311,15 @@ pub(super) static BLOCKDEV_SNAPSHOT_SYNC_ARG: Object = Object {
         opt("format", Type::Str),
         opt("mode", Type::Enum(&BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE)),
     ],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static BLOCKDEV_SNAPSHOT_INTERNAL: Object =
+    Object { members: &[req("device", Type::Str), req("name", Type::Str)], tag: None, cases: &[] };
+
+pub(super) static BLOCKDEV_SNAPSHOT_DELETE_INTERNAL_SYNC_ARG: Object = Object {
+    members: &[req("device", Type::Str), opt("id", Type::Str), opt("name", Type::Str)],
     tag: None,
     cases: &[],
 };
