@@ -24,6 +24,9 @@ pub mod status;
 pub mod units;
 pub mod view;
 
+#[cfg(test)]
+mod tests;
+
 pub use error::{Class, GraphError, IoError, Result};
 pub use format::{Extent, Format, Place};
 pub use graph::Graph;
