@@ -79,6 +79,21 @@ fn an_error_stops_the_machine_and_the_request_is_tried_again() {
 }
 
 #[test]
+fn what_a_guest_reads_is_copied() {
+    let heard = heard(
+        "-drive file=b.qcow2,if=virtio,copy-on-read=on,werror=report \
+         -export nbd,id=g,node-name=virtio0,name=disk,writable=on",
+        r#"! qemu-img create -q -f qcow2 a.qcow2 1M; qemu-io a.qcow2 -c 'write -P 7 0 1M' | grep -q '^wrote'
+! qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 b.qcow2
+{"execute": "query-name"}
+! GUEST 'read -P 7 64k 64k' | grep -q '^read 65536'
+! qemu-io -U -r b.qcow2 -c map | grep -q '64 KiB (0x10000) bytes     allocated at offset 64 KiB (0x10000)'
+"#,
+    );
+    assert_eq!(outline(&heard), "{\"return\": {}}\n{\"return\": {}}");
+}
+
+#[test]
 fn other_policies() {
     let heard = heard(
         "-blockdev file,filename=d.raw,node-name=n -device virtio-scsi,id=s -device scsi-hd,drive=n,id=h,werror=ignore \

@@ -39,6 +39,11 @@ pub trait Guest: Debug + Send + Sync {
     /// Waits until a request may go on. An error is the guest's answer: it will never go on.
     async fn admit(&self, operation: Operation, bytes: u64) -> Result<()>;
 
+    /// Whether what the guest reads from below the image is copied into it.
+    fn copies_on_read(&self) -> bool {
+        false
+    }
+
     /// Told of how an admitted request went.
     fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict;
 }
@@ -63,7 +68,18 @@ impl Way {
 
     /// See [`Root::read`].
     pub async fn read(&self, range: ByteRange, into: Iov) -> Result<()> {
-        self.ask(Operation::Read, range.len(), || self.root.read(range, into.clone())).await
+        let copies = self.guest.as_ref().is_some_and(|guest| guest.copies_on_read());
+        let read = || {
+            let into = into.clone();
+            async move {
+                // It is read wherever it is when it could not be copied.
+                if copies && let Err(error) = self.root.populate(range).await {
+                    tracing::debug!(%error, "what was read could not be copied");
+                }
+                self.root.read(range, into).await
+            }
+        };
+        self.ask(Operation::Read, range.len(), read).await
     }
 
     /// See [`Root::write`].

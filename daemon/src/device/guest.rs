@@ -94,6 +94,7 @@ struct State {
     disk: Option<RootId>,
     policies: Policies,
     status: IoStatus,
+    copy_on_read: bool,
     member: Option<Arc<Member>>,
     stats: Stats,
 }
@@ -130,6 +131,11 @@ impl GuestIo {
     /// What is done about errors from now on.
     pub fn set_policies(&self, policies: Policies) {
         self.state().policies = policies;
+    }
+
+    /// Whether what guests read from below the image is copied into it from now on.
+    pub fn set_copy_on_read(&self, copy_on_read: bool) {
+        self.state().copy_on_read = copy_on_read;
     }
 
     /// What is done about errors.
@@ -261,6 +267,10 @@ impl Guest for Attached {
                 return Ok(());
             }
         }
+    }
+
+    fn copies_on_read(&self) -> bool {
+        self.io.state().copy_on_read
     }
 
     fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict {

@@ -189,6 +189,11 @@ impl Devices {
         self.table().backends.retain(|backend| backend.id != id);
     }
 
+    /// Lets a backend go that came with a device, which has come to nothing.
+    pub fn drop_nameless(&self, id: BackendId) {
+        self.table().backends.retain(|backend| backend.id != id || !backend.name.is_empty());
+    }
+
     /// Takes a device in.
     pub fn add_device(&self, device: Device) {
         self.table().devices.push(device);

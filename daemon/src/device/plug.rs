@@ -1,11 +1,8 @@
 //! Devices come and go: `-device`, device_add, device_del.
 
-use std::sync::Arc;
-
-use underlay_drivers::filter::copy_on_read::CopyOnRead;
 use underlay_graph::plan::NewRoot;
 use underlay_graph::units::is_well_formed_id;
-use underlay_graph::{Class, GraphError, NewNode, NodeId, Perms, Plan, Role, RootId, Wiring};
+use underlay_graph::{Class, GraphError, NodeId, Perms, Plan, RootId};
 use underlay_qmp::json::Object;
 
 use super::given::Given;
@@ -144,42 +141,37 @@ async fn realize(
     let model = given.model;
     let drive = match given.text("drive") {
         None if model.kind == Kind::Disk => return Err(CommandError::new("drive property not set")),
-        None => None,
-        Some(name) => Some(behind(daemon, machine, model, name)?),
+        None => Drive::Nothing,
+        Some(name) => behind(daemon, machine, model, name)?,
     };
     check_numbers(given)?;
+    let path =
+        if model.is_virtio() { format!("{}/virtio-backend", device.path) } else { device.path.clone() };
     let shown = Shown {
         model,
-        qdev: match (&device.id, model.is_virtio()) {
-            (_, true) => format!("{}/virtio-backend", device.path),
-            (Some(id), false) => id.clone(),
-            (None, false) => device.path.clone(),
-        },
-        path: if model.is_virtio() { format!("{}/virtio-backend", device.path) } else { device.path.clone() },
+        // The disk of a virtio device is that of a device within, which has no name of its own.
+        qdev: device.id.clone().filter(|_| !model.is_virtio()).unwrap_or_else(|| path.clone()),
+        path,
         share_rw: given.flag("share-rw").unwrap_or(false),
     };
     let (id, node) = match drive {
-        Some(Drive::Backend(backend)) => {
-            if model.kind == Kind::Disk && backend.medium.is_none() {
-                return Err(CommandError::new("Device needs media, but drive is empty"));
-            }
-            (backend.id, None)
+        Drive::Backend(backend) if model.kind == Kind::Disk && backend.medium.is_none() => {
+            return Err(CommandError::new("Device needs media, but drive is empty"));
         }
-        Some(Drive::Node(node)) => (machine.new_backend(daemon, ""), Some(node)),
-        None => (machine.new_backend(daemon, ""), None),
+        Drive::Backend(backend) => (backend.id, None),
+        Drive::Node(node) => (machine.new_backend(daemon, ""), Some(node)),
+        Drive::Nothing => (machine.new_backend(daemon, ""), None),
     };
-    let was_made = !matches!(given.text("drive"), Some(name) if machine.devices.named(name).is_some());
     machine.devices.edit(id, |backend| backend.device = Some(shown));
-    match claim(daemon, machine, id, node).await {
-        Ok(()) => {
-            machine.devices.edit(id, |backend| settle(backend, given));
-            Ok(id)
-        }
+    let claimed = claim(daemon, machine, id, node).await;
+    machine.devices.edit(id, |backend| match &claimed {
+        Ok(()) => settle(backend, given),
+        Err(_) => backend.device = None,
+    });
+    match claimed {
+        Ok(()) => Ok(id),
         Err(error) => {
-            machine.devices.edit(id, |backend| backend.device = None);
-            if was_made {
-                machine.devices.remove_backend(id);
-            }
+            machine.devices.drop_nameless(id);
             Err(error)
         }
     }
@@ -206,6 +198,7 @@ fn settle(backend: &mut Backend, given: &Given) {
 enum Drive {
     Backend(Box<Backend>),
     Node(NodeId),
+    Nothing,
 }
 
 fn behind(daemon: &Daemon, machine: &Machine, model: &Model, name: &str) -> CommandResult<Drive> {
@@ -310,19 +303,6 @@ pub fn put_in(backend: &Backend, plan: &mut Plan, node: NodeId) -> Result<RootId
         pinned: false,
         drained: None,
     }))
-}
-
-/// In a draft: puts a filter above a node that copies into it what is read from below. Only its users know of it.
-pub fn copy_on_read(plan: &mut Plan, node: NodeId) -> Result<NodeId, GraphError> {
-    let filter = plan.add(NewNode {
-        name: None,
-        node: Arc::new(CopyOnRead::new(None)),
-        read_only: false,
-        options: plan.node(node).options,
-        children: vec![(Role::File, Wiring::Existing(node))],
-    })?;
-    plan.node_mut(filter).implicit = true;
-    Ok(filter)
 }
 
 /// Has all backends ask for what they need by now, or none of them.

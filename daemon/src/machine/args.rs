@@ -75,6 +75,8 @@ pub struct Setting {
     pub exports: Vec<Typed<Object>>,
     /// To be told before anything else.
     pub remarks: Vec<String>,
+    /// What is told of to be without effect, beside whole options.
+    without_effect: Vec<String>,
     /// How many monitors have brought their own character device.
     compat_monitors: u32,
 }
@@ -99,15 +101,13 @@ struct Word<'a> {
 pub fn parse(words: &[String]) -> Result<Asked, String> {
     let uuid = "00000000-0000-0000-0000-000000000000".to_owned();
     let mut setting = Setting { uuid, machine: "pc".to_owned(), ..Setting::default() };
-    let mut without_effect: Vec<&str> = Vec::new();
+    let mut without_effect: Vec<String> = Vec::new();
     let words = names(words)?;
     for word in &words {
         match options::find(word.name).map_or(Fate::Works, |(.., fate)| *fate) {
             Fate::Works => {}
             Fate::NoEffect => {
-                if !without_effect.contains(&word.name) {
-                    without_effect.push(word.name);
-                }
+                without_effect.push(format!("-{}", word.name));
                 continue;
             }
             Fate::Refused => return Err(format!("{}: not supported", word.typed)),
@@ -121,8 +121,13 @@ pub fn parse(words: &[String]) -> Result<Asked, String> {
         let kind = &setting.machine;
         format!("unsupported machine type: \"{kind}\"\nUse -machine help to list supported machines")
     })?;
-    if !without_effect.is_empty() {
-        let names: Vec<_> = without_effect.iter().map(|name| format!("-{name}")).collect();
+    let mut names: Vec<String> = Vec::new();
+    for name in without_effect.into_iter().chain(std::mem::take(&mut setting.without_effect)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if !names.is_empty() {
         let text = format!("warning: without effect, as there is no CPU here: {}", names.join(", "));
         setting.remarks.insert(0, text);
     }
@@ -253,6 +258,8 @@ impl Setting {
         if let Some(kind) = list.get("type").and_then(Value::as_str) {
             self.machine = kind.to_owned();
         }
+        let others = list.iter().filter(|(name, _)| *name != "type");
+        self.without_effect.extend(others.map(|(name, _)| format!("-machine {name}")));
         Ok(None)
     }
 
@@ -275,8 +282,7 @@ impl Setting {
         {
             return Ok(Some(model.help()));
         }
-        if let Some(id) = options.get("id").and_then(Value::as_str).filter(|id| !is_well_formed_id(id)) {
-            tracing::debug!(id, "not a name");
+        if options.get("id").and_then(Value::as_str).is_some_and(|id| !is_well_formed_id(id)) {
             return Err(object::bad_id());
         }
         self.devices.push(Typed { typed, value: (options, Input::Words) });
@@ -407,9 +413,12 @@ mod tests {
 
     #[test]
     fn what_has_no_effect_is_told_once() {
-        let words = ["-m", "512", "-smp", "2", "-m", "1G", "-S"].map(str::to_owned);
+        let words = ["-m", "512", "-smp", "2", "-m", "1G", "-S", "-M", "q35,accel=tcg"].map(str::to_owned);
         let Ok(Asked::Run(setting)) = parse(&words) else { panic!("a machine") };
         assert!(setting.paused);
-        assert_eq!(setting.remarks, ["warning: without effect, as there is no CPU here: -m, -smp"]);
+        assert_eq!(
+            setting.remarks,
+            ["warning: without effect, as there is no CPU here: -m, -smp, -machine accel"]
+        );
     }
 }

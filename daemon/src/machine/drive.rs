@@ -14,7 +14,6 @@ use underlay_qmp::json::{Object, Value};
 
 use super::Machine;
 use super::args::{DriveWords, Typed};
-use crate::command::lookup::Names;
 use crate::device::guest::{OnError, Policies};
 use crate::device::{BackendId, plug};
 use crate::error::{CommandError, CommandResult};
@@ -123,6 +122,7 @@ pub async fn open(
     machine.devices.edit(backend, |backend| {
         (backend.modes, backend.read_only, backend.writethrough) = (modes, read_only, modes.writethrough);
         backend.io.set_policies(policies);
+        backend.io.set_copy_on_read(modes.copy_on_read && !read_only);
         if !limits.is_none() {
             let group = machine.devices.group(&daemon.groups, group.as_deref().unwrap_or(&name));
             group.set_limits(limits);
@@ -340,8 +340,6 @@ async fn fill(
         if machine.devices.named(name).is_some() {
             return Err(CommandError::new(format!("node-name={name} is conflicting with a device id")));
         }
-        // The topmost node has the name.
-        Names::of(daemon).find(&daemon.graph.plan(), name)?;
     }
     let mut new = daemon.opener(BackingPolicy::Follow).open(spec).await?;
     if is_probed && new.node.driver() == "raw" && !read_only {
@@ -350,7 +348,7 @@ async fn fill(
     if snapshot {
         new = above(daemon, new, modes).await?;
     }
-    put_in(daemon, machine, backend, new, modes.copy_on_read && !read_only).await
+    put_in(daemon, machine, backend, new).await
 }
 
 /// The format of an image that nobody has told.
@@ -400,19 +398,10 @@ fn temporary() -> PathBuf {
     }
 }
 
-async fn put_in(
-    daemon: &Daemon,
-    machine: &Machine,
-    id: BackendId,
-    new: NewNode,
-    copy_on_read: bool,
-) -> CommandResult<()> {
+async fn put_in(daemon: &Daemon, machine: &Machine, id: BackendId, new: NewNode) -> CommandResult<()> {
     let Some(backend) = machine.devices.backend(id) else { return Ok(()) };
     let edit = |plan: &mut Plan| {
-        let mut node = plan.add(new)?;
-        if copy_on_read {
-            node = plug::copy_on_read(plan, node)?;
-        }
+        let node = plan.add(new)?;
         plug::put_in(&backend, plan, node)
     };
     let medium = daemon.graph.change(edit).await?;

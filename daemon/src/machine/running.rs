@@ -58,11 +58,10 @@ impl Running {
         self.inside().state
     }
 
-    /// From now on it does something else; what it did before.
-    pub fn set(&self, state: RunState) -> RunState {
-        let before = std::mem::replace(&mut self.inside().state, state);
+    /// From now on it does something else.
+    pub fn set(&self, state: RunState) {
+        self.inside().state = state;
         self.changed.notify_waiters();
-        before
     }
 
     /// Those that wait look again whether they still have to.
