@@ -336,10 +336,8 @@ async fn fill(
     if spec.detect_zeroes == DetectZeroes::Off {
         spec.detect_zeroes = modes.detect_zeroes;
     }
-    if let Some(name) = spec.node_name.as_deref() {
-        if machine.devices.named(name).is_some() {
-            return Err(CommandError::new(format!("node-name={name} is conflicting with a device id")));
-        }
+    if let Some(name) = spec.node_name.as_deref().filter(|name| machine.devices.named(name).is_some()) {
+        return Err(CommandError::new(format!("node-name={name} is conflicting with a device id")));
     }
     let mut new = daemon.opener(BackingPolicy::Follow).open(spec).await?;
     if is_probed && new.node.driver() == "raw" && !read_only {
