@@ -50,6 +50,11 @@ pub struct Policies {
     pub write: OnError,
 }
 
+impl Policies {
+    /// The guest is told of everything.
+    pub const REPORT: Self = Self { read: OnError::Report, write: OnError::Report };
+}
+
 impl Default for Policies {
     fn default() -> Self {
         Self { read: OnError::Report, write: OnError::Enospc }
@@ -277,7 +282,10 @@ impl Guest for Attached {
         self.io.running.leave();
         self.io.state().stats.count(operation, bytes, took, result.is_ok());
         match result {
-            Err(error) if *error != IoError::ECANCELED => self.io.failed(operation, error),
+            // Nothing is wrong with a disk that has gone, nor with one that cannot do what could be done in another way.
+            Err(error) if ![IoError::ECANCELED, IoError::ENOTSUP].contains(error) => {
+                self.io.failed(operation, error)
+            }
             _ => Verdict::Tell,
         }
     }
@@ -353,6 +361,8 @@ mod tests {
             assert_eq!(running.state() == RunState::IoError, stopped, "{policy:?}");
             assert!(running.enter() || stopped);
             assert_eq!(guest.done(Operation::Read, 1, Duration::ZERO, &result), Verdict::Tell);
+            let unsupported = Err(IoError::ENOTSUP);
+            assert_eq!(guest.done(Operation::Write, 1, Duration::ZERO, &unsupported), Verdict::Tell);
         }
     }
 }

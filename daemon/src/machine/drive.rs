@@ -190,13 +190,13 @@ fn place(
     };
     let (place, name) = called((number, unit));
     if !is_free(place) {
-        let index = number * units.max(1) + unit;
+        let index = u64::from(number) * u64::from(units.max(1)) + u64::from(unit);
         let text = format!("drive with bus={number}, unit={unit} (index={index}) exists");
         return Err(CommandError::new(text));
     }
     let has_bus = matches!(bus, "none" | "virtio")
         || bus == "ide" && (number as usize) < machine.own_buses(crate::device::model::Bus::Ide).len();
-    match has_bus && unit < units.max(u32::from(units == 0) * u32::MAX) {
+    match has_bus && (units == 0 || unit < units) {
         true => Ok((place, name)),
         false => {
             let text = format!("machine type does not support if={bus},bus={number},unit={unit}");

@@ -5,6 +5,7 @@ mod args;
 mod compat;
 mod drive;
 mod help;
+pub mod hot;
 mod options;
 pub mod running;
 mod set_up;
