@@ -1,6 +1,7 @@
 //! Everything that can be a node except qcow2, and how to open any of them.
 #![forbid(unsafe_code)]
 
+pub mod beside;
 pub mod create;
 pub mod error;
 pub mod filename;

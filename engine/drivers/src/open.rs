@@ -205,7 +205,8 @@ impl Opener {
             }
             DriverSpec::Raw { file, options } => {
                 let file = self.open_child(file.clone(), for_file).await?;
-                (Arc::new(Raw::open(&file.view.cx(), options.clone())?), file)
+                let raw = Raw::open(&file.view.cx(), options.clone())?.with_bitmaps(&file.view).await;
+                (Arc::new(raw), file)
             }
             DriverSpec::Qcow2 { file, .. } => {
                 let file = self.open_child(file.clone(), for_file).await?;
@@ -285,7 +286,8 @@ impl Opener {
         let node: Arc<dyn Node> = match format {
             "raw" => {
                 spec.driver = DriverSpec::Raw { file: child, options: Default::default() };
-                Arc::new(Raw::open(&file.view.cx(), Default::default())?.guessed())
+                let raw = Raw::open(&file.view.cx(), Default::default())?.guessed();
+                Arc::new(raw.with_bitmaps(&file.view).await)
             }
             "qcow2" => {
                 spec.driver =

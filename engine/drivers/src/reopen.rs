@@ -222,10 +222,27 @@ impl<'a> Reopening<'a> {
                 "The file of '{id}' can only get or lose filters, '{name}' is another file"
             )));
         }
+        let is_other = now.map(|now| bytes(self.plan, now)) != Some(bytes(self.plan, found));
+        if role == Role::File && is_other {
+            self.other_file(id)?;
+        }
         self.plan.set_child(id, role, Some(found))?;
         if !self.plan.node(id).read_only && role == Role::File {
             self.step.flushed.push(id);
         }
+        Ok(())
+    }
+
+    /// The bitmaps of a raw disk belong to its file.
+    fn other_file(&mut self, id: NodeId) -> Result<()> {
+        let node = self.plan.node(id);
+        let Some(raw) = node.node.as_any().downcast_ref::<Raw>() else { return Ok(()) };
+        if node.bitmaps.iter().any(|bitmap| bitmap.persistent) {
+            return Err(text(format!("The persistent bitmaps of '{}' belong to its file", node.name)));
+        }
+        let raw = raw.elsewhere();
+        self.plan.node_mut(id).node = Arc::new(raw);
+        self.plan.touch(id);
         Ok(())
     }
 
@@ -248,6 +265,9 @@ impl<'a> Reopening<'a> {
         let Some(file) = node.child(Role::File) else { return Ok(()) };
         if node.node.as_any().downcast_ref::<Raw>().is_some_and(|raw| raw.has_options(&options)) {
             return Ok(());
+        }
+        if node.bitmaps.iter().any(|bitmap| bitmap.persistent) {
+            return Err(text(format!("The persistent bitmaps of '{}' belong to all of its file", node.name)));
         }
         // Only its length is asked.
         let view = self.view(file);

@@ -127,6 +127,11 @@ impl PlanNode {
         self.blocks.highest()
     }
 
+    /// Whether the image keeps bitmaps that can be relied on.
+    pub fn has_bitmaps_to_keep(&self) -> bool {
+        self.bitmaps.iter().any(|bitmap| bitmap.persistent && !bitmap.inconsistent)
+    }
+
     pub(crate) fn is_given_up(&self) -> bool {
         self.blocks.given_up.load(Ordering::Relaxed)
     }
@@ -517,7 +522,11 @@ impl Plan {
             }
             accesses.insert(id, access);
             for (role, child) in &node.children {
-                let (required, shared) = perm::for_child(&*node.node, access, *role);
+                let (required, mut shared) = perm::for_child(&*node.node, access, *role);
+                if *role == Role::File && node.has_bitmaps_to_keep() {
+                    // They would not hear of what others write there.
+                    shared = shared.without(Perms::WRITE | Perms::RESIZE);
+                }
                 let user = format!("node '{}'", node.name);
                 uses.entry(*child).or_default().push(Use { user, role: role.as_str(), required, shared });
             }

@@ -49,8 +49,13 @@ pub(crate) fn place(cluster: u64) -> Option<ByteRange> {
     (cluster >= MIN_CLUSTER).then(|| ByteRange::between(cluster - cluster / 4, cluster))
 }
 
+/// Where a tied image ([`crate::extensions::TIED`]) has two sectors for whoever keeps it.
+pub fn tie_place(cluster: u64) -> Option<ByteRange> {
+    place(cluster).map(|place| ByteRange::between(place.start() - 2 * SECTOR, place.start()))
+}
+
 /// FNV-1a: for names and against damage, not against malice.
-fn hash(bytes: &[u8]) -> u64 {
+pub fn hash(bytes: &[u8]) -> u64 {
     bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
@@ -107,11 +112,6 @@ impl Ahead {
 
     fn region_bits(&self) -> u32 {
         self.region_bits.load(Ordering::SeqCst)
-    }
-
-    /// Where it is kept.
-    pub fn place(&self) -> ByteRange {
-        self.place
     }
 
     /// What an image has. `None`: nothing that makes sense.

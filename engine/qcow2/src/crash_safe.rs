@@ -21,7 +21,7 @@ use crate::features;
 use crate::header::{Header, Version};
 use crate::live::Qcow2;
 use crate::stored::State;
-use crate::update::{header_end, write_features};
+use crate::update::{header_end, room, write_features};
 
 /// The notes of an image that is being opened, if there are any that hold.
 pub(crate) async fn load(file: &Cx<'_>, header: &Header) -> Result<Option<Ahead>> {
@@ -77,7 +77,8 @@ impl Qcow2 {
             let broken = stored.entries.iter().filter(|entry| entry.flags & IN_USE != 0);
             ahead.restart(self.size(), broken.map(|entry| entry.name.as_str()))
         };
-        if !fits || header_end(&cx.below(), &header).await? > ahead.place().start() {
+        let end = room(&Header { autoclear: features::DIRTY_REGIONS, ..header.clone() });
+        if !fits || header_end(&cx.below(), &header).await? > end {
             return Ok(());
         }
         ahead.write(&cx.below()).await?;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use underlay_graph::{BackingRef, ByteRange, Cx, IoError, Preallocation, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
 
-use crate::extensions::Extensions;
+use crate::extensions::{Extensions, TIED};
 use crate::features;
 use crate::header::{self, Compression, Crypt, Header, HeaderError, Version};
 use crate::layout::Layout;
@@ -47,6 +47,8 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// Any of the options for encryption: not supported.
     pub encrypted: bool,
+    /// The image is for the bitmaps of a disk that is elsewhere: it has [`crate::tie_place`].
+    pub tied: bool,
     /// The file stays as long as it is and keeps its space, which somebody may have reserved for the image.
     pub keep_space: bool,
 }
@@ -67,6 +69,7 @@ impl CreateOptions {
             data_file: None,
             data_file_raw: false,
             encrypted: false,
+            tied: false,
             keep_space: false,
         }
     }
@@ -214,6 +217,9 @@ impl CreateOptions {
             backing_file: None,
         };
         header.set_backing_ref(self.backing.clone());
+        if self.tied {
+            header.extensions.unknown.push((TIED, b"the bitmaps of the disk beside".to_vec()));
+        }
         header
     }
 

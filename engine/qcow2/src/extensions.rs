@@ -16,6 +16,8 @@ pub const CRYPTO: u32 = 0x0537_be77;
 pub const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Type of the bitmaps extension.
 pub const BITMAPS: u32 = 0x2385_2875;
+/// Type of ours that says: the image has only the bitmaps of a disk that is elsewhere, and a place for what ties them to it.
+pub const TIED: u32 = 0x556e_6454;
 /// The end marker.
 const END: u32 = 0;
 
@@ -118,6 +120,11 @@ pub(crate) fn length(area: &[u8]) -> usize {
 }
 
 impl Extensions {
+    /// Whether the image has only the bitmaps of a disk that is elsewhere.
+    pub fn is_tied(&self) -> bool {
+        self.unknown.iter().any(|(kind, _)| *kind == TIED)
+    }
+
     /// Reads all extensions in `area`, the bytes from the end of the fixed header up to the backing name.
     pub(crate) fn parse(area: &[u8], around: Around) -> Result<Self, HeaderError> {
         let mut all = Self::default();

@@ -116,6 +116,8 @@ pub struct OpenOptions {
     pub discard_no_unref: bool,
     /// Accept being written to although the dirty or corrupt bit is set: for repair.
     pub repair: bool,
+    /// The bitmaps are not to be relied on, whatever the image says of them.
+    pub distrust_bitmaps: bool,
     /// Told about corruption.
     pub on_corrupt: Option<OnCorrupt>,
     /// Told the lines of the repair that an image needs which was not closed cleanly; QEMU prints them on stderr.
@@ -231,8 +233,11 @@ impl Qcow2 {
         let layout = layout(&header, &options)?;
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
         let l1 = read_l1(file, &header).await?;
-        let notes = crash_safe::load(file, &header).await.map_err(BitmapError::Directory)?;
-        let stored = stored::load(file, &header, notes.as_ref()).await?;
+        let notes = match options.distrust_bitmaps {
+            true => None,
+            false => crash_safe::load(file, &header).await.map_err(BitmapError::Directory)?,
+        };
+        let stored = stored::load(file, &header, notes.as_ref(), options.distrust_bitmaps).await?;
         let snapshots = Known::read(file, &header).await;
         let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));

@@ -21,7 +21,7 @@ use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::{BitmapStore, PlanBitmap, inconsistent};
-use underlay_graph::{ByteRange, Cx, GraphError, IoError, Result, WriteFlags};
+use underlay_graph::{ByteRange, Cx, GraphError, IoError, NodeName, Result, WriteFlags};
 use underlay_sys::Iov;
 
 use crate::ahead::Ahead;
@@ -54,6 +54,8 @@ pub(crate) struct Stored {
     kept: bool,
     /// The directory on disk says of every bitmap that it is in use.
     pub(crate) marked: bool,
+    /// The disk calls bitmaps good that are not to be relied on.
+    distrusted: bool,
     /// What the disk has of which bits.
     pub(crate) written: Written,
 }
@@ -85,14 +87,19 @@ fn marked(entries: &[StoredBitmap]) -> Vec<StoredBitmap> {
     entries.iter().map(|entry| StoredBitmap { flags: entry.flags | IN_USE, ..entry.clone() }).collect()
 }
 
-/// Reads all bitmaps of an image that is being opened, and completes them by the notes in it.
+/// Reads all bitmaps of an image that is being opened, and completes them by the notes in it. `distrusted`: whatever the image says,
+/// they are not to be relied on.
 pub(crate) async fn load(
     file: &Cx<'_>,
     header: &Header,
     ahead: Option<&Ahead>,
+    distrusted: bool,
 ) -> std::result::Result<Stored, BitmapError> {
     let mut entries = bitmaps::read(file, header).await?;
-    let marked = entries.iter().all(|entry| entry.flags & IN_USE != 0);
+    if distrusted {
+        entries = marked(&entries);
+    }
+    let marked = !distrusted && entries.iter().all(|entry| entry.flags & IN_USE != 0);
     let mut names = HashSet::new();
     let mut loaded = Vec::with_capacity(entries.len());
     let mut memory = 0;
@@ -127,7 +134,7 @@ pub(crate) async fn load(
         }
         loaded.push(PlanBitmap { persistent: true, inconsistent, ..bitmap });
     }
-    Ok(Stored { entries, loaded, kept: false, marked, written })
+    Ok(Stored { entries, loaded, kept: false, marked, distrusted, written })
 }
 
 async fn load_bits(
@@ -184,9 +191,12 @@ impl Qcow2 {
     }
 
     /// Whether the disk can be `size` bytes long: the bitmaps change with it, so they must be known, and be possible then.
-    pub(crate) fn check_bitmaps_can_be_resized(&self, size: u64) -> Result<()> {
+    pub fn check_bitmaps_can_be_resized(&self, size: u64) -> Result<()> {
+        // Nobody asks when a disk that is elsewhere gets another size.
+        let is_tied = self.header().extensions.is_tied();
         let stored = self.stored();
-        if let Some(entry) = stored.entries.iter().find(|entry| entry.flags & IN_USE != 0) {
+        let is_unknown = |entry: &&StoredBitmap| entry.flags & IN_USE != 0;
+        if let Some(entry) = stored.entries.iter().find(is_unknown).filter(|_| !is_tied) {
             return Err(inconsistent(&entry.name));
         }
         let too_large = |entry: &&StoredBitmap| bytes_of_bits(size, entry.granularity_bits) > MAX_BITMAP;
@@ -206,9 +216,13 @@ impl Qcow2 {
         if self.stored().kept {
             return self.mark_bitmaps(cx).await;
         }
+        self.take_back(cx, features::BITMAPS | features::DIRTY_REGIONS).await
+    }
+
+    /// Takes some auto-clear bits out of the header; durable on return.
+    async fn take_back(&self, cx: &Cx<'_>, promises: u64) -> Result<()> {
         let _turn = self.header_turn.lock().await;
         let header = self.header();
-        let promises = features::BITMAPS | features::DIRTY_REGIONS;
         if header.autoclear & promises != 0 {
             let autoclear = header.autoclear & !promises;
             write_features(&cx.below(), &Header { autoclear, ..header }).await?;
@@ -222,7 +236,8 @@ impl Qcow2 {
     async fn mark_bitmaps(&self, cx: &Cx<'_>) -> Result<()> {
         let entries = {
             let mut stored = self.stored();
-            if stored.marked || stored.entries.iter().all(|entry| entry.flags & IN_USE != 0) {
+            let is_marked = stored.entries.iter().all(|entry| entry.flags & IN_USE != 0);
+            if stored.marked || is_marked && !stored.distrusted {
                 stored.marked = true;
                 return Ok(());
             }
@@ -236,7 +251,8 @@ impl Qcow2 {
         let range = ByteRange::new(directory.offset, bytes.len() as u64).ok_or(IoError::EFBIG)?;
         cx.below().write(range, Iov::copy_of(&bytes), WriteFlags::default()).await?;
         cx.below().flush().await?;
-        self.stored().marked = true;
+        let mut stored = self.stored();
+        (stored.marked, stored.distrusted) = (true, false);
         Ok(())
     }
 
@@ -389,6 +405,49 @@ impl Qcow2 {
     }
 }
 
+fn refused(node: &NodeName, name: &str, why: &str) -> std::result::Result<(), GraphError> {
+    Err(GraphError::new(format!("Can't make bitmap '{name}' persistent in '{node}': {why}")))
+}
+
+/// Whether an image of a disk of `size` bytes could keep one more bitmap beside the others of its `node`, only some of which may
+/// be persistent.
+pub fn check_new_bitmap(
+    node: &NodeName,
+    size: u64,
+    others: &[PlanBitmap],
+    name: &str,
+    granularity: u64,
+) -> std::result::Result<(), GraphError> {
+    let refused = |why: &str| refused(node, name, why);
+    if name.len() > MAX_NAME {
+        return refused(&format!("Name length exceeds maximum ({MAX_NAME} characters)"));
+    }
+    if granularity > 1 << GRANULARITY_BITS.end() {
+        return refused(&format!("Granularity exceeds maximum ({} bytes)", 1u64 << GRANULARITY_BITS.end()));
+    }
+    if granularity < 1 << GRANULARITY_BITS.start() {
+        return refused(&format!(
+            "Granularity is under minimum ({} bytes)",
+            1u64 << GRANULARITY_BITS.start()
+        ));
+    }
+    if bytes_of_bits(size, granularity.ilog2()) > MAX_BITMAP {
+        return refused("Too much space will be occupied by the bitmap. Use larger granularity");
+    }
+    if size == 0 {
+        return refused("The disk has no length");
+    }
+    let others = || others.iter().filter(|other| other.persistent);
+    if others().count() as u64 >= u64::from(MAX_BITMAPS) {
+        return refused("Maximum number of persistent bitmaps is already reached");
+    }
+    let used: u64 = others().map(|other| bitmaps::entry_len(other.name.len())).sum();
+    if used + bitmaps::entry_len(name.len()) > MAX_BITMAP_DIRECTORY {
+        return refused("Not enough space in the bitmap directory");
+    }
+    Ok(())
+}
+
 #[async_trait]
 impl BitmapStore for Qcow2 {
     fn loaded(&self) -> Vec<PlanBitmap> {
@@ -403,47 +462,16 @@ impl BitmapStore for Qcow2 {
         granularity: u64,
     ) -> std::result::Result<(), GraphError> {
         let node = cx.view().name();
-        let refused = |why: &str| {
-            Err(GraphError::new(format!("Can't make bitmap '{name}' persistent in '{node}': {why}")))
-        };
         let mut header = self.header();
         if header.version < Version::V3 {
-            return refused("Cannot store dirty bitmaps in qcow2 v2 files");
+            return refused(node, name, "Cannot store dirty bitmaps in qcow2 v2 files");
         }
-        if name.len() > MAX_NAME {
-            return refused(&format!("Name length exceeds maximum ({MAX_NAME} characters)"));
-        }
-        if granularity > 1 << GRANULARITY_BITS.end() {
-            return refused(&format!(
-                "Granularity exceeds maximum ({} bytes)",
-                1u64 << GRANULARITY_BITS.end()
-            ));
-        }
-        if granularity < 1 << GRANULARITY_BITS.start() {
-            return refused(&format!(
-                "Granularity is under minimum ({} bytes)",
-                1u64 << GRANULARITY_BITS.start()
-            ));
-        }
-        if bytes_of_bits(self.size(), granularity.ilog2()) > MAX_BITMAP {
-            return refused("Too much space will be occupied by the bitmap. Use larger granularity");
-        }
-        if self.size() == 0 {
-            return refused("The disk has no length");
-        }
-        let others = || others.iter().filter(|other| other.persistent);
-        if others().count() as u64 >= u64::from(MAX_BITMAPS) {
-            return refused("Maximum number of persistent bitmaps is already reached");
-        }
-        let used: u64 = others().map(|other| bitmaps::entry_len(other.name.len())).sum();
-        if used + bitmaps::entry_len(name.len()) > MAX_BITMAP_DIRECTORY {
-            return refused("Not enough space in the bitmap directory");
-        }
+        check_new_bitmap(node, self.size(), others, name, granularity)?;
         let place = BitmapsExtension { count: 1, directory: Region { offset: 0, len: 0 } };
         header.extensions.bitmaps.get_or_insert(place);
         match header.serialise() {
             Ok(_) => Ok(()),
-            Err(_) => refused("There is no room for it in the header"),
+            Err(_) => refused(node, name, "There is no room for it in the header"),
         }
     }
 
@@ -453,6 +481,9 @@ impl BitmapStore for Qcow2 {
             let mut stored = self.stored();
             stored.kept = true;
             stored.loaded.clear();
+        }
+        if self.stored().distrusted {
+            self.take_back(cx, features::DIRTY_REGIONS).await?;
         }
         self.begin_notes(cx).await?;
         self.mark_bitmaps(cx).await

@@ -59,9 +59,12 @@ pub async fn write_header(file: &Cx<'_>, header: &Header) -> Result<()> {
     apply(file, &plan.leftovers).await
 }
 
-/// Bytes of the header cluster that belong to the header: not those where dirty regions are noted.
-fn room(header: &Header) -> u64 {
+/// Bytes of the header cluster that belong to the header: not those where dirty regions are noted, or a tie is.
+pub(crate) fn room(header: &Header) -> u64 {
     let cluster = header.cluster_size();
+    if let Some(tie) = ahead::tie_place(cluster).filter(|_| header.extensions.is_tied()) {
+        return tie.start();
+    }
     let place = ahead::place(cluster).filter(|_| header.autoclear & features::DIRTY_REGIONS != 0);
     place.map_or(cluster, |place| place.start())
 }

@@ -15,6 +15,7 @@ use io_uring::{opcode, types};
 use smallvec::SmallVec;
 
 use crate::buf::Iov;
+use crate::stat::Stat;
 use crate::{background, driver, hints, pool, reflink, ring, rt};
 
 /// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
@@ -341,6 +342,31 @@ impl File {
                 result => return result.map(|_| ()),
             }
         }
+    }
+
+    /// What the file system tells of it.
+    pub fn stat(&self) -> io::Result<Stat> {
+        Stat::of(&*self.fd)
+    }
+
+    /// Lets the same people read and write it as a file with this mode.
+    pub fn set_mode(&self, mode: u32) -> io::Result<()> {
+        Ok(rustix::fs::fchmod(&*self.fd, rustix::fs::Mode::from_raw_mode(mode & 0o666))?)
+    }
+
+    /// Another descriptor of the same open file.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
+    /// Makes durable what was written, and when.
+    pub async fn sync(&self) -> io::Result<()> {
+        if self.memory {
+            return Ok(());
+        }
+        let entry = opcode::Fsync::new(types::Fd(self.raw())).build();
+        // SAFETY: no memory is involved.
+        self.plain(entry, |fd, _| unsafe { libc::fsync(fd) as isize }, [0; 2]).await
     }
 
     /// Makes durable what was written.

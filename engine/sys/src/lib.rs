@@ -21,8 +21,10 @@ mod reflink;
 mod ring;
 pub mod rt;
 pub mod signal;
+pub mod stat;
 pub mod stdio;
 pub mod thread;
+pub mod witness;
 
 pub use buf::Iov;
 

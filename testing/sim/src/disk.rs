@@ -87,6 +87,8 @@ struct State {
     faults: [Option<Fault>; 3],
     /// Bytes that the file may grow to.
     room: u64,
+    /// When the last write began.
+    written: Duration,
 }
 
 /// The disk.
@@ -112,6 +114,7 @@ impl Disk {
             moment: 0,
             faults: [None, None, None],
             room: LONGEST,
+            written: Duration::ZERO,
         };
         Arc::new(Self { power, state: Mutex::new(state) })
     }
@@ -123,6 +126,16 @@ impl Disk {
     /// What reads find now.
     pub fn content(&self) -> Vec<u8> {
         self.lock().now.clone()
+    }
+
+    /// When the last write began, or it was resized.
+    pub fn written_at(&self) -> Duration {
+        self.lock().written
+    }
+
+    /// It was written to at that time, before it came here.
+    pub fn was_written_at(&self, time: Duration) {
+        self.lock().written = time;
     }
 
     /// Reads fail so.
@@ -211,6 +224,7 @@ impl Disk {
                 return Err(IoError::ENOSPC);
             }
             state.moment += 1;
+            state.written = rt::now();
             let id = state.moment;
             state.in_flight.insert(id, (at, data.clone()));
             id
@@ -358,6 +372,7 @@ impl Node for Disk {
     async fn resize(&self, _cx: &Cx<'_>, size: u64, _preallocation: Preallocation) -> Result<()> {
         self.begin(Op::Write).await?;
         let mut state = self.lock();
+        state.written = rt::now();
         if size > state.room.min(LONGEST) {
             return Err(IoError::ENOSPC);
         }

@@ -3,12 +3,15 @@
 use std::any::Any;
 
 use async_trait::async_trait;
+use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
 use underlay_graph::{
-    ByteRange, Cx, Extent, Format, IoError, Kind, Limits, Node, Place, Preallocation, Result, WriteFlags,
-    ZeroFlags,
+    ByteRange, Cx, Extent, Format, GraphError, IoError, Kind, Limits, Node, Place, Preallocation, Result,
+    View, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
 
+use crate::beside::Beside;
+use crate::beside::home::FileHome;
 use crate::options::Given;
 use crate::probe::guess;
 
@@ -16,6 +19,9 @@ use crate::probe::guess;
 pub const SECTOR: u64 = 512;
 /// The same, as a length in memory.
 const SECTOR_LEN: usize = 512;
+
+/// Why a disk that was not opened by its own options has no bitmaps.
+const NO_PLACE: &str = "It was reopened on another file";
 
 /// Options of the driver.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -35,6 +41,8 @@ pub struct Raw {
     size: Option<u64>,
     given: Given,
     guessed: bool,
+    /// Who keeps its bitmaps, or why nobody can.
+    bitmaps: std::result::Result<Beside, String>,
 }
 
 impl Raw {
@@ -58,7 +66,32 @@ impl Raw {
                 return Err(IoError::EINVAL.with(format!("Specified size is not multiple of {SECTOR}")));
             }
         }
-        Ok(Self { offset, size: options.size, given: options.given, guessed: false })
+        let bitmaps = Err(NO_PLACE.to_owned());
+        Ok(Self { offset, size: options.size, given: options.given, guessed: false, bitmaps })
+    }
+
+    /// With the bitmaps that are beside the disk, if it is all of a local file.
+    pub async fn with_bitmaps(self, file: &View) -> Self {
+        let home = match self.window() {
+            Some(_) => Err("The disk is only a part of its file".to_owned()),
+            None => FileHome::of(file),
+        };
+        let bitmaps = match home {
+            Ok(home) => Ok(Beside::open(std::sync::Arc::new(home), file.cx().length()).await),
+            Err(why) => Err(why),
+        };
+        Self { bitmaps, ..self }
+    }
+
+    /// With bitmaps that are kept elsewhere.
+    pub fn with_bitmaps_in(self, bitmaps: Beside) -> Self {
+        Self { bitmaps: Ok(bitmaps), ..self }
+    }
+
+    /// The same way to look at another file, for whose bitmaps there is no place.
+    pub fn elsewhere(&self) -> Self {
+        let bitmaps = Err(NO_PLACE.to_owned());
+        Self { given: self.given.clone(), bitmaps, ..*self }
     }
 
     /// Whether it is as these options would make it.
@@ -135,6 +168,13 @@ impl Node for Raw {
         Some(self)
     }
 
+    fn as_bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        match &self.bitmaps {
+            Ok(bitmaps) => Some(bitmaps),
+            Err(_) => Some(self),
+        }
+    }
+
     fn length(&self, cx: &Cx<'_>) -> u64 {
         let rest = cx.below().length().saturating_sub(self.offset);
         self.size.map_or(rest, |size| size.min(rest))
@@ -203,7 +243,49 @@ impl Node for Raw {
         let Some(size) = self.offset.checked_add(size).filter(|size| *size <= i64::MAX as u64) else {
             return Err(IoError::EINVAL.with("Disk size too large for the chosen offset"));
         };
+        if let Ok(bitmaps) = &self.bitmaps {
+            bitmaps.check_can_be_resized(size.next_multiple_of(SECTOR))?;
+        }
         let below = cx.below();
         below.node().resize(&below, size, preallocation).await
+    }
+
+    async fn close(&self, cx: &Cx<'_>) -> Result<()> {
+        if let Ok(bitmaps) = &self.bitmaps {
+            bitmaps.close().await;
+        }
+        self.flush(cx).await
+    }
+}
+
+/// For a disk whose bitmaps nobody can keep.
+#[async_trait]
+impl BitmapStore for Raw {
+    fn loaded(&self) -> Vec<PlanBitmap> {
+        Vec::new()
+    }
+
+    fn check_new(
+        &self,
+        cx: &Cx<'_>,
+        _others: &[PlanBitmap],
+        _name: &str,
+        _granularity: u64,
+    ) -> std::result::Result<(), GraphError> {
+        let why = self.bitmaps.as_ref().err().map_or("Operation not supported", String::as_str);
+        let node = cx.view().name();
+        Err(GraphError::new(format!("Can't store persistent bitmaps to {node}: {why}")))
+    }
+
+    async fn begin(&self, _cx: &Cx<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    async fn store(&self, _cx: &Cx<'_>, _bitmaps: &[PlanBitmap]) -> Result<()> {
+        Ok(())
+    }
+
+    async fn remove(&self, _cx: &Cx<'_>, _name: &str) -> Result<()> {
+        Ok(())
     }
 }

@@ -204,6 +204,16 @@ impl FileNode {
         self.read_only
     }
 
+    /// Whether other programs are told by locks what it is used for.
+    pub(crate) fn is_locking(&self) -> bool {
+        self.locking
+    }
+
+    /// The file as it is open now.
+    pub(crate) fn handle(&self) -> Arc<File> {
+        self.file()
+    }
+
     fn file(&self) -> Arc<File> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

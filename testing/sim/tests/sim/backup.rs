@@ -166,7 +166,7 @@ async fn play(seed: u64, faults: bool) {
         true => BackupTarget::New(Box::new(new)),
         false => BackupTarget::Existing(add_node(&setup.graph, new).await),
     };
-    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw });
+    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw, home: None });
     let mut mending = None;
     if let Some(broken) = case.broken {
         setup.break_disk(&setup.layers[broken], &mut rng);
@@ -265,7 +265,7 @@ async fn play_fleecing(seed: u64) {
         let disk = image.make(&setup, &mut rng).await;
         let new = NewNode { name: NodeName::new(name), ..image.open(&setup, &disk, &mut rng).await };
         let node = add_node(&setup.graph, new).await;
-        images.push(Layer { name, disk, node, raw: image.raw });
+        images.push(Layer { name, disk, node, raw: image.raw, home: None });
     }
     setup.layers.extend(images);
     let mut running = guests.start(&mut rng, 2, 150);

@@ -1,18 +1,21 @@
 //! Dirty bitmaps under guests who write, while bitmaps come, are cleared, merged, switched on and off and brought up to date in the
-//! image. Whatever on the disk is not what it was when a bitmap was last clean lies in granules that it calls dirty: now,
-//! after the image was closed and opened again, and after a power cut.
+//! image, or beside a raw one. Whatever on the disk is not what it was when a bitmap was last clean lies in granules that it calls dirty: now,
+//! after the image was closed and opened again, and after a power cut or a kill. A raw disk to which somebody else has
+//! written has no bitmap that could be believed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::{NewBitmap, PlanBitmap};
-use underlay_graph::{ByteRange, Graph, GraphError, NodeId, Perms, Plan, View};
+use underlay_graph::{ByteRange, Graph, GraphError, Node, NodeId, Perms, Plan, View};
 use underlay_qcow2::OpenOptions;
 use underlay_sim::{Disk, Model, Power, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
 
 use crate::guests::Guests;
-use crate::lab::{Setup, add_node, add_user, build, new_node, open_image};
+use crate::home::{End, SimHome};
+use crate::lab::{Layer, Setup, add_node, add_user, build, new_node, open_image, open_raw};
 
 /// Bytes of the disk: a few regions of those that are noted for a crash.
 const SIZE: u64 = 5 << 18;
@@ -26,6 +29,36 @@ struct Known {
     enabled: bool,
     /// The disk when it was last clean, unless it has missed something since.
     clean: Option<Model>,
+}
+
+/// What there is of an image after an end.
+struct Left {
+    disk: Arc<Disk>,
+    /// Of a raw one.
+    home: Option<Arc<SimHome>>,
+}
+
+impl Left {
+    fn of(layer: &Layer, end: End, seed: u64) -> Self {
+        Self { disk: layer.disk.clone(), home: layer.home.clone() }.after(end, seed)
+    }
+
+    fn after(&self, end: End, seed: u64) -> Self {
+        if let Some(home) = &self.home {
+            let home = home.after(end, seed);
+            return Self { disk: home.disk.clone(), home: Some(home) };
+        }
+        let content = if end == End::Cut { self.disk.after_power_cut(seed) } else { self.disk.content() };
+        Self { disk: Disk::new(content, seed, Power::until(u64::MAX)), home: None }
+    }
+
+    async fn open(&self) -> Arc<dyn Node> {
+        let file = View::detached(self.disk.clone(), []);
+        match &self.home {
+            Some(home) => open_raw(&file, home).await,
+            None => open_image(&file, false, OpenOptions::default()).await,
+        }
+    }
 }
 
 /// The guests' disk, and its bitmaps.
@@ -48,7 +81,7 @@ impl Lab {
 
     async fn add(&mut self, rng: &mut Rng) {
         let name = format!("b{}", self.bitmaps.len());
-        let persistent = !self.setup.layers[0].raw && !rng.one_in(3);
+        let persistent = !rng.one_in(3);
         let (enabled, granularity) = (!rng.one_in(5), Some(512 << rng.below(9)));
         let new = NewBitmap { name: &name, granularity, persistent, enabled };
         if let Some(moment) = self.edit(|plan| plan.add_bitmap(self.node, &new)).await {
@@ -111,29 +144,35 @@ impl Lab {
         }
     }
 
-    /// Opens what is left of the image in a graph of its own, twice, as if the power were cut at once: nobody writes.
-    async fn check_left(&self, content: Vec<u8>, seed: u64, is_closed: bool) {
-        let mut content = content;
+    /// Opens what is left of the image after an end in a graph of its own, and once more as if that one ended at once: nobody
+    /// writes, or only somebody who does not know of the bitmaps.
+    async fn check_left(&self, end: End, seed: u64) {
+        let mut rng = Rng::new(seed ^ 0xbeef);
+        let mut left = Left::of(&self.setup.layers[0], end, seed);
+        let mut is_good = end == End::Still || left.home.is_some() || self.setup.cluster >= ROOMY;
         for round in 0..2 {
-            let disk = Disk::new(content, seed, Power::until(u64::MAX));
-            let file = View::detached(disk.clone(), []);
-            let image = open_image(&file, self.setup.layers[0].raw, OpenOptions::default()).await;
+            if let Some(home) = left.home.as_ref().filter(|_| rng.one_in(5)) {
+                home.somebody_writes().await;
+                is_good = false;
+            }
+            let image = left.open().await;
             let graph = Graph::new();
-            let node = add_node(&graph, new_node("A", &disk, image, None, false)).await;
+            let node = add_node(&graph, new_node("A", &left.disk, image, None, false)).await;
             let root = add_user(&graph, node, Perms::CONSISTENT_READ | Perms::WRITE).await;
             let all = Iov::scratch(usize::try_from(self.setup.sectors * SECTOR).unwrap());
             root.read(ByteRange::between(0, self.setup.sectors * SECTOR), all.clone()).await.unwrap();
             let plan = graph.plan();
-            let survives = is_closed || self.setup.cluster >= ROOMY;
             let find = |known: &Known| -> Option<&PlanBitmap> {
                 let found = plan.bitmap(node, &known.name).ok().filter(|_| known.persistent);
-                assert!(found.is_none_or(|found| round > 0 || found.inconsistent != survives));
-                let may_be_gone = !survives || !known.persistent || known.clean.is_none();
+                assert!(found.is_none_or(|found| found.inconsistent != is_good), "{}: {is_good}", known.name);
+                let may_be_gone = !is_good || !known.persistent || known.clean.is_none();
                 assert!(found.is_some() || may_be_gone, "{} is gone", known.name);
-                found.filter(|_| survives && (round == 0 || self.setup.cluster >= ROOMY))
+                found.filter(|_| is_good)
             };
             self.check(&all.to_vec(), |known| find(known).map(|found| &*found.bits));
-            content = disk.after_power_cut(seed);
+            let end = rng.pick(&[End::Cut, End::Killed]);
+            is_good &= left.home.is_some() || self.setup.cluster >= ROOMY;
+            left = left.after(end, seed + round);
         }
     }
 
@@ -174,14 +213,13 @@ async fn play(seed: u64) {
         lab.check(&all.to_vec(), |known| plan.bitmap(node, &known.name).ok().map(|found| &*found.bits));
         if rng.one_in(2) {
             lab.close().await;
-            let content = lab.setup.layers[0].disk.content();
-            return lab.check_left(content, seed, true).await;
+            return lab.check_left(End::Still, seed).await;
         }
     }
     lab.setup.power.cut();
     for round in 0..3 {
-        let left = lab.setup.layers[0].disk.after_power_cut(seed.wrapping_mul(3) + round);
-        lab.check_left(left, seed, false).await;
+        let end = if is_cut || round > 0 { End::Cut } else { End::Killed };
+        lab.check_left(end, seed.wrapping_mul(3) + round).await;
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use underlay_drivers::beside::Beside;
 use underlay_drivers::format::raw::{Raw, RawOptions};
 use underlay_graph::perm::Access;
 use underlay_graph::plan::{NewRoot, NodeOptions};
@@ -17,6 +18,7 @@ use underlay_sim::{Disk, Fault, Model, Power, Rng, SECTOR};
 use underlay_sys::{Iov, rt};
 
 use crate::guests::Guests;
+use crate::home::SimHome;
 
 /// The layers of a chain, from below.
 const NAMES: [&str; 4] = ["A", "B", "C", "D"];
@@ -31,6 +33,8 @@ pub struct Layer {
     pub node: NodeId,
     /// Not qcow2.
     pub raw: bool,
+    /// Where a raw one has its bitmaps.
+    pub home: Option<Arc<SimHome>>,
 }
 
 /// A chain, and the guest above it.
@@ -85,6 +89,13 @@ pub async fn open_image(file: &Arc<View>, raw: bool, options: OpenOptions) -> Ar
         return Arc::new(Raw::open(&file.cx(), RawOptions::default()).unwrap());
     }
     Arc::new(Qcow2::open(&file.cx(), options).await.unwrap())
+}
+
+/// A raw image with the bitmaps that are beside it.
+pub async fn open_raw(file: &Arc<View>, home: &Arc<SimHome>) -> Arc<dyn Node> {
+    let raw = Raw::open(&file.cx(), RawOptions::default()).unwrap();
+    let beside = Beside::open(home.clone(), file.cx().length()).await;
+    Arc::new(raw.with_bitmaps_in(beside))
 }
 
 /// Writes something into a new layer, so that jobs have work, and leaves it flushed.
@@ -172,10 +183,14 @@ pub async fn build(rng: &mut Rng, length: usize, least: u64) -> Setup {
         let view = writable(image, file.clone(), below).await;
         fill(rng, &view, &mut model, &mut numbers).await;
         below = Some(view);
-        let image = open_image(&file, raw, open_options(rng)).await;
+        let home = raw.then(|| SimHome::new(&disk, &power, rng.number()));
+        let image = match &home {
+            Some(home) => open_raw(&file, home).await,
+            None => open_image(&file, raw, open_options(rng)).await,
+        };
         let new = new_node(name, &disk, image, layers.last().map(|layer| layer.node), at + 1 < length);
         let node = add_node(&graph, new).await;
-        layers.push(Layer { name, disk, node, raw });
+        layers.push(Layer { name, disk, node, raw, home });
     }
     let top = layers.last().unwrap().node;
     let guest = add_user(&graph, top, Perms::CONSISTENT_READ | Perms::WRITE).await;

@@ -8,6 +8,7 @@ mod chain;
 mod copies;
 mod depth;
 mod guests;
+mod home;
 mod lab;
 mod mirror;
 mod target;

@@ -170,7 +170,7 @@ async fn play(seed: u64, faults: bool) {
         }
         _ => Target::Existing(add_node(&setup.graph, new).await),
     };
-    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw });
+    setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw, home: None });
     let mut beside = guests.start(&mut rng, 0, 0);
     let mut mending = None;
     if case.faults {

@@ -1,0 +1,111 @@
+//! A process that outlives this one for a moment, to write down how a file was when this one died.
+//!
+//! Whatever kills a process, the kernel first ends all its threads and requests, and then closes its files: only after the last write
+//! is the pipe to the witness at its end. So what the witness finds then is what the dead one has left, and what differs later was done
+//! by somebody else.
+//!
+//! The witness is this program once more, under another name: its `main` must begin with [`be_one_if_asked`]. Other programs
+//! (tests) have no witnesses.
+
+use std::fs::File as StdFile;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::file::File;
+use crate::stat::Stat;
+
+/// The name of the program when it is a witness.
+const NAME: &str = "underlay-witness";
+/// Bytes of what a witness writes down.
+pub const PAGE: usize = 512;
+
+/// What a witness writes down: of whom, when, given the number that it was told.
+pub type Testimony = fn(u64, &Stat) -> [u8; PAGE];
+
+/// The program can be a witness.
+static CAN: AtomicBool = AtomicBool::new(false);
+
+/// To be called first of all by `main`: does not return when this process is to be a witness. All that it may write
+/// down is `testimony`.
+pub fn be_one_if_asked(testimony: Testimony) {
+    CAN.store(true, Ordering::Relaxed);
+    let mut words = std::env::args();
+    if words.next().as_deref() != Some(NAME) {
+        return;
+    }
+    let number = words.next().and_then(|word| word.parse().ok());
+    let at = words.next().and_then(|word| word.parse().ok());
+    if let (Some(number), Some(at)) = (number, at) {
+        ignore_signals();
+        let _ = wait_and_tell(testimony, number, at);
+    }
+    std::process::exit(0);
+}
+
+/// Whoever ends a group of processes ends the others; this one ends by itself then.
+fn ignore_signals() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: to ignore a signal runs none of our code.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+fn wait_and_tell(testimony: Testimony, number: u64, at: u64) -> io::Result<()> {
+    let mut word = [0];
+    if io::stdin().lock().read(&mut word)? > 0 {
+        // All is well: there is nothing to tell.
+        return Ok(());
+    }
+    let stat = Stat::of(io::stderr())?;
+    let book = StdFile::from(io::stdout().as_fd().try_clone_to_owned()?);
+    book.write_all_at(&testimony(number, &stat), at)?;
+    book.sync_data()
+}
+
+/// The witness of what happens to a file.
+#[derive(Debug)]
+pub struct Witness {
+    child: Child,
+}
+
+impl Witness {
+    /// Watches `file`, and will write to `book` at byte `at`. The book's locks stay until the witness is gone, the
+    /// file's too: they should be open files of their own. ENOTSUP where the program cannot be a witness.
+    pub fn start(file: &File, book: &File, at: u64, number: u64) -> io::Result<Self> {
+        if !CAN.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::ENOTSUP));
+        }
+        let child = Command::new("/proc/self/exe")
+            .arg0(NAME)
+            .args([number.to_string(), at.to_string()])
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(book.duplicate()?))
+            .stderr(Stdio::from(file.duplicate()?))
+            .spawn()?;
+        Ok(Self { child })
+    }
+
+    /// It is not needed any more, and tells nothing.
+    pub fn dismiss(mut self) {
+        use std::io::Write;
+        if let Some(mut pipe) = self.child.stdin.take() {
+            // It may have been killed.
+            let _ = pipe.write_all(&[1]);
+        }
+    }
+}
+
+impl Drop for Witness {
+    /// As if the process died now.
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,197 @@
+//! A raw disk in the simulated world and the file beside it that has its bitmaps: how both are after a power cut, after the one who
+//! kept the bitmaps was killed, and after somebody else has written to the disk.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use underlay_drivers::beside::home::Home;
+use underlay_drivers::beside::tie::{Mark, testimony};
+use underlay_graph::{IoError, Result, View};
+use underlay_sim::{Disk, Power, Rng};
+use underlay_sys::rt;
+use underlay_sys::stat::{Boot, Stat};
+
+/// The clock on the wall when the world began.
+const BEGINNING: i64 = 1_000_000_000_000_000_000;
+/// File systems count time in steps of so many nanoseconds.
+const STEP: i64 = 4_000_000;
+
+/// How the one ends who keeps the bitmaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// As he should, or not at all: the disks are as they are.
+    Still,
+    /// The power is cut.
+    Cut,
+    /// He is killed, and there is a witness.
+    Killed,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct SimHome {
+    pub disk: Arc<Disk>,
+    power: Arc<Power>,
+    boot: Boot,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    side: Option<Arc<Disk>>,
+    unfinished: Option<Arc<Disk>>,
+    /// What the witness would note, and where.
+    witness: Option<(u64, u64)>,
+    /// The disk's times are durable up to this.
+    synced: Duration,
+    seed: u64,
+}
+
+fn wall(time: Duration) -> i64 {
+    BEGINNING + i64::try_from(time.as_nanos()).unwrap()
+}
+
+fn stepped(time: Duration) -> i64 {
+    wall(time) / STEP * STEP
+}
+
+fn disk_of(view: &View) -> &Disk {
+    view.node().as_any().downcast_ref().unwrap()
+}
+
+impl SimHome {
+    pub fn new(disk: &Arc<Disk>, power: &Arc<Power>, seed: u64) -> Arc<Self> {
+        let state = Mutex::new(State { seed, ..State::default() });
+        let boot = Boot { id: 1, began: BEGINNING - 1 };
+        Arc::new(Self { disk: disk.clone(), power: power.clone(), boot, state })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.power.is_cut() { Err(IoError::EIO.with("the power is gone")) } else { Ok(()) }
+    }
+
+    /// What there is after an end, in a world that goes on. Nobody writes any more.
+    pub fn after(&self, end: End, seed: u64) -> Arc<Self> {
+        let mut rng = Rng::new(seed ^ 0x5ca1e);
+        let power = Power::until(u64::MAX);
+        let left = |disk: &Arc<Disk>, written, seed| {
+            let content = if end == End::Cut { disk.after_power_cut(seed) } else { disk.content() };
+            let left = Disk::new(content, seed, power.clone());
+            left.was_written_at(written);
+            left
+        };
+        let state = self.state();
+        let mut written = self.disk.written_at();
+        let mut boot = self.boot;
+        if end == End::Cut {
+            // The last time that the file system has may be older than the last write.
+            if rng.one_in(2) && state.synced < written {
+                written = state.synced;
+            }
+            boot = Boot { id: boot.id + 1, began: wall(rt::now()) + 1 };
+        }
+        let disk = left(&self.disk, written, seed);
+        let side = state.side.as_ref().map(|side| left(side, side.written_at(), seed ^ 1));
+        let after = State { side, synced: written, seed, ..State::default() };
+        let home = Arc::new(Self { disk, power, boot, state: Mutex::new(after) });
+        if end == End::Killed
+            && let (Some((at, session)), Some(side)) = (state.witness, home.state().side.as_mut())
+        {
+            let mark = home.mark().unwrap();
+            let Mark { inode, len, modified, changed } = mark;
+            let stat = Stat { inode, len, modified, changed, ..Stat::default() };
+            let mut content = side.content();
+            let at = usize::try_from(at).unwrap();
+            let note = testimony(session, &stat);
+            content[at..at + note.len()].copy_from_slice(&note);
+            *side = Disk::new(content, seed, home.power.clone());
+        }
+        home
+    }
+
+    /// Somebody writes to the disk who does not know of its bitmaps.
+    pub async fn somebody_writes(&self) {
+        // Nobody comes in the very moment when another has ended.
+        rt::sleep(Duration::from_nanos(STEP.cast_unsigned())).await;
+        self.disk.was_written_at(rt::now());
+    }
+}
+
+#[async_trait]
+impl Home for SimHome {
+    fn name(&self) -> String {
+        "disk.bitmaps".into()
+    }
+
+    async fn open(&self) -> Result<Option<Arc<View>>> {
+        Ok(self.state().side.clone().map(|side| View::detached(side, [])))
+    }
+
+    async fn create(&self) -> Result<Arc<View>> {
+        self.check()?;
+        let mut state = self.state();
+        state.seed += 1;
+        let new = Disk::new(Vec::new(), state.seed, self.power.clone());
+        new.was_written_at(rt::now());
+        state.unfinished = Some(new.clone());
+        Ok(View::detached(new, []))
+    }
+
+    async fn publish(&self, beside: &View) -> Result<()> {
+        self.check()?;
+        let mut state = self.state();
+        assert!(state.side.is_none());
+        state.side = state.unfinished.take();
+        assert!(std::ptr::eq(&**state.side.as_ref().unwrap(), disk_of(beside)));
+        Ok(())
+    }
+
+    async fn remove(&self, beside: &View) -> Result<()> {
+        self.check()?;
+        let mut state = self.state();
+        state.side.take_if(|side| std::ptr::eq(&**side, disk_of(beside)));
+        state.unfinished = None;
+        Ok(())
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        let time = stepped(self.disk.written_at());
+        let len = self.disk.content().len() as u64;
+        Ok(Mark { inode: 7, len, modified: time, changed: time })
+    }
+
+    async fn sync(&self) -> Result<()> {
+        let view = View::detached(self.disk.clone(), []);
+        let written = self.disk.written_at();
+        view.cx().flush().await?;
+        self.state().synced = written;
+        Ok(())
+    }
+
+    fn written_at(&self, beside: &View) -> Result<i64> {
+        Ok(stepped(disk_of(beside).written_at()))
+    }
+
+    fn boot(&self) -> Result<Boot> {
+        Ok(self.boot)
+    }
+
+    fn now(&self) -> i64 {
+        wall(rt::now())
+    }
+
+    fn call_witness(&self, _beside: &View, at: u64, session: u64) {
+        self.state().witness = Some((at, session));
+    }
+
+    fn dismiss_witness(&self) {
+        self.state().witness = None;
+    }
+
+    async fn hear_witness(&self, _beside: &View) {}
+}
