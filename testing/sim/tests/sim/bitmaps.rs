@@ -183,8 +183,11 @@ impl Lab {
             plan.node_mut(self.node).monitor_owned = false;
             Ok(())
         };
-        self.setup.graph.change(close).await.unwrap();
-        assert_eq!(self.setup.graph.plan().nodes().count(), 0);
+        let closed = self.setup.graph.change(close).await;
+        if !self.setup.power.is_cut() {
+            closed.unwrap();
+            assert_eq!(self.setup.graph.plan().nodes().count(), 0);
+        }
     }
 }
 
@@ -212,8 +215,16 @@ async fn play(seed: u64) {
         let plan = lab.setup.graph.plan();
         lab.check(&all.to_vec(), |known| plan.bitmap(node, &known.name).ok().map(|found| &*found.bits));
         if rng.one_in(2) {
+            if rng.one_in(2) {
+                let (power, time) = (lab.setup.power.clone(), rng.below(20_000));
+                drop(rt::spawn(async move {
+                    rt::sleep(Duration::from_micros(time)).await;
+                    power.cut();
+                }));
+            }
             lab.close().await;
-            return lab.check_left(End::Still, seed).await;
+            let end = if lab.setup.power.is_cut() { End::Cut } else { End::Still };
+            return lab.check_left(end, seed).await;
         }
     }
     lab.setup.power.cut();
