@@ -203,3 +203,38 @@ fn random_images() {
     }
     compare(&script);
 }
+
+/// Ours alone: the bitmaps of a raw disk, beside it, are true after whatever our tools do to it, or inconsistent.
+#[test]
+fn bitmaps_of_a_raw_disk() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |words: &str| {
+        let mut program = std::process::Command::new(script::example("qemu-img"));
+        let output = program.args(words.split(' ')).current_dir(&folder).output().expect("runs");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let done = |words: &str| assert_eq!(run(words), (true, String::new()), "{words}");
+    let side = folder.path().join("disk.bitmaps");
+    for (name, byte) in [("disk", 0), ("src", 7)] {
+        std::fs::write(folder.path().join(name), vec![byte; 1 << 20]).expect("a disk");
+    }
+    done("bitmap --add -f raw disk b");
+    assert!(side.is_file());
+    let is_good = || run("bitmap --enable -f raw disk b");
+    for change in [
+        "convert -n -f raw -O raw src disk",
+        "resize -q -f raw disk 2M",
+        "create -q -f qcow2 -b disk -F raw top.qcow2",
+        "convert -n -f raw -O qcow2 src top.qcow2",
+        "commit -q top.qcow2",
+        "resize -q -f raw --shrink disk 1M",
+    ] {
+        done(change);
+        assert_eq!(is_good(), (true, String::new()), "{change}");
+    }
+    done("create -q -f raw disk 1M");
+    let (_, said) = is_good();
+    assert!(said.contains("Bitmap 'b' is inconsistent"), "{said}");
+    done("bitmap --remove -f raw disk b");
+    assert!(!side.exists());
+}
