@@ -1,19 +1,23 @@
 //! A process that outlives this one for a moment, to write down how a file was when this one died.
 //!
 //! Whatever kills a process, the kernel first ends all its threads and requests, and then closes its files: only after the last write
-//! is the pipe to the witness at its end. So what the witness finds then is what the dead one has left, and what differs later was done
-//! by somebody else.
+//! is the pipe to the witness at its end. The witness is not at once there, though, and somebody else may be quicker. So the two
+//! share some words of memory, where the one says what he is about.
 //!
 //! The witness is this program once more, under another name: its `main` must begin with [`be_one_if_asked`]. Other programs
 //! (tests) have no witnesses.
 
 use std::fs::File as StdFile;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::file::File;
 use crate::stat::Stat;
@@ -23,8 +27,56 @@ const NAME: &str = "underlay-witness";
 /// Bytes of what a witness writes down.
 pub const PAGE: usize = 512;
 
-/// What a witness writes down: of whom, when, given the number that it was told.
-pub type Testimony = fn(u64, &Stat) -> [u8; PAGE];
+/// Words of shared memory.
+pub const WORDS: usize = 8;
+/// What they take.
+const BYTES: usize = WORDS * size_of::<u64>();
+
+/// What a witness writes down, given the number that it was told, the shared words, and how the file is.
+pub type Testimony = fn(u64, &[u64; WORDS], &Stat) -> [u8; PAGE];
+
+/// Memory that outlives this process if it has a witness.
+#[derive(Debug)]
+pub struct Record {
+    file: OwnedFd,
+    words: NonNull<[AtomicU64; WORDS]>,
+}
+
+// SAFETY: nothing but atomic words, which are there as long as the record.
+unsafe impl Send for Record {}
+// SAFETY: as above.
+unsafe impl Sync for Record {}
+
+impl Record {
+    /// All zero.
+    pub fn new() -> io::Result<Self> {
+        let file = memfd_create("underlay-witness", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, BYTES as u64)?;
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at a place that the kernel chooses.
+        let at = unsafe { mmap(std::ptr::null_mut(), BYTES, flags, MapFlags::SHARED, &file, 0) }?;
+        let words = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { file, words })
+    }
+
+    /// The words.
+    pub fn words(&self) -> &[AtomicU64; WORDS] {
+        // SAFETY: mapped as long as `self` is there, aligned to a page, and everybody uses them as atomic.
+        unsafe { self.words.as_ref() }
+    }
+
+    /// Where another process of the same user finds it.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference to the words any more.
+        let _ = unsafe { munmap(self.words.as_ptr().cast(), BYTES) };
+    }
+}
 
 /// The program can be a witness.
 static CAN: AtomicBool = AtomicBool::new(false);
@@ -39,9 +91,9 @@ pub fn be_one_if_asked(testimony: Testimony) {
     }
     let number = words.next().and_then(|word| word.parse().ok());
     let at = words.next().and_then(|word| word.parse().ok());
-    if let (Some(number), Some(at)) = (number, at) {
+    if let (Some(number), Some(at), Some(record)) = (number, at, words.next()) {
         ignore_signals();
-        let _ = wait_and_tell(testimony, number, at);
+        let _ = wait_and_tell(testimony, number, at, &record);
     }
     std::process::exit(0);
 }
@@ -54,15 +106,22 @@ fn ignore_signals() {
     }
 }
 
-fn wait_and_tell(testimony: Testimony, number: u64, at: u64) -> io::Result<()> {
+fn wait_and_tell(testimony: Testimony, number: u64, at: u64, record: &str) -> io::Result<()> {
+    let record = StdFile::open(record)?;
     let mut word = [0];
     if io::stdin().lock().read(&mut word)? > 0 {
         // All is well: there is nothing to tell.
         return Ok(());
     }
     let stat = Stat::of(io::stderr())?;
+    let mut bytes = [0; BYTES];
+    record.read_exact_at(&mut bytes, 0)?;
+    let mut words = [0; WORDS];
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
     let book = StdFile::from(io::stdout().as_fd().try_clone_to_owned()?);
-    book.write_all_at(&testimony(number, &stat), at)?;
+    book.write_all_at(&testimony(number, &words, &stat), at)?;
     book.sync_data()
 }
 
@@ -75,13 +134,13 @@ pub struct Witness {
 impl Witness {
     /// Watches `file`, and will write to `book` at byte `at`. The book's locks stay until the witness is gone, the
     /// file's too: they should be open files of their own. ENOTSUP where the program cannot be a witness.
-    pub fn start(file: &File, book: &File, at: u64, number: u64) -> io::Result<Self> {
+    pub fn start(file: &File, book: &File, at: u64, number: u64, record: &Record) -> io::Result<Self> {
         if !CAN.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::ENOTSUP));
         }
         let child = Command::new("/proc/self/exe")
             .arg0(NAME)
-            .args([number.to_string(), at.to_string()])
+            .args([number.to_string(), at.to_string(), record.path()])
             .env_clear()
             .current_dir("/")
             .process_group(0)

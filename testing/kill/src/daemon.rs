@@ -205,10 +205,11 @@ pub fn is_storage_daemon(program: &Path) -> bool {
     program.file_name().is_some_and(|name| name.to_string_lossy().contains("storage-daemon"))
 }
 
-/// The arguments that open an image, with the backing files that its header names.
+/// The arguments that open an image (a raw one if it is called so), with the backing files that its header names.
 pub fn blockdev(plan: &Plan, image: &str, node: &str) -> Object {
     let cache = Object::new().with("direct", plan.direct);
     let file = Object::new().with("driver", "file").with("filename", image).with("cache", cache.clone());
-    let image = Object::new().with("driver", "qcow2").with("node-name", node).with("file", file);
+    let driver = if image.ends_with(".raw") { "raw" } else { "qcow2" };
+    let image = Object::new().with("driver", driver).with("node-name", node).with("file", file);
     image.with("cache", cache).with("discard", plan.discard)
 }

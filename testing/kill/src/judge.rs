@@ -130,18 +130,19 @@ fn examine(
     Ok(behind)
 }
 
-/// A copy that the job has said is done shows what the disk was like when the job began.
-fn examine_copy(
+/// A copy that the job has said is done shows what the disk was like when the job began. All that is in it.
+pub fn examine_copy(
     programs: &Programs,
     folder: &Path,
     plan: &Plan,
     image: &str,
     model: &Model,
-) -> Result<(), Vec<String>> {
+) -> Result<Vec<u8>, Vec<String>> {
     let one = |wrong: String| vec![wrong];
     let (daemon, monitor) = Daemon::start(&programs.daemon, folder, plan, image, "copied").map_err(one)?;
-    read(&mut daemon.client().map_err(one)?, model)?;
-    daemon.quit(monitor).map_err(one)
+    let found = read(&mut daemon.client().map_err(one)?, model)?;
+    daemon.quit(monitor).map_err(one)?;
+    Ok(found)
 }
 
 /// Reads all of the disk, goes on writing, and reads it once more: how many sectors were behind, and the last content.
@@ -172,7 +173,7 @@ fn live_on(
 }
 
 /// All of the guest's disk, as it must be.
-fn read(client: &mut Client, model: &Model) -> Result<Vec<u8>, Vec<String>> {
+pub fn read(client: &mut Client, model: &Model) -> Result<Vec<u8>, Vec<String>> {
     let found = read_all(client, model.len()).map_err(|error| vec![format!("reading: {error}")])?;
     compare(model, &found)?;
     Ok(found)
@@ -214,7 +215,7 @@ fn tail_is_zero(client: &mut Client, from: u64) -> Result<(), String> {
 }
 
 /// Checks an image with every checker; how many clusters it leaks.
-fn check(programs: &Programs, folder: &Path, image: &str) -> Result<u64, String> {
+pub fn check(programs: &Programs, folder: &Path, image: &str) -> Result<u64, String> {
     let mut leaks = 0;
     for (program, words) in &programs.checkers {
         let mut command = Command::new(program);

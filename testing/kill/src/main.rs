@@ -1,7 +1,7 @@
 //! Kills the daemon for real: the release binary on a chain of images, a guest that writes over NBD, an operation, and
 //! SIGKILL at a random moment of it. Then the images are checked and read, and must have every write that was flushed
 //! (or covered by a snapshot), and nothing that was never written; a backup that was done is what the disk was like when it
-//! began. Writes that were acknowledged and not flushed are
+//! began. Incremental backups are made by a daemon that is killed several times ([`incremental`]). Writes that were acknowledged and not flushed are
 //! counted when they are missing: their data is in the kernel's page cache, which survives the kill, but the tables
 //! that say where it lies may still have been in the daemon, as in QEMU.
 //!
@@ -17,6 +17,7 @@
 
 mod daemon;
 mod guest;
+mod incremental;
 mod judge;
 mod model;
 mod operation;
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Parser, ValueEnum};
 
+use daemon::is_storage_daemon;
 use judge::{Found, Programs};
 use operation::Stage;
 use plan::{Operation, Plan};
@@ -81,7 +83,9 @@ fn run(arguments: &Arguments) -> Result<u64, String> {
     let until = arguments.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let mut failures = 0;
     for operation in Operation::value_variants() {
-        if arguments.operation.is_none_or(|only| only == *operation) {
+        // The bitmaps of the reference do not survive.
+        let is_possible = *operation != Operation::Incremental || !is_storage_daemon(&programs.daemon);
+        if is_possible && arguments.operation.is_none_or(|only| only == *operation) {
             let seeds = (0..arguments.rounds).map(|round| first.wrapping_add(round));
             failures += rounds(&programs, *operation, seeds, until);
         }
@@ -166,6 +170,9 @@ fn round(programs: &Programs, plan: &Plan) -> Result<Found, Failed> {
 }
 
 fn play(programs: &Programs, folder: &Path, plan: &Plan) -> Result<Found, Vec<String>> {
+    if plan.operation == Operation::Incremental {
+        return incremental::play(programs, folder, plan);
+    }
     let played = Stage::set(&programs.daemon, folder, plan).and_then(Stage::play);
     let (expected, account) = played.map_err(|wrong| vec![wrong])?;
     judge::judge(programs, folder, plan, &expected, account)

@@ -70,7 +70,7 @@ fn file(layer: usize) -> String {
 }
 
 /// Makes an image.
-fn make(folder: &Path, name: &str, options: &CreateOptions) -> Result<(), String> {
+pub fn make(folder: &Path, name: &str, options: &CreateOptions) -> Result<(), String> {
     let path: PathBuf = folder.join(name);
     block_on(underlay_drivers::create::qcow2(&path.to_string_lossy(), options))
         .map_err(|error| error.to_string())
@@ -114,6 +114,7 @@ impl<'a> Stage<'a> {
             Operation::Stream | Operation::Commit | Operation::Active => self.job(&mut killer, &mut random),
             Operation::Mirror => self.mirror(&mut killer, &mut random),
             Operation::Backup => self.backup(&mut killer, &mut random),
+            Operation::Incremental => return Err("incremental backups have rounds of their own".to_owned()),
             Operation::Resize => self.resizes(&mut killer, &mut random),
         };
         killer.finish()?;

@@ -28,6 +28,8 @@ pub enum Operation {
     Mirror,
     /// A backup of the guest's disk, of all kinds.
     Backup,
+    /// Incremental backups of an image or a raw disk, with a persistent bitmap, over several kills.
+    Incremental,
     /// block_resize, back and forth.
     Resize,
 }
@@ -119,7 +121,7 @@ fn moment(operation: Operation, random: &mut Rng) -> (Moment, u64) {
     let ends = [Moment::Status("waiting"), Moment::Status("pending"), Moment::Status("concluded")];
     let at = match operation {
         Operation::Write | Operation::Snapshot | Operation::Resize => return (Moment::Issued, 120_000),
-        Operation::Stream | Operation::Commit | Operation::Backup => {
+        Operation::Stream | Operation::Commit | Operation::Backup | Operation::Incremental => {
             [Moment::Issued, Moment::Issued, random.pick(&ends)]
         }
         Operation::Active => [Moment::Issued, Moment::Completing, random.pick(&ends)],

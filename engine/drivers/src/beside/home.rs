@@ -3,16 +3,18 @@
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_graph::{Access, IoError, Node, NodeOptions, Perms, Result, View};
 use underlay_sys::file::{File, OpenOptions};
+use underlay_sys::rt;
 use underlay_sys::stat::{self, Boot};
-use underlay_sys::{rt, witness::Witness};
+use underlay_sys::witness::{Record, Witness};
 
-use super::tie::Mark;
+use super::tie::{Mark, Told};
 use crate::error::OpenError;
 use crate::options::FileSpec;
 use crate::protocol::file::{Aio, FileNode, Locking};
@@ -58,6 +60,10 @@ pub trait Home: Debug + Send + Sync {
     fn call_witness(&self, beside: &View, at: u64, session: u64);
     /// There is nothing to note any more.
     fn dismiss_witness(&self);
+    /// A write to the disk begins: that a witness may know.
+    fn begin_write(&self);
+    /// It has ended.
+    fn end_write(&self);
     /// Waits while the witness of one who has died may be writing.
     async fn hear_witness(&self, beside: &View);
 }
@@ -68,6 +74,10 @@ pub struct FileHome {
     disk: Arc<dyn Node>,
     path: PathBuf,
     witness: Mutex<Option<Witness>>,
+    /// For the witness, once there has been one.
+    record: OnceLock<Record>,
+    /// Writes under way.
+    writing: Mutex<u64>,
 }
 
 fn file_of(node: &dyn Node) -> Result<&FileNode> {
@@ -103,7 +113,13 @@ impl FileHome {
         if (named.device, named.inode) != (stat.device, stat.inode) {
             return Err(lost(&"it was replaced"));
         }
-        Ok(Self { disk, path: with_suffix(&path, SUFFIX), witness: Mutex::default() })
+        Ok(Self {
+            disk,
+            path: with_suffix(&path, SUFFIX),
+            witness: Mutex::default(),
+            record: OnceLock::new(),
+            writing: Mutex::default(),
+        })
     }
 
     fn disk(&self) -> Result<Arc<File>> {
@@ -135,13 +151,35 @@ impl FileHome {
         Ok(View::detached(Arc::new(node), []))
     }
 
+    fn writing(&self) -> MutexGuard<'_, u64> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the witness. While this happens there are writes under way, as far as he knows.
+    fn tell(record: &Record, told: Told) {
+        let now = told.to_words();
+        let words = record.words();
+        for (word, now) in words.iter().zip(now).skip(1) {
+            word.store(now, Ordering::Release);
+        }
+        words[0].store(now[0], Ordering::SeqCst);
+    }
+
     fn try_witness(&self, beside: &View, at: u64, session: u64) -> Result<Witness> {
         // Open files of its own, so that no lock of ours outlives us.
         let book = file_of(&**beside.node())?.handle();
         let book = book.reopen(OpenOptions { write: true, ..OpenOptions::default() })?;
         book.lock_shared(WITNESS)?;
         let disk = self.disk()?.reopen(OpenOptions::default())?;
-        Ok(Witness::start(&disk, &book, at, session)?)
+        let record = match self.record.get() {
+            Some(record) => record,
+            None => {
+                let new = Record::new()?;
+                self.record.get_or_init(|| new)
+            }
+        };
+        Self::tell(record, Told { writing: *self.writing(), began: self.now(), still: self.mark()? });
+        Ok(Witness::start(&disk, &book, at, session, record)?)
     }
 }
 
@@ -238,6 +276,25 @@ impl Home for FileHome {
     fn dismiss_witness(&self) {
         if let Some(witness) = self.witness().take() {
             witness.dismiss();
+        }
+    }
+
+    fn begin_write(&self) {
+        let mut writing = self.writing();
+        *writing += 1;
+        if let Some(record) = self.record.get() {
+            let words = record.words();
+            words[0].store(*writing, Ordering::SeqCst);
+            words[1].store(self.now().cast_unsigned(), Ordering::Release);
+        }
+    }
+
+    fn end_write(&self) {
+        let mut writing = self.writing();
+        *writing -= 1;
+        let (0, Some(record)) = (*writing, self.record.get()) else { return };
+        if let Ok(still) = self.mark() {
+            Self::tell(record, Told { writing: 0, began: self.now(), still });
         }
     }
 

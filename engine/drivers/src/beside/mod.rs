@@ -157,6 +157,16 @@ impl Beside {
         Ok(())
     }
 
+    /// To be held while the disk is written to, by anybody.
+    pub async fn writing(&self) -> Result<Option<Writing>> {
+        let Some(side) = self.side() else { return Ok(None) };
+        if !side.is_announced() {
+            side.announce().await?;
+        }
+        self.home.begin_write();
+        Ok(Some(Writing(self.home.clone())))
+    }
+
     /// Whether the disk can be `size` bytes long.
     pub fn check_can_be_resized(&self, size: u64) -> Result<()> {
         match self.side() {
@@ -173,6 +183,16 @@ impl Beside {
         }
         close(&side.view).await;
         close(&side.file).await;
+    }
+}
+
+/// Somebody is writing to the disk.
+#[derive(Debug)]
+pub struct Writing(Arc<dyn Home>);
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.0.end_write();
     }
 }
 
@@ -408,14 +428,13 @@ impl BitmapStore for Beside {
     }
 
     fn covers(&self, range: ByteRange) -> bool {
-        self.side().is_none_or(|side| side.is_announced() && side.image.covers(range))
+        self.side().is_none_or(|side| side.image.covers(range))
     }
 
     async fn cover(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<()> {
-        let Some(side) = self.side() else { return Ok(()) };
-        if !side.is_announced() {
-            side.announce().await?;
+        match self.side() {
+            Some(side) => side.image.cover(&side.view.cx(), range).await,
+            None => Ok(()),
         }
-        side.image.cover(&side.view.cx(), range).await
     }
 }

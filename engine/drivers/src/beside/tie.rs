@@ -6,14 +6,14 @@
 //! * **Closed.** All was written, and how the file of the disk was then (its number, length and times) was noted. It is tied as long
 //!   as all of that is still so.
 //! * **Open.** Whoever keeps the bitmaps is at work, or has died. If he has died alone, a witness has noted how the file was then
-//!   ([`underlay_sys::witness`]): as above. Without a witness, he has died together with the kernel, or with his
+//!   ([`underlay_sys::witness`]), or after his last write if none was under way: as above. Without a witness, he has died together with the kernel, or with his
 //!   witness. The former is believed if another kernel runs now, nobody has written since that was started, and nobody before later
 //!   than was announced ([`Stamp::until`]), which is seconds at most.
 //!
 //! Two sectors are kept, each with a hash of itself, so that half of one is none: the stamp, and behind it what the witness notes.
 
 use underlay_sys::stat::{Boot, Stat};
-use underlay_sys::witness::PAGE;
+use underlay_sys::witness::{PAGE, WORDS};
 
 const STAMP: &[u8; 8] = b"UnderTie";
 const NOTE: &[u8; 8] = b"UnderEnd";
@@ -161,9 +161,42 @@ impl Note {
     }
 }
 
+/// A write that has not shown in the times of the file so many nanoseconds after it began is somebody else's.
+const SLOW: i64 = 50_000_000;
+
+/// What whoever keeps the bitmaps tells his witness.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Writes under way.
+    pub writing: u64,
+    /// When the last of them began, in nanoseconds since the beginning of 1970.
+    pub began: i64,
+    /// The disk when there were none.
+    pub still: Mark,
+}
+
+impl Told {
+    /// As words.
+    pub fn to_words(self) -> [u64; WORDS] {
+        let [inode, len, modified, changed] = self.still.words();
+        [self.writing, self.began.cast_unsigned(), inode, len, modified, changed, 0, 0]
+    }
+
+    /// What a witness notes when he sees the disk as `now`.
+    fn noted(words: &[u64; WORDS], now: Mark) -> Mark {
+        let [writing, began, ..] = *words;
+        match writing {
+            // Exactly, however late he came.
+            0 => Mark::from_words(&words[2..6]).unwrap_or(Mark::NONE),
+            _ if now.last() <= began.cast_signed().saturating_add(SLOW) => now,
+            _ => Mark::NONE,
+        }
+    }
+}
+
 /// What a witness writes down; for [`underlay_sys::witness::be_one_if_asked`].
-pub fn testimony(session: u64, stat: &Stat) -> [u8; PAGE] {
-    Note { session, mark: Mark::of(stat) }.to_bytes()
+pub fn testimony(session: u64, words: &[u64; WORDS], stat: &Stat) -> [u8; PAGE] {
+    Note { session, mark: Told::noted(words, Mark::of(stat)) }.to_bytes()
 }
 
 #[cfg(test)]
@@ -227,6 +260,17 @@ mod tests {
         // Killed together with his witness, or the witness of another.
         assert!(!STAMP.holds(None, &at(1500), &SAME) && !STAMP.holds(Some(&note(4)), &at(1500), &SAME));
         assert!(STAMP.awaits_witness(Some(&note(4)), &SAME) && !STAMP.awaits_witness(None, &NEXT));
+    }
+
+    #[test]
+    fn a_witness_who_comes_late_is_not_deceived() {
+        let told = |writing| Told { writing, began: 2000, still: at(1500) }.to_words();
+        // Somebody else has written before he came.
+        assert_eq!(Told::noted(&told(0), at(1600)), at(1500));
+        assert_eq!(Told::noted(&told(0), at(1500)), at(1500));
+        // One of the two has.
+        assert_eq!(Told::noted(&told(2), at(2000 + SLOW)), at(2000 + SLOW));
+        assert_eq!(Told::noted(&told(2), at(2001 + SLOW)), Mark::NONE);
     }
 
     #[test]

@@ -10,8 +10,8 @@ use underlay_graph::{
 };
 use underlay_sys::Iov;
 
-use crate::beside::Beside;
 use crate::beside::home::FileHome;
+use crate::beside::{Beside, Writing};
 use crate::options::Given;
 use crate::probe::guess;
 
@@ -92,6 +92,14 @@ impl Raw {
     pub fn elsewhere(&self) -> Self {
         let bitmaps = Err(NO_PLACE.to_owned());
         Self { given: self.given.clone(), bitmaps, ..*self }
+    }
+
+    /// To be held while the disk is written to.
+    async fn writing(&self) -> Result<Option<Writing>> {
+        match &self.bitmaps {
+            Ok(bitmaps) => bitmaps.writing().await,
+            Err(_) => Ok(None),
+        }
     }
 
     /// Whether it is as these options would make it.
@@ -198,14 +206,17 @@ impl Node for Raw {
             return Err(IoError::ENOTSUP);
         }
         self.stays_raw(range, &from)?;
+        let _writing = self.writing().await?;
         cx.below().write(self.in_window(range)?, from, flags).await
     }
 
     async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        let _writing = self.writing().await?;
         cx.below().write_zeroes(self.in_window(range)?, flags).await
     }
 
     async fn discard(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
+        let _writing = self.writing().await?;
         cx.below().discard(self.in_window(range)?).await
     }
 
@@ -246,6 +257,7 @@ impl Node for Raw {
         if let Ok(bitmaps) = &self.bitmaps {
             bitmaps.check_can_be_resized(size.next_multiple_of(SECTOR))?;
         }
+        let _writing = self.writing().await?;
         let below = cx.below();
         below.node().resize(&below, size, preallocation).await
     }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_drivers::beside::home::Home;
-use underlay_drivers::beside::tie::{Mark, testimony};
+use underlay_drivers::beside::tie::{Mark, Note};
 use underlay_graph::{IoError, Result, View};
 use underlay_sim::{Disk, Power, Rng};
 use underlay_sys::rt;
-use underlay_sys::stat::{Boot, Stat};
+use underlay_sys::stat::Boot;
 
 /// The clock on the wall when the world began.
 const BEGINNING: i64 = 1_000_000_000_000_000_000;
@@ -103,11 +103,9 @@ impl SimHome {
             && let (Some((at, session)), Some(side)) = (state.witness, home.state().side.as_mut())
         {
             let mark = home.mark().unwrap();
-            let Mark { inode, len, modified, changed } = mark;
-            let stat = Stat { inode, len, modified, changed, ..Stat::default() };
             let mut content = side.content();
             let at = usize::try_from(at).unwrap();
-            let note = testimony(session, &stat);
+            let note = Note { session, mark }.to_bytes();
             content[at..at + note.len()].copy_from_slice(&note);
             *side = Disk::new(content, seed, home.power.clone());
         }
@@ -192,6 +190,10 @@ impl Home for SimHome {
     fn dismiss_witness(&self) {
         self.state().witness = None;
     }
+
+    fn begin_write(&self) {}
+
+    fn end_write(&self) {}
 
     async fn hear_witness(&self, _beside: &View) {}
 }
