@@ -192,6 +192,11 @@ fn running() {
 }
 
 #[test]
+fn objects() {
+    compare("objects");
+}
+
+#[test]
 fn incoming() {
     compare("incoming");
 }

@@ -1,6 +1,8 @@
 //! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are throttle
 //! groups and iothreads.
 //!
+//! In a machine devices are objects, too, of which no more is told than what they are and which disk they have.
+//!
 //! Objects are children of `/objects`, by their ids; a path without a slash in front is found anywhere.
 
 use std::sync::Arc;
@@ -14,7 +16,9 @@ use underlay_qmp::schema::{self, Input};
 
 use super::arguments::Arguments;
 use super::iothread::Iothread;
+use crate::device::{Backend, Device};
 use crate::error::{CommandError, CommandResult};
+use crate::machine::Machine;
 use crate::state::Daemon;
 
 /// The properties of a throttle group, in the order in which the reference lists them.
@@ -135,10 +139,13 @@ pub fn del(daemon: &Daemon, id: &str) -> CommandResult<()> {
         return Err(CommandError::new(format!("object '{id}' not found")));
     };
     let plan = daemon.graph.plan();
-    let in_use = plan.nodes().any(|(_, node)| {
-        let throttle = node.node.as_any().downcast_ref::<Throttle>();
-        throttle.is_some_and(|throttle| Arc::ptr_eq(throttle.member().group(), &group))
-    });
+    let backends = daemon.machine.iter().flat_map(|machine| machine.devices.backends());
+    let has_limits = |backend: Backend| backend.io.group().is_some_and(|other| Arc::ptr_eq(&other, &group));
+    let in_use = backends.into_iter().any(has_limits)
+        || plan.nodes().any(|(_, node)| {
+            let throttle = node.node.as_any().downcast_ref::<Throttle>();
+            throttle.is_some_and(|throttle| Arc::ptr_eq(throttle.member().group(), &group))
+        });
     if in_use {
         return Err(CommandError::new(format!("object '{id}' is in use, can not be deleted")));
     }
@@ -150,6 +157,10 @@ pub fn del(daemon: &Daemon, id: &str) -> CommandResult<()> {
 enum Place {
     Root,
     Objects,
+    Machine(Arc<Machine>),
+    /// Devices with names, or those without.
+    Peripheral(Arc<Machine>, bool),
+    Device(Arc<Machine>, Box<Device>),
     Group(Arc<Group>),
     Iothread(Arc<Iothread>),
 }
@@ -161,9 +172,15 @@ impl Place {
         let found = match (absolute, parts.as_slice()) {
             (true, []) => Some(Self::Root),
             (_, ["objects"]) => Some(Self::Objects),
+            (_, ["machine"]) => daemon.machine.clone().map(Self::Machine),
+            (_, ["machine", named @ ("peripheral" | "peripheral-anon")]) => {
+                daemon.machine.clone().map(|machine| Self::Peripheral(machine, *named == "peripheral"))
+            }
+            (true, ["machine", ..]) => Self::device(daemon, path),
             (_, ["objects", id]) | (false, [id]) => {
                 let group = daemon.groups.get(id).map(Self::Group);
-                group.or_else(|| daemon.iothreads.get(id).map(Self::Iothread))
+                let found = group.or_else(|| daemon.iothreads.get(id).map(Self::Iothread));
+                found.or_else(|| Self::device(daemon, id).filter(|_| parts.len() == 1))
             }
             _ => None,
         };
@@ -173,9 +190,17 @@ impl Place {
         })
     }
 
+    fn device(daemon: &Daemon, id: &str) -> Option<Self> {
+        let machine = daemon.machine.clone()?;
+        let device = machine.devices.device(id)?;
+        Some(Self::Device(machine, Box::new(device)))
+    }
+
     fn kind(&self) -> &'static str {
         match self {
-            Self::Root | Self::Objects => "container",
+            Self::Root | Self::Objects | Self::Peripheral(..) => "container",
+            Self::Machine(machine) => machine.kind(),
+            Self::Device(_, device) => device.model.name,
             Self::Group(_) => "throttle-group",
             Self::Iothread(_) => "iothread",
         }
@@ -184,13 +209,25 @@ impl Place {
     /// The objects in it, with their types.
     fn children(&self, daemon: &Daemon) -> Vec<(String, &'static str)> {
         match self {
-            Self::Root => vec![("objects".to_owned(), "container")],
+            Self::Root => {
+                let machine = daemon.machine.iter().map(|machine| ("machine".to_owned(), machine.kind()));
+                machine.chain([("objects".to_owned(), "container")]).collect()
+            }
+            Self::Machine(_) => {
+                ["peripheral-anon", "peripheral"].map(|name| (name.to_owned(), "container")).into()
+            }
+            Self::Peripheral(machine, named) => {
+                let devices = machine.devices.devices().into_iter();
+                let devices = devices.filter(|device| device.id.is_some() == *named);
+                let name = |device: &Device| device.path.rsplit('/').next().unwrap_or_default().to_owned();
+                devices.map(|device| (name(&device), device.model.name)).collect()
+            }
             Self::Objects => {
                 let groups = daemon.groups.all();
                 let groups = groups.iter().map(|group| (group.name().to_owned(), "throttle-group"));
                 groups.chain(daemon.iothreads.names().into_iter().map(|name| (name, "iothread"))).collect()
             }
-            Self::Group(_) | Self::Iothread(_) => Vec::new(),
+            Self::Group(_) | Self::Iothread(_) | Self::Device(..) => Vec::new(),
         }
     }
 
@@ -226,6 +263,10 @@ pub fn qom_list(daemon: &Daemon, path: &str) -> CommandResult<Value> {
         let numbers = Iothread::properties().map(|name| property(name, "int"));
         return Ok(Value::List(std::iter::once(property("type", "string")).chain(numbers).collect()));
     }
+    if let Place::Device(_, device) = &place {
+        let drive = device.model.has_disk().then(|| property("drive", "str"));
+        return Ok(Value::List(std::iter::once(property("type", "string")).chain(drive).collect()));
+    }
     let children = place.children(daemon);
     let children = children.iter().map(|(name, kind)| property(name, &format!("child<{kind}>")));
     Ok(Value::List(std::iter::once(property("type", "string")).chain(children).collect()))
@@ -240,10 +281,26 @@ pub fn qom_get(daemon: &Daemon, path: &str, property: &str) -> CommandResult<Val
     if let Place::Iothread(iothread) = &place {
         return iothread.get(property).ok_or_else(|| place.no_property(property));
     }
+    if let Place::Device(machine, device) = &place {
+        let backend = device.backend.filter(|_| property == "drive");
+        let backend = backend.and_then(|id| machine.devices.backend(id));
+        let plan = daemon.graph.plan();
+        let drive = backend.map(|backend| match (&*backend.name, backend.disk(&plan)) {
+            ("", disk) => disk.map_or_else(String::new, |disk| plan.node(disk).name.to_string()),
+            (name, _) => name.to_owned(),
+        });
+        return drive.map(Value::Str).ok_or_else(|| place.no_property(property));
+    }
     let Place::Group(group) = &place else {
         let child = place.children(daemon).into_iter().find(|(name, _)| name == property);
         let (name, _) = child.ok_or_else(|| place.no_property(property))?;
-        let above = if matches!(place, Place::Root) { "" } else { "/objects" };
+        let above = match &place {
+            Place::Objects => "/objects",
+            Place::Machine(_) => "/machine",
+            Place::Peripheral(_, true) => "/machine/peripheral",
+            Place::Peripheral(_, false) => "/machine/peripheral-anon",
+            _ => "",
+        };
         return Ok(Value::Str(format!("{above}/{name}")));
     };
     let limits = group.limits();
@@ -272,6 +329,9 @@ pub fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> 
         };
     }
     let Place::Group(group) = &place else {
+        if property == "drive" && matches!(&place, Place::Device(_, device) if device.model.has_disk()) {
+            return Err(CommandError::new("Setting the property 'drive' is not supported yet"));
+        }
         let is_there = property == "type" || place.children(daemon).iter().any(|(name, _)| *name == property);
         return Err(if is_there { not_writable() } else { place.no_property(&property) });
     };

@@ -66,6 +66,11 @@ impl Machine {
         names.iter().map(|name| (*name).to_owned()).collect()
     }
 
+    /// The type of the machine among all objects.
+    pub fn kind(&self) -> &'static str {
+        if self.is_q35 { "pc-q35-10.0-machine" } else { "pc-i440fx-10.0-machine" }
+    }
+
     /// Whether an IDE bus has room for one drive only.
     pub fn has_one_unit_per_ide_bus(&self) -> bool {
         self.is_q35
