@@ -1,6 +1,6 @@
 //! Storage migration as the specification has it ("live storage migration with drive-mirror + NBD"), between two daemons on one
 //! machine, over TCP and over UNIX sockets, with the reference's daemon as the destination and as the source: a guest writes
-//! until the disk is on the other side, and goes on there.
+//! until the disk is on the other side, and goes on there. And between two machines, whose guests come to their devices.
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
@@ -17,9 +17,12 @@ use underlay_qmp::json::Object;
 const SIZE: usize = 8 << 20;
 const OURS: &str = env!("CARGO_BIN_EXE_underlay");
 const THEIRS: &str = "qemu-storage-daemon";
+/// Our machine, with the image in a device.
+const MACHINE: &str = "machine";
 
 /// A daemon on one image of the folder, as the node `node`.
 struct Daemon {
+    is_machine: bool,
     child: Child,
     monitor: Monitor,
 }
@@ -36,30 +39,52 @@ impl Daemon {
     fn start(program: &str, folder: &Path, image: &str, node: &str) -> Self {
         let socket = folder.join(format!("{node}.sock"));
         let listener = UnixListener::bind(&socket).expect("a socket");
-        let mut command = Command::new(program);
-        if program == OURS {
-            command.arg("storage-daemon");
+        let is_machine = program == MACHINE;
+        let mut command = Command::new(if is_machine { OURS } else { program });
+        match program {
+            OURS => drop(command.arg("storage-daemon")),
+            MACHINE => drop(command.args(["machine", "-nodefaults", "-display", "none"])),
+            _ => {}
         }
         let image = format!(
             "node-name={node},driver=qcow2,file.driver=file,file.node-name=file,file.filename={image}"
         );
         command.current_dir(folder).args(["--blockdev", &image]);
-        command.args(["--chardev", &format!("socket,id=m,path={node}.sock"), "--monitor", "m"]);
+        command.args(["--chardev", &format!("socket,id=m,path={node}.sock")]);
+        match is_machine {
+            false => drop(command.args(["--monitor", "m"])),
+            true => {
+                let device = format!("virtio-blk,drive={node},id=virtio0");
+                command.args(["-mon", "m,mode=control", "-device", &device]);
+            }
+        }
+        if is_machine && node == "node-TargetDisk" {
+            command.args(["-S", "-incoming", "defer"]);
+        }
         let child = command.spawn().expect("the daemon starts");
         let (stream, _) = listener.accept().expect("it connects");
-        Self { child, monitor: Monitor::negotiate(stream).expect("a monitor") }
+        Self { is_machine, child, monitor: Monitor::negotiate(stream).expect("a monitor") }
     }
 
     fn execute(&mut self, command: &str, arguments: Object) {
         self.monitor.execute(command, arguments).unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// Exports a node on a socket that is named after it.
+    /// Exports a node on a socket that is named after it; a machine's guest comes to the device.
     fn serve(&mut self, node: &str) {
         let data = Object::new().with("path", format!("{node}.nbd"));
         let address = Object::new().with("type", "unix").with("data", data);
         self.execute("nbd-server-start", Object::new().with("addr", address));
-        self.execute("nbd-server-add", Object::new().with("device", node).with("writable", true));
+        match self.is_machine {
+            false => {
+                self.execute("nbd-server-add", Object::new().with("device", node).with("writable", true))
+            }
+            true => {
+                let export = Object::new().with("type", "nbd").with("id", "guest").with("name", node);
+                let export = export.with("node-name", "virtio0").with("writable", true);
+                self.execute("block-export-add", export);
+            }
+        }
     }
 
     fn quit(mut self) {
@@ -213,6 +238,9 @@ fn migrate(source: &str, destination: &str, over: Over) {
     // (5)
     destination.execute("nbd-server-stop", Object::new());
     // (6), for a guest that comes to us.
+    if destination.is_machine {
+        destination.execute("cont", Object::new());
+    }
     destination.serve("node-TargetDisk");
     let guest = Guest::start(&Server::unix(folder.join("node-TargetDisk.nbd")), "node-TargetDisk");
     guest.write(20);
@@ -242,6 +270,13 @@ fn signal(daemon: &Daemon, signal: &str) {
 fn between_two_of_ours() {
     migrate(OURS, OURS, Over::Tcp);
     migrate(OURS, OURS, Over::Unix);
+}
+
+#[test]
+fn between_two_machines() {
+    migrate(MACHINE, MACHINE, Over::Tcp);
+    migrate(MACHINE, OURS, Over::Unix);
+    migrate(OURS, MACHINE, Over::Unix);
 }
 
 #[test]
