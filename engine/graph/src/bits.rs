@@ -158,3 +158,36 @@ impl Bits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Bits {
+        /// Bytes of memory that it takes up.
+        fn memory(&self) -> usize {
+            let of_group = |group: &Group| {
+                let chunks = group.iter().flatten().count();
+                group.capacity() * size_of::<Option<Chunk>>() + chunks * size_of::<Words>()
+            };
+            size_of::<Self>()
+                + self.groups.capacity() * size_of::<Group>()
+                + self.groups.iter().map(of_group).sum::<usize>()
+        }
+    }
+
+    /// A disk of 16 TiB with a bit for every 64 KiB.
+    #[test]
+    fn memory_of_a_huge_disk() {
+        const MIB: usize = 1 << 20;
+        let len = (16 << 40) / (64 << 10);
+        let mut bits = Bits::new(len);
+        assert!(bits.memory() < MIB, "clean: {}", bits.memory());
+        bits.put_all(0..len, true);
+        assert_eq!(bits.count(), len);
+        assert!((32 * MIB..40 * MIB).contains(&bits.memory()), "dirty: {}", bits.memory());
+        // Clean again, but for some.
+        bits.put_all(7..len - 7, false);
+        assert!(bits.memory() < MIB, "nearly clean: {}", bits.memory());
+    }
+}

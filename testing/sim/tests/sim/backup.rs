@@ -11,7 +11,7 @@ use underlay_drivers::filter::snapshot_access::SnapshotAccess;
 use underlay_graph::plan::NodeOptions;
 use underlay_graph::{ByteRange, NewNode, NodeId, NodeName, Perms, Plan, Role, Root, Wiring};
 use underlay_jobs::{BackupArgs, BackupSync, BackupTarget, Job, Jobs, OnError, Settings, Status};
-use underlay_sim::{Model, Rng, SECTOR, run_seeds};
+use underlay_sim::{Model, Power, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
 
 use crate::guests::Guests;
@@ -94,7 +94,7 @@ fn on_error(rng: &mut Rng) -> OnCbwError {
     rng.pick(&[OnCbwError::BreakGuestWrite, OnCbwError::BreakSnapshot])
 }
 
-fn settings(rng: &mut Rng) -> Settings {
+pub fn settings(rng: &mut Rng) -> Settings {
     Settings {
         id: Some("j".into()),
         speed: rng.pick(&[0, 0, 1 << 20, 64 << 20]),
@@ -106,13 +106,13 @@ fn settings(rng: &mut Rng) -> Settings {
 }
 
 /// A client of a backup.
-async fn attend(setup: &Setup, job: &Job, cancel: bool, rng: &mut Rng) {
+pub async fn attend(power: &Power, job: &Job, cancel: bool, rng: &mut Rng) {
     let mut patience = if cancel { rng.below(30) } else { u64::MAX };
     while !matches!(job.status(), Status::Concluded | Status::Null) {
         rt::sleep(Duration::from_micros(1 + rng.below(2000))).await;
         patience = patience.saturating_sub(1);
         // A job that ignores errors would try for ever on disks without power.
-        if patience == 0 || setup.power.is_cut() {
+        if patience == 0 || power.is_cut() {
             let _ = if rng.one_in(2) { job.block_cancel(false) } else { job.cancel() };
         }
         meddle(job, rng).await;
@@ -192,7 +192,7 @@ async fn play(seed: u64, faults: bool) {
                 let root = add_user(&setup.graph, setup.layers[length].node, Perms::CONSISTENT_READ).await;
                 reader = Some(read_along(&setup, root, &moment, &job, case.is_troubled()));
             }
-            attend(&setup, &job, case.cancel, &mut rng).await;
+            attend(&setup.power, &job, case.cancel, &mut rng).await;
             if let Some(reader) = reader {
                 reader.await;
             }
@@ -296,7 +296,7 @@ async fn play_fleecing(seed: u64) {
             drop(rt::spawn(started.task));
             let root = add_user(&setup.graph, access, Perms::CONSISTENT_READ).await;
             let reader = read_along(&setup, root, &moment, &started.job, is_troubled || gives_up);
-            attend(&setup, &started.job, false, &mut rng).await;
+            attend(&setup.power, &started.job, false, &mut rng).await;
             reader.await;
         }
         Err(error) => assert!(cut, "{error}"),

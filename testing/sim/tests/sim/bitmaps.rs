@@ -20,7 +20,7 @@ use crate::lab::{Layer, Setup, add_node, add_user, build, new_node, open_image, 
 /// Bytes of the disk: a few regions of those that are noted for a crash.
 const SIZE: u64 = 5 << 18;
 /// Clusters that leave room for notes.
-const ROOMY: u64 = 4096;
+pub const ROOMY: u64 = 4096;
 
 /// What is known of a bitmap.
 struct Known {
@@ -32,14 +32,14 @@ struct Known {
 }
 
 /// What there is of an image after an end.
-struct Left {
-    disk: Arc<Disk>,
+pub struct Left {
+    pub disk: Arc<Disk>,
     /// Of a raw one.
     home: Option<Arc<SimHome>>,
 }
 
 impl Left {
-    fn of(layer: &Layer, end: End, seed: u64) -> Self {
+    pub fn of(layer: &Layer, end: End, seed: u64) -> Self {
         Self { disk: layer.disk.clone(), home: layer.home.clone() }.after(end, seed)
     }
 
@@ -52,7 +52,7 @@ impl Left {
         Self { disk: Disk::new(content, seed, Power::until(u64::MAX)), home: None }
     }
 
-    async fn open(&self) -> Arc<dyn Node> {
+    pub async fn open(&self) -> Arc<dyn Node> {
         let file = View::detached(self.disk.clone(), []);
         match &self.home {
             Some(home) => open_raw(&file, home).await,

@@ -9,6 +9,7 @@ mod copies;
 mod depth;
 mod guests;
 mod home;
+mod incremental;
 mod lab;
 mod mirror;
 mod target;
