@@ -99,6 +99,11 @@ fn verbs() {
 }
 
 #[test]
+fn reopen_qcow2() {
+    compare("reopen_qcow2");
+}
+
+#[test]
 fn reopen() {
     compare("reopen");
 }

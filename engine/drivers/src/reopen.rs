@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::Wires;
 use underlay_graph::{GraphError, NodeId, NodeOptions, Plan, Role, View};
-use underlay_qcow2::Qcow2;
+use underlay_qcow2::{CheckedOptions, OpenOptions, Qcow2};
 use underlay_qmp::json::{Object, Value};
 
 use crate::filter::throttle::Throttle;
@@ -42,6 +42,8 @@ struct AtNodes {
     flushed: Vec<NodeId>,
     /// Files, past the page cache or not, flushed or not.
     cached: Vec<(NodeId, bool, bool)>,
+    /// Images with other options of their own.
+    tuned: Vec<(NodeId, CheckedOptions)>,
 }
 
 fn text(text: impl Into<String>) -> GraphError {
@@ -111,7 +113,7 @@ impl<'a> Reopening<'a> {
             DriverSpec::Null(new) => null_is_same(given, own.downcast_ref(), new)?,
             DriverSpec::Nbd(new) => nbd_is_same(given, own.downcast_ref(), new)?,
             DriverSpec::Raw { .. } | DriverSpec::Throttle { .. } => {}
-            DriverSpec::Qcow2 { options, .. } => qcow2_is_same(given, own.downcast_ref(), options)?,
+            DriverSpec::Qcow2 { options, .. } => self.qcow2(given, id, own.downcast_ref(), options)?,
             _ => {
                 let (driver, name) = (old.driver(), &self.plan.node(id).name);
                 return Err(text(format!(
@@ -277,6 +279,21 @@ impl<'a> Reopening<'a> {
         Ok(())
     }
 
+    fn qcow2(
+        &mut self,
+        given: &Object,
+        id: NodeId,
+        image: Option<&Qcow2>,
+        options: &OpenOptions,
+    ) -> Result<()> {
+        let Some(image) = image else { return Err(cannot_change("driver")) };
+        let slice = |options: &OpenOptions| options.l2_cache_entry_size;
+        same(given, "l2-cache-entry-size", slice(&image.options()) == slice(options))?;
+        let checked = image.check_options(options.clone()).map_err(|error| text(error.to_string()))?;
+        self.step.tuned.push((id, checked));
+        Ok(())
+    }
+
     fn throttle(&mut self, id: NodeId, group: &str) -> Result<()> {
         let missing = || text(format!("Throttle group '{group}' does not exist"));
         let group = self.groups.get(group).ok_or_else(missing)?;
@@ -325,20 +342,6 @@ fn nbd_is_same(given: &Object, old: Option<&NbdNode>, new: &NbdSpec) -> Result<(
     Err(cannot_change(if path { "server.path" } else { "server.type" }))
 }
 
-fn qcow2_is_same(given: &Object, old: Option<&Qcow2>, new: &underlay_qcow2::OpenOptions) -> Result<()> {
-    let Some(old) = old.map(Qcow2::options) else { return Err(cannot_change("driver")) };
-    let options = [
-        ("cache-size", old.cache_size == new.cache_size),
-        ("l2-cache-size", old.l2_cache_size == new.l2_cache_size),
-        ("l2-cache-entry-size", old.l2_cache_entry_size == new.l2_cache_entry_size),
-        ("refcount-cache-size", old.refcount_cache_size == new.refcount_cache_size),
-        ("pass-discard-request", old.pass_discard_request == new.pass_discard_request),
-        ("cache-clean-interval", old.cache_clean_interval == new.cache_clean_interval),
-        ("discard-no-unref", old.discard_no_unref == new.discard_no_unref),
-    ];
-    options.into_iter().try_for_each(|(option, is_same)| same(given, option, is_same))
-}
-
 #[async_trait]
 impl LastStep for AtNodes {
     async fn run(self: Box<Self>, old: &Wires, new: &Wires) -> Result<()> {
@@ -360,6 +363,12 @@ impl LastStep for AtNodes {
                     }
                     return Err(error.into());
                 }
+            }
+        }
+        for (id, options) in self.tuned {
+            let node = new.plan().get(id).map(|node| node.node.clone());
+            if let Some(image) = node.as_ref().and_then(|node| node.as_any().downcast_ref::<Qcow2>()) {
+                image.set_options(options);
             }
         }
         Ok(())

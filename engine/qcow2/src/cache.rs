@@ -61,7 +61,7 @@ struct Shard {
 pub struct SliceCache {
     shards: Arc<[RwLock<Shard>]>,
     /// Most slices in a shard, unless more are dirty.
-    per_shard: usize,
+    per_shard: AtomicUsize,
     dirty: AtomicUsize,
 }
 
@@ -92,14 +92,19 @@ impl SliceCache {
         let shards = if shards > slices { 1 } else { shards };
         Self {
             shards: (0..shards).map(|_| RwLock::default()).collect(),
-            per_shard: (slices / shards).max(1),
+            per_shard: AtomicUsize::new((slices / shards).max(1)),
             dirty: AtomicUsize::new(0),
         }
     }
 
     /// Most slices that it holds while they are clean.
     pub fn capacity(&self) -> usize {
-        self.per_shard * self.shards.len()
+        self.per_shard.load(Ordering::Relaxed) * self.shards.len()
+    }
+
+    /// Holds at most so many from now on, but for a few in each shard. What is too much goes as others come.
+    pub fn set_capacity(&self, slices: usize) {
+        self.per_shard.store((slices / self.shards.len()).max(1), Ordering::Relaxed);
     }
 
     /// How many slices are in memory.
@@ -162,7 +167,8 @@ impl SliceCache {
         if shard.slices.contains_key(&slice) {
             return;
         }
-        while shard.slices.len() >= self.per_shard && shard.evict() {}
+        let most = self.per_shard.load(Ordering::Relaxed);
+        while shard.slices.len() >= most && shard.evict() {}
         shard.slices.insert(slice, Cached { words, dirty: false, pins: 0, used: AtomicBool::new(true) });
         shard.ring.push(slice);
     }
@@ -260,6 +266,23 @@ pub fn to_bytes(words: &[u64]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_can_be_made_smaller_and_larger() {
+        let cache = SliceCache::new(64);
+        let fill = |from: u64| (from..from + 256).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        fill(0);
+        assert_eq!(cache.held(), 64);
+        cache.update(255, |words| words[0] = 7);
+        cache.set_capacity(16);
+        fill(256);
+        assert!(cache.held() <= 17, "what has to be written stays: {}", cache.held());
+        assert_eq!(cache.view(255, |words| words[0]), Some(7));
+        cache.set_capacity(128);
+        fill(512);
+        assert_eq!(cache.capacity(), 128);
+        assert!(cache.held() > 100);
+    }
 
     #[test]
     fn dirty_and_pinned_slices_stay_and_others_make_room() {

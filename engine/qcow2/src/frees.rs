@@ -122,8 +122,8 @@ impl Qcow2 {
             let Some(batch) = self.frees().take_ready() else { return };
             for free in batch {
                 let passed_on = match free.discard {
-                    true => self.options.pass_discard_request != Some(false),
-                    false => self.options.pass_discard_other,
+                    true => self.options().pass_discard_request != Some(false),
+                    false => self.options().pass_discard_other,
                 };
                 if passed_on && let Err(error) = self.discard_unshared(cx, free).await {
                     tracing::debug!(%error, "the file kept discarded clusters");

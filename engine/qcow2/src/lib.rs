@@ -48,5 +48,5 @@ pub use ahead::{hash, tie_place};
 pub use check::{CheckError, Finding, Fix, Outcome, check};
 pub use create::{CreateError, CreateOptions, create};
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
-pub use live::{Corruption, OnCorrupt, OnRepair, OpenError, OpenOptions, Qcow2};
+pub use live::{CheckedOptions, Corruption, OnCorrupt, OnRepair, OpenError, OpenOptions, Qcow2};
 pub use stored::check_new_bitmap;

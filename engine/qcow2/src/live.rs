@@ -124,6 +124,15 @@ pub struct OpenOptions {
     pub on_repair: Option<OnRepair>,
 }
 
+/// Options that an open image can have ([`Qcow2::check_options`]).
+#[derive(Debug)]
+pub struct CheckedOptions {
+    options: OpenOptions,
+    /// Bytes of its caches.
+    l2_cache: u64,
+    refcount_cache: u64,
+}
+
 impl fmt::Debug for OpenOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OpenOptions").field("l2_cache_size", &self.l2_cache_size).finish_non_exhaustive()
@@ -184,7 +193,7 @@ impl Stripes {
 #[derive(Debug)]
 pub struct Qcow2 {
     pub(crate) layout: Layout,
-    pub(crate) options: OpenOptions,
+    options: RwLock<Arc<OpenOptions>>,
     /// As on disk (or about to be written there, under `header_turn`).
     header: Mutex<Header>,
     pub(crate) header_turn: tokio::sync::Mutex<()>,
@@ -195,8 +204,7 @@ pub struct Qcow2 {
     pub(crate) loads: Stripes,
     pub(crate) tables: Stripes,
     pub(crate) refcounts: Refcounts,
-    #[expect(dead_code, reason = "held")]
-    cleaner: Option<Cleaner>,
+    cleaner: Mutex<Option<Cleaner>>,
     pub(crate) metadata: RwLock<Metadata>,
     pub(crate) ranges: RangeLock,
     pub(crate) commits: Commits,
@@ -239,15 +247,12 @@ impl Qcow2 {
         };
         let stored = stored::load(file, &header, notes.as_ref(), options.distrust_bitmaps).await?;
         let snapshots = Known::read(file, &header).await;
-        let slices = |bytes: u64, each: u64| usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX);
         let refcounts = Refcounts::new(&header, |slice| slices(refcount_cache, slice));
         let l2 = SliceCache::new(slices(l2_cache, layout.slice_bytes()));
-        let interval = options.cache_clean_interval;
-        let cleaner =
-            interval.map(|interval| Cleaner::start(interval, vec![l2.slices(), refcounts.cache.slices()]));
+        let cleaner = cleaner(&options, &l2, &refcounts);
         Ok(Self {
             layout,
-            options,
+            options: RwLock::new(Arc::new(options)),
             size: AtomicU64::new(header.virtual_size()),
             header: Mutex::new(header),
             header_turn: tokio::sync::Mutex::default(),
@@ -256,7 +261,7 @@ impl Qcow2 {
             loads: Stripes::new(),
             tables: Stripes::new(),
             refcounts,
-            cleaner,
+            cleaner: Mutex::new(cleaner),
             metadata: RwLock::default(),
             ranges: RangeLock::default(),
             commits: Commits::default(),
@@ -283,9 +288,33 @@ impl Qcow2 {
         self.header.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The options it was opened with.
-    pub fn options(&self) -> &OpenOptions {
-        &self.options
+    /// The options in force.
+    pub fn options(&self) -> Arc<OpenOptions> {
+        self.options.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the image can have other options. Not another `l2-cache-entry-size`, by which everything in memory is laid out.
+    pub fn check_options(&self, options: OpenOptions) -> std::result::Result<CheckedOptions, OpenError> {
+        let header = self.header();
+        layout(&header, &options)?;
+        let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;
+        Ok(CheckedOptions { options, l2_cache, refcount_cache })
+    }
+
+    /// Other options from now on: what becomes of discarded clusters, the size of the caches, and how long tables stay there.
+    /// Who is told of corruption and repairs stays.
+    pub fn set_options(&self, checked: CheckedOptions) {
+        let CheckedOptions { options, l2_cache, refcount_cache } = checked;
+        self.l2.set_capacity(slices(l2_cache, self.layout.slice_bytes()));
+        self.refcounts.cache.set_capacity(slices(refcount_cache, self.refcounts.slice_bytes()));
+        let before = self.options();
+        if before.cache_clean_interval != options.cache_clean_interval {
+            let cleaner = cleaner(&options, &self.l2, &self.refcounts);
+            *self.cleaner.lock().unwrap_or_else(PoisonError::into_inner) = cleaner;
+        }
+        let (on_corrupt, on_repair) = (before.on_corrupt.clone(), before.on_repair.clone());
+        let options = OpenOptions { on_corrupt, on_repair, repair: before.repair, ..options };
+        *self.options.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(options);
     }
 
     /// The header as it is now.
@@ -345,7 +374,7 @@ impl Qcow2 {
         }
         let header = self.header();
         self.snapshots_error().map_or(Ok(()), Err)?;
-        if !self.options.repair {
+        if !self.options().repair {
             if header.has(features::CORRUPT) {
                 return Err(IoError::EACCES.with("qcow2: Image is corrupt; cannot be opened read/write"));
             }
@@ -380,7 +409,7 @@ impl Qcow2 {
             |error: &dyn fmt::Display| IoError::EIO.with(format!("Could not repair dirty image: {error}"));
         let tell = |finding: Finding| {
             let (Finding::Line(line) | Finding::Error(line)) = finding;
-            match &self.options.on_repair {
+            match &self.options().on_repair {
                 Some(tell) => tell(&line),
                 None => tracing::warn!("{line}"),
             }
@@ -426,7 +455,7 @@ impl Qcow2 {
         tracing::error!("{found}");
         let fatal = found.fatal;
         // Before anything is waited for: other requests fail from now on, and their users should know why.
-        if let Some(tell) = &self.options.on_corrupt {
+        if let Some(tell) = &self.options().on_corrupt {
             tell(found);
         }
         if fatal {
@@ -452,6 +481,15 @@ fn check_supported(header: &Header) -> std::result::Result<(), OpenError> {
         return later("Images with an external data file are not supported yet");
     }
     Ok(())
+}
+
+fn slices(bytes: u64, each: u64) -> usize {
+    usize::try_from((bytes / each).max(1)).unwrap_or(usize::MAX)
+}
+
+fn cleaner(options: &OpenOptions, l2: &SliceCache, refcounts: &Refcounts) -> Option<Cleaner> {
+    let caches = || vec![l2.slices(), refcounts.cache.slices()];
+    options.cache_clean_interval.map(|interval| Cleaner::start(interval, caches()))
 }
 
 fn layout(header: &Header, options: &OpenOptions) -> std::result::Result<Layout, OpenError> {

@@ -180,11 +180,16 @@ impl Refcounts {
         (word, shift)
     }
 
+    /// Bytes of a slice.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        1 << (self.slice_bits + self.order - 3)
+    }
+
     /// Where a slice is in the file, if its block exists.
     pub(crate) fn slice_place(&self, slice: u64) -> Option<u64> {
         let per_block = self.block_bits - self.slice_bits;
         let block = self.state().block(slice >> per_block)?;
-        let bytes = 1u64 << (self.slice_bits + self.order - 3);
+        let bytes = self.slice_bytes();
         Some(block + (slice & ((1 << per_block) - 1)) * bytes)
     }
 

@@ -364,7 +364,7 @@ impl Freed {
 
     /// Tells the file that nobody needs them, if that is wanted.
     pub async fn discard(self, image: &Qcow2, cx: &Cx<'_>) {
-        if image.options.pass_discard_snapshot == Some(false) || !cx.below().passes_discards() {
+        if image.options().pass_discard_snapshot == Some(false) || !cx.below().passes_discards() {
             return;
         }
         let bits = image.layout.cluster_bits;

@@ -72,7 +72,7 @@ impl Qcow2 {
     }
 
     fn zero_to(&self, flags: ZeroFlags) -> To {
-        let unmap = flags.may_unmap && !self.options.discard_no_unref;
+        let unmap = flags.may_unmap && !self.options().discard_no_unref;
         if self.layout.v3 { To::Zero { unmap } } else { To::Unallocated }
     }
 
@@ -142,7 +142,7 @@ impl Qcow2 {
             return Ok(());
         }
         let to = match self.layout.v3 {
-            true if self.options.discard_no_unref => To::Kept,
+            true if self.options().discard_no_unref => To::Kept,
             true => To::Hidden,
             false => To::Unallocated,
         };
