@@ -80,6 +80,11 @@ pub fn judge(
     {
         complaints.extend(wrong.into_iter().map(|wrong| format!("the copy: {wrong}")));
     }
+    if let Some((image, name, model)) = &expected.snapshot
+        && let Err(wrong) = examine_snapshot(programs, folder, image, name, model)
+    {
+        complaints.extend(wrong.into_iter().map(|wrong| format!("the snapshot {name}: {wrong}")));
+    }
     let mut rejected = Vec::new();
     let mut accepted = None;
     for top in &expected.tops {
@@ -101,7 +106,7 @@ pub fn judge(
         in_flight,
         behind,
         in_doubt: expected.tops.len() > 1,
-        copied: expected.copy.is_some(),
+        copied: expected.copy.is_some() || expected.snapshot.is_some(),
     })
 }
 
@@ -143,6 +148,28 @@ pub fn examine_copy(
     let found = read(&mut daemon.client().map_err(one)?, model)?;
     daemon.quit(monitor).map_err(one)?;
     Ok(found)
+}
+
+/// An internal snapshot shows everybody what the disk was like when it was taken.
+fn examine_snapshot(
+    programs: &Programs,
+    folder: &Path,
+    image: &str,
+    name: &str,
+    model: &Model,
+) -> Result<(), Vec<String>> {
+    for (program, words) in &programs.checkers {
+        let one = |wrong: &dyn std::fmt::Display| vec![format!("{}: {wrong}", program.display())];
+        let mut command = Command::new(program);
+        command.args(words).args(["convert", "-l", name, "-f", "qcow2", "-O", "raw", image, "snapshot.raw"]);
+        let output = unlocked(command.current_dir(folder)).map_err(|error| one(&error))?;
+        if !output.status.success() {
+            return Err(one(&String::from_utf8_lossy(&output.stderr)));
+        }
+        let found = std::fs::read(folder.join("snapshot.raw")).map_err(|error| one(&error))?;
+        compare(model, &found)?;
+    }
+    Ok(())
 }
 
 /// Reads all of the disk, goes on writing, and reads it once more: how many sectors were behind, and the last content.

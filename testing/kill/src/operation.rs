@@ -28,6 +28,8 @@ pub struct Expected {
     pub flushed: u64,
     /// An image that is a copy of the guest's disk, and what it may hold.
     pub copy: Option<(String, Model)>,
+    /// An image, an internal snapshot of it, and what that may hold.
+    pub snapshot: Option<(String, String, Model)>,
 }
 
 /// How a job is told where to copy to.
@@ -90,6 +92,7 @@ impl<'a> Stage<'a> {
             images: vec![file(0)],
             flushed: 0,
             copy: None,
+            snapshot: None,
         };
         let (guest, account, layers) = (Some(guest), None, 1);
         Ok(Self { plan, folder, daemon, monitor, expected, guest, account, layers })
@@ -111,6 +114,7 @@ impl<'a> Stage<'a> {
                 Ok(())
             }
             Operation::Snapshot => self.snapshots(&mut killer, &mut random),
+            Operation::Internal => self.internal_snapshots(&mut killer, &mut random),
             Operation::Stream | Operation::Commit | Operation::Active => self.job(&mut killer, &mut random),
             Operation::Mirror => self.mirror(&mut killer, &mut random),
             Operation::Backup => self.backup(&mut killer, &mut random),
@@ -177,6 +181,30 @@ impl<'a> Stage<'a> {
         for _ in 0..12 {
             self.snapshot()?;
             self.serve(random.below(60));
+        }
+        Ok(())
+    }
+
+    /// Snapshots inside the guest's image: the newest is of the moment at which it was asked for.
+    fn internal_snapshots(&mut self, killer: &mut Killer, random: &mut Rng) -> Result<(), Failure> {
+        let device = Object::new().with("device", node(self.layers - 1));
+        let mut names: Vec<String> = Vec::new();
+        killer.reached(Moment::Issued);
+        for number in 0..60 {
+            self.serve(random.below(40));
+            if names.len() > 1 && random.one_in(3) {
+                let gone = names.remove(random.index(names.len() - 1));
+                let command = "blockdev-snapshot-delete-internal-sync";
+                self.monitor.execute(command, device.clone().with("name", gone))?;
+            }
+            let Some(guest) = &self.guest else { return Ok(()) };
+            let (name, acknowledged) = (format!("s{number}"), guest.acknowledged());
+            guest.begin_copy();
+            let arguments = device.clone().with("name", name.as_str());
+            self.monitor.execute("blockdev-snapshot-internal-sync", arguments)?;
+            self.expected.snapshot = Some((file(self.layers - 1), name.clone(), guest.copy()));
+            self.expected.flushed = acknowledged;
+            names.push(name);
         }
         Ok(())
     }

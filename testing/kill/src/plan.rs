@@ -18,6 +18,8 @@ pub enum Operation {
     Write,
     /// One snapshot after the other.
     Snapshot,
+    /// Internal snapshots, taken and deleted.
+    Internal,
     /// block-stream: everything, or down to a base, or below the guest's image.
     Stream,
     /// block-commit of images below the guest's.
@@ -103,7 +105,7 @@ impl Plan {
             variant: random.index(6),
             moment,
             delay,
-            create: create(&mut random),
+            create: create(operation, &mut random),
             snapshots: snapshots(operation, &mut random),
             discard: random.pick(&["unmap", "unmap", "ignore"]),
             direct: random.one_in(4),
@@ -120,7 +122,9 @@ impl Plan {
 fn moment(operation: Operation, random: &mut Rng) -> (Moment, u64) {
     let ends = [Moment::Status("waiting"), Moment::Status("pending"), Moment::Status("concluded")];
     let at = match operation {
-        Operation::Write | Operation::Snapshot | Operation::Resize => return (Moment::Issued, 120_000),
+        Operation::Write | Operation::Snapshot | Operation::Internal | Operation::Resize => {
+            return (Moment::Issued, 120_000);
+        }
         Operation::Stream | Operation::Commit | Operation::Backup | Operation::Incremental => {
             [Moment::Issued, Moment::Issued, random.pick(&ends)]
         }
@@ -155,7 +159,7 @@ fn snapshots(operation: Operation, random: &mut Rng) -> Snapshots {
     }
 }
 
-fn create(random: &mut Rng) -> CreateOptions {
+fn create(operation: Operation, random: &mut Rng) -> CreateOptions {
     let mut options = CreateOptions::new(DISK);
     options.cluster_size = random.pick(&[65536, 65536, 65536, 4096, 512, 1 << 20]);
     if random.one_in(8) {
@@ -163,6 +167,10 @@ fn create(random: &mut Rng) -> CreateOptions {
     } else {
         options.refcount_bits = random.pick(&[16, 16, 16, 1, 8, 64]);
         options.extended_l2 = options.cluster_size >= 65536 && random.one_in(4);
+    }
+    if operation == Operation::Internal {
+        // With a snapshot clusters have two users.
+        options.refcount_bits = options.refcount_bits.max(8);
     }
     options
 }

@@ -43,6 +43,19 @@ fn info(bench: &Bench, side: Side) -> Outcome<Sample> {
     Ok(all)
 }
 
+fn snapshot(bench: &Bench, side: Side) -> Outcome<Sample> {
+    let path = bench.path("fragmented");
+    image::fragmented(&path, bench.size(16 * GIB))?;
+    let path = path.to_string_lossy();
+    let taken = bench.programs.run(side, &["snapshot", "-c", "s", &path])?;
+    let deleted = bench.programs.run(side, &["snapshot", "-d", "s", &path])?;
+    Ok(Sample {
+        value: taken.value + deleted.value,
+        cpu: taken.cpu + deleted.cpu,
+        peak: taken.peak.max(deleted.peak),
+    })
+}
+
 pub fn rows() -> Vec<Row> {
     let seconds = |target| ("s", Target::Ratio(target));
     vec![
@@ -58,6 +71,7 @@ pub fn rows() -> Vec<Row> {
         Row::one("check", "check of a fragmented image of 100 GiB", seconds(20.0), |bench, side| {
             fragmented(bench, side, &["check", "-f", "qcow2"])
         }),
+        Row::one("snapshot", "snapshot -c and -d, fragmented image of 16 GiB", seconds(10.0), snapshot),
         Row::one("info", "img info", ("ms", Target::Ratio(2.0)), info),
     ]
 }
