@@ -102,6 +102,11 @@ fn say(program: &Path, more: &str, line: &str) -> String {
 }
 
 #[test]
+fn human() {
+    compare("human");
+}
+
+#[test]
 fn command_lines() {
     let path = path("command_lines", "txt");
     let mut lines = read_lines(&fs::read_to_string(&path).expect("lines"));

@@ -27,6 +27,7 @@ pub struct Take {
     /// How the user calls the disk.
     device: String,
     name: String,
+    has_machine: bool,
 }
 
 impl Take {
@@ -34,7 +35,8 @@ impl Take {
     pub fn new(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<Self> {
         let plan = &daemon.graph.plan();
         let (device, name) = (arguments.text("device"), arguments.text("name"));
-        let take = Self { node: disk(daemon, plan, &device)?, device, name };
+        let has_machine = daemon.machine.is_some();
+        let take = Self { node: disk(daemon, plan, &device)?, device, name, has_machine };
         take.check(plan)?;
         if take.name.is_empty() {
             return Err(CommandError::new("Name is empty"));
@@ -81,7 +83,7 @@ impl Take {
         let image = qcow2(&**view.node()).ok_or_else(|| GraphError::new("Device has no medium"))?;
         self.check_name(image)?;
         let Self { device, name, .. } = self;
-        let taken = image.take_snapshot(&view.cx(), &now(name)).await;
+        let taken = image.take_snapshot(&view.cx(), &now(name, self.has_machine)).await;
         taken.map_err(|error| {
             GraphError::new(format!("Failed to create snapshot '{name}' on device '{device}': {error}"))
         })
@@ -99,15 +101,16 @@ fn disk(daemon: &Daemon, plan: &Plan, device: &str) -> CommandResult<NodeId> {
     Ok(plan.skip_filters(node))
 }
 
-/// A snapshot of this moment. Without a machine the guest's clock is that of the host.
-fn now(name: &str) -> NewSnapshot {
+/// A snapshot of this moment. A machine without a processor has no clock; without a machine the guest's clock is that of the
+/// host, as with the reference.
+fn now(name: &str, has_machine: bool) -> NewSnapshot {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let now = Duration::from_micros(u64::try_from(now.as_micros()).unwrap_or(u64::MAX));
     NewSnapshot {
         name: name.to_owned(),
         seconds: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
         nanoseconds: now.subsec_nanos(),
-        clock: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        clock: if has_machine { 0 } else { u64::try_from(now.as_nanos()).unwrap_or(u64::MAX) },
         icount: None,
     }
 }

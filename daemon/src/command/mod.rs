@@ -22,6 +22,7 @@ use underlay_qmp::schema;
 use underlay_qmp::session::Request;
 
 use crate::error::{CommandError, CommandResult};
+use crate::hmp;
 use crate::state::{Daemon, Why};
 use arguments::Arguments;
 use snapshot::SnapshotSync;
@@ -39,6 +40,15 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
     let mut arguments = Arguments::new(request.arguments);
     if let Some(answer) = query(daemon, request.command, &mut arguments) {
         return answer;
+    }
+    if request.command == "human-monitor-command" {
+        // Each of the requests that the line makes takes its own turn.
+        let line = arguments.text("command-line");
+        if arguments.number("cpu-index", i64::MIN) != i64::MIN {
+            // There is none.
+            return Err(CommandError::new("Parameter 'cpu-index' expects a CPU number"));
+        }
+        return Ok(Value::Str(Box::pin(hmp::execute(daemon, &line, &[])).await));
     }
     if request.command == "quit" {
         // The reply is the last thing that the client hears, behind the events of the end.

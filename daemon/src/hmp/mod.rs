@@ -1,26 +1,27 @@
 //! The human monitor: lines in, text out.
 //!
-//! What a line does is done by the handlers of QMP's commands ([`crate::command::execute`]).
+//! [`readline`] takes what is typed, [`parse`] reads a line by the descriptions in [`table`], [`run`] does what it says with the handlers of
+//! QMP's commands, and [`show`] has the words for the answers.
+
+mod parse;
+mod readline;
+mod run;
+mod show;
+mod table;
 
 use std::sync::Arc;
 
-use underlay_qmp::json::Object;
-use underlay_qmp::session::Request;
+use readline::{PROMPT, Readline, Typed};
 
 use crate::chardev::wire::Wire;
-use crate::command;
 use crate::state::Daemon;
 
 const HELLO: &str = "QEMU 10.0.2 monitor - type 'help' for more information\r\n";
-const PROMPT: &str = "(qemu) ";
-
-/// Longest line that is taken, in bytes. Source: the reference takes no more characters.
-const LONGEST: usize = 4095;
 
 /// Talks to whoever is at the other end of `wire`, until they go.
 pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
     daemon.ready.raised().await;
-    let mut line = Vec::new();
+    let mut readline = Readline::default();
     let mut buffer = [0; 4096];
     if wire.write(format!("{HELLO}{PROMPT}").as_bytes()).await.is_err() {
         return;
@@ -30,35 +31,37 @@ pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
             Ok(0) | Err(_) => return,
             Ok(count) => &buffer[..count],
         };
+        let mut out = Vec::new();
         for byte in bytes {
-            match byte {
-                b'\n' | b'\r' => {
-                    let typed = String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned();
-                    let answer = execute(daemon, &typed).await.replace('\n', "\r\n");
-                    if wire.write(format!("{answer}{PROMPT}").as_bytes()).await.is_err() {
+            match readline.push(*byte, &mut out) {
+                Typed::Nothing => {}
+                Typed::Complete(typed) => {
+                    let typed = String::from_utf8_lossy(&typed);
+                    let (words, len) = run::completions(daemon, &typed);
+                    readline.complete(words, len, &mut out);
+                }
+                Typed::Line(line) => {
+                    if wire.write(&out).await.is_err() {
                         return;
                     }
+                    let line = String::from_utf8_lossy(&line);
+                    out = execute(daemon, &line, readline.history()).await.into_bytes();
+                    if daemon.quit.is_raised() {
+                        // Nobody cares whether that gets there.
+                        let _ = wire.write(&out).await;
+                        return;
+                    }
+                    out.extend(PROMPT.bytes());
                 }
-                _ if line.len() < LONGEST => line.push(*byte),
-                _ => {}
             }
+        }
+        if wire.write(&out).await.is_err() {
+            return;
         }
     }
 }
 
-/// Does what a line says; what is to be shown.
-pub async fn execute(daemon: &Daemon, line: &str) -> String {
-    let command = match line.split_whitespace().next() {
-        None => return String::new(),
-        Some("q" | "quit") => "quit",
-        Some("s" | "stop") => "stop",
-        Some("c" | "cont") => "cont",
-        Some("system_reset") => "system_reset",
-        Some(other) => return format!("unknown command: '{other}'\n"),
-    };
-    let request = Request { command, arguments: Object::new(), id: None };
-    match command::execute(daemon, request).await {
-        Ok(_) => String::new(),
-        Err(error) => format!("Error: {error}\n"),
-    }
+/// Does what a line says; what is to be shown, for a terminal.
+pub async fn execute(daemon: &Daemon, line: &str, history: &[Vec<u8>]) -> String {
+    run::execute(daemon, line, history).await.replace('\n', "\r\n")
 }

@@ -121,6 +121,14 @@ fn blanked(line: &str) -> String {
         rest = rest[at + 6..].trim_start_matches(|c: char| c.is_ascii_digit());
     }
     out.push_str(rest);
+    // How much room a file takes up is said to people, too.
+    let mut parts = out.split("disk size: ");
+    let mut said = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        said.push_str("disk size: N");
+        said.push_str(part.find('\\').map_or("", |end| &part[end..]));
+    }
+    let out = said;
     let mut numbers = vec!["actual-size"];
     // The dates of snapshots that were taken just now; a script may have set others.
     if out.contains("\"date-sec\": 1") {

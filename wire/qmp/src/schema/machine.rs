@@ -4,6 +4,7 @@ use super::defs::NOTHING;
 use super::ty::{Command, Enum, Event, Object, Type, opt, req};
 
 pub(super) static COMMANDS: &[Command] = &[
+    Command { name: "human-monitor-command", arguments: &HUMAN_MONITOR_ARG, returns: Type::Str },
     Command { name: "stop", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "cont", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "system_reset", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
@@ -195,3 +196,6 @@ static BLOCK_IO_ERROR_DATA: Object = Object {
     tag: None,
     cases: &[],
 };
+
+static HUMAN_MONITOR_ARG: Object =
+    Object { members: &[req("command-line", Type::Str), opt("cpu-index", Type::Int)], tag: None, cases: &[] };

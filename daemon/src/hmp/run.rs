@@ -1,0 +1,294 @@
+//! What each line does: requests to the handlers of QMP's commands, and their answers as text.
+
+use underlay_qmp::json::{Object, Value};
+use underlay_qmp::session::Request;
+
+use super::table::{COMMANDS, INFO, Line};
+use super::{parse, show};
+use crate::command;
+use crate::error::{CommandError, CommandResult};
+use crate::state::Daemon;
+
+/// Does what a line says; what is to be shown.
+pub async fn execute(daemon: &Daemon, line: &str, history: &[Vec<u8>]) -> String {
+    let (name, rest) = parse::word(line);
+    if name.is_empty() {
+        return String::new();
+    }
+    let Some(found) = COMMANDS.iter().find(|known| known.is(name)) else {
+        return format!("unknown command: '{name}'\n");
+    };
+    if found.name() == "info" {
+        return info(daemon, rest, history).await;
+    }
+    let arguments = match read(found, "", rest) {
+        Ok(arguments) => arguments,
+        Err(text) => return text,
+    };
+    match run(daemon, found.name(), &arguments).await {
+        Ok(text) => text,
+        Err(error) => format!("Error: {}\n", error.in_full()),
+    }
+}
+
+fn read(found: &Line, prefix: &str, rest: &str) -> Result<Object, String> {
+    let name = found.name();
+    parse::arguments(name, found.arguments, rest)
+        .map_err(|wrong| format!("{wrong}\nTry \"help {prefix}{name}\" for more information\n"))
+}
+
+/// What a part of a line says.
+struct Given<'a>(&'a Object);
+
+impl Given<'_> {
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).and_then(Value::as_str)
+    }
+
+    fn flag(&self, name: &str) -> bool {
+        self.0.get(name).is_some()
+    }
+
+    /// A request with some of the arguments under the same names.
+    fn pass(&self, names: &[&str]) -> Object {
+        let mut object = Object::new();
+        for name in names {
+            if let Some(value) = self.0.get(name) {
+                object.insert(name, value.clone());
+            }
+        }
+        object
+    }
+}
+
+async fn ask(daemon: &Daemon, command: &'static str, arguments: Object) -> CommandResult<Value> {
+    command::execute(daemon, Request { command, arguments, id: None }).await
+}
+
+async fn tell(daemon: &Daemon, command: &'static str, arguments: Object) -> CommandResult<String> {
+    ask(daemon, command, arguments).await.map(|_| String::new())
+}
+
+async fn run(daemon: &Daemon, name: &str, arguments: &Object) -> CommandResult<String> {
+    let given = Given(arguments);
+    let device = || given.pass(&["device"]);
+    match name {
+        "help" => Ok(help(given.text("name").unwrap_or_default())),
+        "quit" => tell(daemon, "quit", Object::new()).await,
+        "stop" => tell(daemon, "stop", Object::new()).await,
+        "cont" => tell(daemon, "cont", Object::new()).await,
+        "system_reset" => tell(daemon, "system_reset", Object::new()).await,
+        "block_job_cancel" => {
+            tell(daemon, "block-job-cancel", device().with("force", given.flag("force"))).await
+        }
+        "block_job_complete" => tell(daemon, "block-job-complete", device()).await,
+        "block_job_pause" => tell(daemon, "block-job-pause", device()).await,
+        "block_job_resume" => tell(daemon, "block-job-resume", device()).await,
+        "block_job_set_speed" => tell(daemon, "block-job-set-speed", given.pass(&["device", "speed"])).await,
+        "block_resize" => tell(daemon, "block_resize", given.pass(&["device", "size"])).await,
+        "block_set_io_throttle" => {
+            let names = ["device", "bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"];
+            tell(daemon, "block_set_io_throttle", given.pass(&names)).await
+        }
+        "block_stream" => {
+            let job = given.text("device").unwrap_or_default();
+            let request = given.pass(&["device", "speed", "base"]).with("job-id", job);
+            tell(daemon, "block-stream", request).await
+        }
+        "change" => change(daemon, &given).await,
+        "eject" => tell(daemon, "eject", device().with("force", given.flag("force"))).await,
+        "drive_backup" => {
+            let request = copy_to(&given).with("compress", given.flag("compress"));
+            tell(daemon, "drive-backup", request).await
+        }
+        "drive_mirror" => tell(daemon, "drive-mirror", copy_to(&given)).await,
+        "nbd_server_start" => nbd_server_start(daemon, &given).await,
+        "nbd_server_add" => {
+            let request = given.pass(&["device", "name"]).with("writable", given.flag("writable"));
+            tell(daemon, "nbd-server-add", request).await
+        }
+        "nbd_server_remove" => {
+            let mode = if given.flag("force") { "hard" } else { "safe" };
+            tell(daemon, "nbd-server-remove", given.pass(&["name"]).with("mode", mode)).await
+        }
+        "nbd_server_stop" => tell(daemon, "nbd-server-stop", Object::new()).await,
+        "snapshot_blkdev" => {
+            if given.text("snapshot-file").is_none() {
+                // The reference says it so.
+                return Err(CommandError::new("Parameter 'snapshot-file' is missing"));
+            }
+            let request = given.pass(&["device", "snapshot-file", "format"]).with("mode", mode(&given));
+            tell(daemon, "blockdev-snapshot-sync", request).await
+        }
+        "snapshot_blkdev_internal" => {
+            tell(daemon, "blockdev-snapshot-internal-sync", given.pass(&["device", "name"])).await
+        }
+        "snapshot_delete_blkdev_internal" => {
+            let request = given.pass(&["device", "name", "id"]);
+            tell(daemon, "blockdev-snapshot-delete-internal-sync", request).await
+        }
+        other => Err(CommandError::new(format!("The command {other} has no handler"))),
+    }
+}
+
+fn mode(given: &Given<'_>) -> &'static str {
+    if given.flag("reuse") { "existing" } else { "absolute-paths" }
+}
+
+fn copy_to(given: &Given<'_>) -> Object {
+    let sync = if given.flag("full") { "full" } else { "top" };
+    given.pass(&["device", "target", "format"]).with("sync", sync).with("mode", mode(given))
+}
+
+async fn change(daemon: &Daemon, given: &Given<'_>) -> CommandResult<String> {
+    let mut request = given.pass(&["device", "read-only-mode"]).with("force", given.flag("force"));
+    if let Some(mode) = given.text("read-only-mode")
+        && !matches!(mode, "retain" | "read-only" | "read-write")
+    {
+        return Err(CommandError::new(format!("invalid parameter value: {mode}")));
+    }
+    for (from, to) in [("target", "filename"), ("arg", "format")] {
+        if let Some(text) = given.text(from) {
+            request.insert(to, text);
+        }
+    }
+    tell(daemon, "blockdev-change-medium", request).await
+}
+
+async fn nbd_server_start(daemon: &Daemon, given: &Given<'_>) -> CommandResult<String> {
+    let (all, writable) = (given.flag("all"), given.flag("writable"));
+    if writable && !all {
+        return Err(CommandError::new("-w only valid together with -a"));
+    }
+    let place = given.text("uri").unwrap_or_default();
+    let address = match place.strip_prefix("unix:") {
+        Some(path) => Object::new().with("type", "unix").with("data", Object::new().with("path", path)),
+        None => {
+            let wrong = || CommandError::new(format!("error parsing address '{place}'"));
+            let (host, port) =
+                place.rsplit_once(':').filter(|(_, port)| !port.is_empty()).ok_or_else(wrong)?;
+            let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+            let data = Object::new().with("host", host).with("port", port);
+            Object::new().with("type", "inet").with("data", data)
+        }
+    };
+    ask(daemon, "nbd-server-start", Object::new().with("addr", address)).await?;
+    if !all {
+        return Ok(String::new());
+    }
+    let devices = ask(daemon, "query-block", Object::new()).await?;
+    for device in show::objects(&devices) {
+        let name = device.get("device").and_then(Value::as_str).unwrap_or_default();
+        if device.get("inserted").is_none() || name.is_empty() {
+            continue;
+        }
+        let request = Object::new().with("device", name).with("writable", writable);
+        if let Err(error) = ask(daemon, "nbd-server-add", request).await {
+            ask(daemon, "nbd-server-stop", Object::new()).await?;
+            return Err(error);
+        }
+    }
+    Ok(String::new())
+}
+
+fn help(asked: &str) -> String {
+    let (name, rest) = parse::word(asked);
+    let (item, _) = parse::word(rest);
+    match (name, item) {
+        ("", _) => COMMANDS.iter().map(|line| line.describe("")).collect(),
+        ("info", "") => INFO.iter().map(|line| line.describe("info ")).collect(),
+        ("info", item) => match INFO.iter().find(|line| line.is(item)) {
+            Some(line) => line.describe("info "),
+            None => format!("unknown command: 'info {item}'\n"),
+        },
+        (name, _) => match COMMANDS.iter().find(|line| line.is(name)) {
+            Some(line) => line.describe(""),
+            None => format!("unknown command: '{name}'\n"),
+        },
+    }
+}
+
+async fn info(daemon: &Daemon, rest: &str, history: &[Vec<u8>]) -> String {
+    let (item, rest) = parse::word(rest);
+    if item.is_empty() {
+        return help("info");
+    }
+    let Some(found) = INFO.iter().find(|line| line.is(item)) else {
+        return format!("unknown command: 'info {item}'\n");
+    };
+    let arguments = match read(found, "info ", rest) {
+        Ok(arguments) => arguments,
+        Err(text) => return text,
+    };
+    match told(daemon, found.name(), &Given(&arguments), history).await {
+        Ok(text) => text,
+        Err(error) => format!("Error: {}\n", error.in_full()),
+    }
+}
+
+async fn told(daemon: &Daemon, item: &str, given: &Given<'_>, history: &[Vec<u8>]) -> CommandResult<String> {
+    let asked = async |command| ask(daemon, command, Object::new()).await;
+    let member = |answer: Value, name: &str| {
+        let text = answer.as_object().and_then(|answer| answer.get(name)).and_then(Value::as_str);
+        text.map_or_else(String::new, |text| format!("{text}\n"))
+    };
+    Ok(match item {
+        "block" => {
+            let (devices, nodes) = (asked("query-block").await?, asked("query-named-block-nodes").await?);
+            show::block(&devices, &nodes, given.text("device"), given.flag("nodes"), given.flag("verbose"))
+        }
+        "block-jobs" => show::block_jobs(&asked("query-block-jobs").await?),
+        "blockstats" => show::blockstats(&asked("query-blockstats").await?),
+        "history" => history
+            .iter()
+            .enumerate()
+            .map(|(number, line)| format!("{number}: '{}'\n", String::from_utf8_lossy(line)))
+            .collect(),
+        "name" => member(asked("query-name").await?, "name"),
+        "snapshots" => show::snapshots(&asked("query-block").await?),
+        "status" => show::status(&asked("query-status").await?),
+        "uuid" => member(asked("query-uuid").await?, "UUID"),
+        "version" => show::version(&asked("query-version").await?),
+        other => return Err(CommandError::new(format!("'info {other}' has no handler"))),
+    })
+}
+
+/// The words with which a line may go on, and how many bytes of them have been typed.
+pub fn completions(daemon: &Daemon, typed: &str) -> (Vec<String>, usize) {
+    let last = typed.rsplit(char::is_whitespace).next().unwrap_or_default();
+    let before: Vec<&str> = typed[..typed.len() - last.len()].split_whitespace().collect();
+    let names = |lines: &[Line]| -> Vec<String> {
+        lines.iter().flat_map(|line| line.names.split('|')).map(str::to_owned).collect()
+    };
+    let words = match before.as_slice() {
+        [] | ["help" | "?"] => names(COMMANDS),
+        ["info"] | ["help" | "?", "info"] => names(INFO),
+        ["info", item, rest @ ..] => {
+            let line = INFO.iter().find(|line| line.is(item));
+            line.map_or_else(Vec::new, |line| argument(daemon, line, rest))
+        }
+        [name, rest @ ..] => {
+            let line = COMMANDS.iter().find(|line| line.is(name));
+            line.map_or_else(Vec::new, |line| argument(daemon, line, rest))
+        }
+    };
+    (words.into_iter().filter(|word| word.starts_with(last)).collect(), last.len())
+}
+
+/// What the next argument of a command may be, behind those that are there.
+fn argument(daemon: &Daemon, line: &Line, there: &[&str]) -> Vec<String> {
+    let mut kinds = line.arguments.split(',').filter_map(|argument| argument.split_once(':'));
+    let given = there.iter().filter(|word| !word.starts_with('-')).count();
+    let kind = kinds.by_ref().filter(|(_, kind)| !kind.starts_with('-')).nth(given);
+    if kind.is_none_or(|(_, kind)| !kind.starts_with('B')) {
+        return Vec::new();
+    }
+    let is_job = line.name().starts_with("block_job");
+    let jobs = daemon.jobs.query().into_iter().map(|job| job.id.to_string()).filter(|_| is_job);
+    let devices = daemon.machine.iter().flat_map(|machine| machine.devices.backends());
+    let devices = devices.map(|backend| backend.name.to_string()).filter(|name| !name.is_empty() && !is_job);
+    let plan = daemon.graph.plan();
+    let nodes = plan.nodes().map(|(_, node)| node.name.to_string());
+    let nodes: Vec<String> = nodes.filter(|name| !name.starts_with('#') && !is_job).collect();
+    jobs.chain(devices).chain(nodes).collect()
+}
