@@ -244,6 +244,7 @@ impl Node for Raw {
             // Who knows what it would look like.
             return Err(IoError::EINVAL);
         }
+        let _writing = self.writing().await?;
         cx.below().reflink_from(self.in_window(range)?, from, at).await
     }
 
