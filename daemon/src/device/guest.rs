@@ -9,35 +9,21 @@ use async_trait::async_trait;
 use underlay_drivers::throttle::{Direction, Group, Member};
 use underlay_exports::{Guest, Operation, Verdict};
 use underlay_graph::{Graph, IoError, Result, RootId};
+use underlay_jobs::{Action, IoStatus, OnError};
 use underlay_qmp::json::Object;
 
 use super::stats::Stats;
 use crate::event::EventBus;
 use crate::machine::running::{RunState, Running};
 
-/// What to do about an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnError {
-    /// The guest is told.
-    Report,
-    /// The guest is told that all is well.
-    Ignore,
-    /// The machine stops; the request is tried again when it goes on.
-    Stop,
-    /// That if the disk is full, else the guest is told.
-    Enospc,
-}
-
-impl OnError {
-    /// From the word for it.
-    pub fn new(word: &str) -> Option<Self> {
-        match word {
-            "report" => Some(Self::Report),
-            "ignore" => Some(Self::Ignore),
-            "stop" => Some(Self::Stop),
-            "enospc" => Some(Self::Enospc),
-            _ => None,
-        }
+/// What to do about an error, from the word for it.
+pub fn on_error(word: &str) -> Option<OnError> {
+    match word {
+        "report" => Some(OnError::Report),
+        "ignore" => Some(OnError::Ignore),
+        "stop" => Some(OnError::Stop),
+        "enospc" => Some(OnError::Enospc),
+        _ => None,
     }
 }
 
@@ -61,29 +47,6 @@ impl Default for Policies {
     }
 }
 
-/// What became of the last requests: `io-status`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoStatus {
-    /// They went well.
-    #[default]
-    Ok,
-    /// The machine was stopped by an error.
-    Failed,
-    /// The machine was stopped as the disk was full.
-    NoSpace,
-}
-
-impl IoStatus {
-    /// As query-block calls it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Failed => "failed",
-            Self::NoSpace => "nospace",
-        }
-    }
-}
-
 /// What a device is called in events.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
@@ -98,7 +61,8 @@ struct State {
     names: Names,
     disk: Option<RootId>,
     policies: Policies,
-    status: IoStatus,
+    /// How the last error went that has stopped the machine, if it has not been continued since.
+    status: Option<IoStatus>,
     copy_on_read: bool,
     member: Option<Arc<Member>>,
     stats: Stats,
@@ -150,12 +114,12 @@ impl GuestIo {
 
     /// Errors so far are forgotten.
     pub fn forget_errors(&self) {
-        self.state().status = IoStatus::Ok;
+        self.state().status = None;
     }
 
     /// What became of the last requests.
     pub fn status(&self) -> IoStatus {
-        self.state().status
+        self.state().status.unwrap_or(IoStatus::Ok)
     }
 
     /// What was done so far.
@@ -190,14 +154,15 @@ impl GuestIo {
             let policy = if reads { state.policies.read } else { state.policies.write };
             (state.names.clone(), state.disk, policy)
         };
-        let (action, verdict) = match policy {
-            OnError::Report => ("report", Verdict::Tell),
-            OnError::Ignore => ("ignore", Verdict::Hide),
-            OnError::Enospc if !error.is_no_space() => ("report", Verdict::Tell),
-            OnError::Stop | OnError::Enospc => ("stop", Verdict::Again),
+        let action = policy.action(error);
+        let verdict = match action {
+            Action::Report => Verdict::Tell,
+            Action::Ignore => Verdict::Hide,
+            Action::Stop => Verdict::Again,
         };
         if verdict == Verdict::Again {
-            self.state().status = if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
+            let status = if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
+            self.state().status = Some(status);
         }
         let mut data = Object::new().with("qom-path", names.path).with("device", names.backend);
         let plan = self.graph.plan();
@@ -206,7 +171,7 @@ impl GuestIo {
         }
         let data = data
             .with("operation", if operation == Operation::Read { "read" } else { "write" })
-            .with("action", action)
+            .with("action", action.as_str())
             .with("nospace", error.is_no_space())
             .with("reason", error.plain().to_string());
         self.events.emit("BLOCK_IO_ERROR", data);

@@ -6,7 +6,7 @@ use underlay_graph::{Class, GraphError, NodeId, Perms, Plan, RootId};
 use underlay_qmp::json::Object;
 
 use super::given::Given;
-use super::guest::{GuestIo, OnError};
+use super::guest::{GuestIo, on_error};
 use super::model::{Bus, Kind, Model};
 use super::{Backend, BackendId, Device, Shown};
 use crate::command::object;
@@ -185,10 +185,10 @@ fn settle(backend: &mut Backend, given: &Given) {
         _ => {}
     }
     let mut policies = backend.io.policies();
-    if let Some(policy) = given.text("rerror").and_then(OnError::new) {
+    if let Some(policy) = given.text("rerror").and_then(on_error) {
         policies.read = policy;
     }
-    if let Some(policy) = given.text("werror").and_then(OnError::new) {
+    if let Some(policy) = given.text("werror").and_then(on_error) {
         policies.write = policy;
     }
     backend.io.set_policies(policies);

@@ -9,12 +9,13 @@ use underlay_drivers::throttle::Limits;
 use underlay_drivers::{BackingPolicy, NodeSpec};
 use underlay_graph::plan::{DetectZeroes, NewNode};
 use underlay_graph::{Plan, Role, Wiring};
+use underlay_jobs::OnError;
 use underlay_qcow2::CreateOptions;
 use underlay_qmp::json::{Object, Value};
 
 use super::Machine;
 use super::args::{DriveWords, Typed};
-use crate::device::guest::{OnError, Policies};
+use crate::device::guest::{Policies, on_error};
 use crate::device::{BackendId, plug};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
@@ -209,12 +210,11 @@ fn policies(words: &mut Words) -> CommandResult<Policies> {
     let mut policies = Policies::default();
     if let Some(word) = words.text("werror") {
         let invalid = || CommandError::new(format!("'{word}' invalid write error action"));
-        policies.write = OnError::new(&word).ok_or_else(invalid)?;
+        policies.write = on_error(&word).ok_or_else(invalid)?;
     }
     if let Some(word) = words.text("rerror") {
         let invalid = || CommandError::new(format!("'{word}' invalid read error action"));
-        policies.read =
-            OnError::new(&word).filter(|policy| *policy != OnError::Enospc).ok_or_else(invalid)?;
+        policies.read = on_error(&word).filter(|policy| *policy != OnError::Enospc).ok_or_else(invalid)?;
     }
     Ok(policies)
 }

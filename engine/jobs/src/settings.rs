@@ -53,7 +53,8 @@ pub enum OnError {
 }
 
 impl OnError {
-    pub(crate) fn action(self, error: &IoError) -> Action {
+    /// What that means for an error. (A device does so for its guest as a job does for its work.)
+    pub fn action(self, error: &IoError) -> Action {
         match self {
             Self::Report => Action::Report,
             Self::Ignore => Action::Ignore,
