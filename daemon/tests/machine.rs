@@ -102,6 +102,11 @@ fn say(program: &Path, more: &str, line: &str) -> String {
 }
 
 #[test]
+fn human_blockdev() {
+    compare("human_blockdev");
+}
+
+#[test]
 fn human() {
     compare("human");
 }

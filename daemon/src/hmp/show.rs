@@ -84,13 +84,9 @@ fn one_block(out: &mut String, device: Option<&Object>, inserted: Option<&Object
                 let _ = write!(out, " ({node})");
             }
         }
-        Some(device) => {
-            out.push_str(text(device, "qdev"));
-            if !node.is_empty() {
-                let _ = write!(out, " ({node})");
-            }
-        }
-        None => out.push_str(node),
+        // A device whose disk is a node of the user's has no name beside the node's.
+        Some(device) if node.is_empty() => out.push_str(text(device, "qdev")),
+        _ => out.push_str(node),
     }
     match inserted {
         Some(inserted) => {
