@@ -86,6 +86,7 @@ impl Text<'_> {
             "F" => string(self.string(), "filename"),
             "S" if self.0.is_empty() => Err(Wrong::Missing("string")),
             "S" => Ok(Value::Str(std::mem::take(&mut self.0).to_owned())),
+            "O" => Ok(Value::Str(self.string().unwrap_or_default())),
             "o" => self.size().map(Value::from).ok_or(Wrong::Text("invalid size".to_owned())),
             "l" => {
                 let mut sum = Expression(self.0);

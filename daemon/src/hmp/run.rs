@@ -1,12 +1,17 @@
 //! What each line does: requests to the handlers of QMP's commands, and their answers as text.
 
+use underlay_drivers::options::nest;
 use underlay_qmp::json::{Object, Value};
+use underlay_qmp::option_list;
 use underlay_qmp::session::Request;
 
 use super::table::{COMMANDS, INFO, Line};
 use super::{parse, show};
 use crate::command;
+use crate::device::given::Input;
+use crate::device::{self, plug};
 use crate::error::{CommandError, CommandResult};
+use crate::machine::{Machine, hot};
 use crate::state::Daemon;
 
 /// Does what a line says; what is to be shown.
@@ -97,6 +102,16 @@ async fn run(daemon: &Daemon, name: &str, arguments: &Object) -> CommandResult<S
         }
         "change" => change(daemon, &given).await,
         "eject" => tell(daemon, "eject", device().with("force", given.flag("force"))).await,
+        "device_add" => device_add(daemon, given.text("device").unwrap_or_default()).await,
+        "device_del" => tell(daemon, "device_del", given.pass(&["id"])).await,
+        // What these two say of errors the reference says without a word in front.
+        "drive_add" => Ok(drive_add(daemon, &given).await.unwrap_or_else(plainly)),
+        "drive_del" => {
+            let name = given.text("device").unwrap_or_default();
+            let _turn = daemon.turn.lock().await;
+            let done = hot::del(daemon, machine(daemon)?, name).await;
+            Ok(done.map_or_else(plainly, |()| String::new()))
+        }
         "drive_backup" => {
             let request = copy_to(&given).with("compress", given.flag("compress"));
             tell(daemon, "drive-backup", request).await
@@ -129,6 +144,38 @@ async fn run(daemon: &Daemon, name: &str, arguments: &Object) -> CommandResult<S
         }
         other => Err(CommandError::new(format!("The command {other} has no handler"))),
     }
+}
+
+fn plainly(error: CommandError) -> String {
+    format!("{}\n", error.in_full())
+}
+
+fn machine(daemon: &Daemon) -> CommandResult<&Machine> {
+    daemon.machine.as_deref().ok_or_else(|| CommandError::new("There is no machine"))
+}
+
+async fn device_add(daemon: &Daemon, words: &str) -> CommandResult<String> {
+    let machine = machine(daemon)?;
+    let options = option_list::parse(words, Some("driver")).options;
+    let _turn = daemon.turn.lock().await;
+    let device = device::given::Given::read(options, Input::Words)?;
+    plug::plug(daemon, machine, device, &|text| eprintln!("{text}")).await?;
+    Ok(String::new())
+}
+
+/// A drive, or with `-n` a node.
+async fn drive_add(daemon: &Daemon, given: &Given<'_>) -> CommandResult<String> {
+    let words = given.text("opts").unwrap_or_default();
+    if given.flag("node") {
+        let options = nest(option_list::parse(words, None).options);
+        if options.get("node-name").is_none() {
+            return Err(CommandError::new("'node-name' needs to be specified"));
+        }
+        return tell(daemon, "blockdev-add", options).await;
+    }
+    let _turn = daemon.turn.lock().await;
+    hot::add(daemon, machine(daemon)?, words).await?;
+    Ok("OK\n".to_owned())
 }
 
 fn mode(given: &Given<'_>) -> &'static str {

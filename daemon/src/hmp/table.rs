@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `B`, `F`, `s` | a word, or text in double quotes: a device, a file name, anything |
 //! | `S` | the rest of the line |
+//! | `O` | a list of options, or nothing |
 //! | `l` | a number, or a sum of numbers |
 //! | `o` | a size in MiB, or with a suffix |
 //! | `-x` | the flag `-x` |
@@ -91,6 +92,23 @@ pub static COMMANDS: &[Line] = &[
     ),
     line("cont|c", "", "", "resume emulation"),
     line(
+        "device_add",
+        "device:O",
+        "driver[,prop=value][,...]",
+        "add device, like -device on the command line",
+    ),
+    line("device_del", "id:s", "device", "remove device"),
+    line(
+        "drive_add",
+        "node:-n,pci_addr:s,opts:s",
+        "[-n] [[<domain>:]<bus>:]<slot>\n\
+         [file=file][,if=type][,bus=n]\n\
+         [,unit=m][,media=d][,index=i]\n\
+         [,snapshot=on|off][,cache=on|off]\n\
+         [,readonly=on|off][,copy-on-read=on|off]",
+        "add drive to PCI storage controller",
+    ),
+    line(
         "drive_backup",
         "reuse:-n,full:-f,compress:-c,device:B,target:s,format:s?",
         "[-n] [-f] [-c] device target [format]",
@@ -106,6 +124,7 @@ pub static COMMANDS: &[Line] = &[
          \t\t\t(if the target format supports it).\n\
          \t\t\t",
     ),
+    line("drive_del", "device:B", "device", "remove host block device"),
     line(
         "drive_mirror",
         "reuse:-n,full:-f,device:B,target:s,format:s?",

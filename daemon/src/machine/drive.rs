@@ -81,7 +81,7 @@ pub async fn open(
     snapshot: bool,
     given: Typed<DriveWords>,
     others: &[Drive],
-    remark: &dyn Fn(&str),
+    remark: &(dyn Fn(&str) + Sync),
 ) -> CommandResult<Drive> {
     let DriveWords { options, default_bus } = given.value;
     let mut words = Words(options);
@@ -295,7 +295,7 @@ async fn fill(
     backend: BackendId,
     mut words: Words,
     wanted: Wanted,
-    remark: &dyn Fn(&str),
+    remark: &(dyn Fn(&str) + Sync),
 ) -> CommandResult<()> {
     let file = words.text("file").filter(|file| !file.is_empty());
     let mut format = words.text("format");
