@@ -7,10 +7,12 @@
 mod script;
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use script::{Heard, run, same};
 
@@ -99,6 +101,51 @@ fn say(program: &Path, more: &str, line: &str) -> String {
         .expect("a shell");
     let status = output.status.code().unwrap_or(-1);
     format!("{status}\n{}", String::from_utf8_lossy(&output.stderr)).trim_end().to_owned()
+}
+
+/// What a terminal is sent while somebody types, as the reference was seen to send it.
+#[test]
+fn human_on_a_socket() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut machine = Command::new(env!("CARGO_BIN_EXE_underlay"))
+        .args(["machine", "-S", "-monitor", "unix:m,server=on,wait=on"])
+        .args(COMMON)
+        .args(["-drive", "if=none,id=d0,driver=null-co", "-drive", "if=none,id=d1,driver=null-co"])
+        .current_dir(&folder)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("a machine");
+    let socket = folder.path().join("m");
+    let mut stream = loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => break stream,
+            Err(_) => assert!(matches!(machine.try_wait(), Ok(None)), "the machine ended"),
+        }
+        std::thread::yield_now();
+    };
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+    let mut said = |typed: &[u8], answer: &str| {
+        stream.write_all(typed).expect("it listens");
+        let answer = answer.replace('<', "\x1b[D").replace('|', "\x1b[K");
+        let mut found = vec![0; answer.len()];
+        stream.read_exact(&mut found).expect("an answer");
+        assert_eq!(String::from_utf8_lossy(&found), answer);
+    };
+    said(b"", "QEMU 10.0.2 monitor - type 'help' for more information\r\n(qemu) ");
+    said(b"inf\t", "i|<in|<<inf|<<<info |");
+    said(
+        b"stat\t\n",
+        "<<<<<info s|<<<<<<info st|<<<<<<<info sta|<<<<<<<<info stat|<<<<<<<<<info status |\r\n",
+    );
+    said(b"", "VM status: paused (prelaunch)\r\n(qemu) ");
+    said(b"\x1b[A\x15", "info status |<<<<<<<<<<<<|");
+    said(b"x\x7feject \t", "x|<|e|<ej|<<eje|<<<ejec|<<<<eject|<<<<<eject |");
+    said(b"", "\r\nd0        d1        \r\n(qemu) eject d|");
+    said(b"9\n", "<<<<<<<eject d9|\r\nError: Device 'd9' not found\r\n(qemu) ");
+    said(b"q\n", "q|\r\n");
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).expect("the end");
+    assert!(rest.is_empty() && machine.wait().expect("a machine").success());
 }
 
 #[test]

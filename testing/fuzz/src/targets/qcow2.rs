@@ -11,6 +11,7 @@ use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
 use underlay_graph::perm::Access;
 use underlay_graph::{ByteRange, Cx, Node, Perms, Role, View, WriteFlags, ZeroFlags};
 use underlay_qcow2::header::Version;
+use underlay_qcow2::snapshot_changes::NewSnapshot;
 use underlay_qcow2::{CreateOptions, Fix, Header, OpenOptions, Qcow2, check, create};
 use underlay_sim::{Disk, Power, Rng, World};
 use underlay_sys::Iov;
@@ -57,6 +58,8 @@ async fn exercise(data: &[u8], seed: u64) {
         return;
     }
     let written = change(&cx, &places, &mut rng).await;
+    // The disk reads the same with other snapshots.
+    change_snapshots(&cx, &image, &mut rng).await;
     let after = read(&cx, &places).await;
     let stored = keeps_bitmaps && change_bitmaps(&cx, &image, &mut bitmaps, &places, &mut rng).await;
     let closed = image.close(&cx).await;
@@ -85,10 +88,58 @@ async fn exercise(data: &[u8], seed: u64) {
             }
         }
     }
+    apply(&file, &mut rng).await;
     let was_sound = sound && is_sound(&file.cx()).await;
+    assert!(was_sound || !sound || closed.is_err(), "a sound image was damaged by a snapshot");
     // Whatever it finds and does, it ends; and there is nothing to repair where nothing is broken.
     let _ = check(&file.cx(), Fix::All, &mut |_| {}).await;
     assert!(!was_sound || is_sound(&file.cx()).await, "a repair broke a sound image");
+}
+
+/// Takes a snapshot, or deletes one, or neither.
+async fn change_snapshots(cx: &Cx<'_>, image: &Qcow2, rng: &mut Rng) {
+    let count = image.snapshots().len();
+    match rng.below(4) {
+        0 | 1 => {
+            let new = NewSnapshot { name: "new".to_owned(), seconds: 7, ..NewSnapshot::default() };
+            let taken = image.take_snapshot(cx, &new).await.is_ok();
+            assert_eq!(image.snapshots().len(), count + usize::from(taken));
+        }
+        2 if count > 0 => {
+            let deleted = image.delete_snapshot(cx, rng.index(count)).await.is_ok();
+            assert_eq!(image.snapshots().len(), count - usize::from(deleted));
+        }
+        _ => {}
+    }
+}
+
+/// The disk becomes what it was at some snapshot, if that is possible; and that is what the snapshot shows.
+async fn apply(file: &Arc<View>, rng: &mut Rng) {
+    let Ok(image) = Qcow2::open(&file.cx(), OpenOptions::default()).await else { return };
+    let count = image.snapshots().len();
+    if count == 0 {
+        return;
+    }
+    let place = rng.index(count);
+    let shown = Arc::new(image);
+    let view = View::detached(shown.clone(), [(Role::File, file.clone())]);
+    let shows = shown.show_snapshot(&view.cx(), place).await.is_ok();
+    let places = places(shown.size(), rng);
+    let before = read(&view.cx(), &places).await;
+    let Ok(image) = Qcow2::open(&file.cx(), OpenOptions::default()).await else { return };
+    let image = Arc::new(image);
+    let view = View::detached(image.clone(), [(Role::File, file.clone())]);
+    let access = Access { writable: true, required: Perms::ALL, shared: Perms::ALL, used: true };
+    if image.set_access(&view.cx(), access).await.is_ok() {
+        let applied = image.apply_snapshot(&view.cx(), place).await.is_ok();
+        if applied && shows {
+            assert_eq!(image.size(), shown.size(), "another size");
+            let after = read(&view.cx(), &places).await;
+            let same = |(a, b): (&Option<Vec<u8>>, &Option<Vec<u8>>)| a.is_none() || b.is_none() || a == b;
+            assert!(before.iter().zip(&after).all(same), "another content");
+        }
+        let _ = image.close(&view.cx()).await;
+    }
 }
 
 async fn is_sound(file: &Cx<'_>) -> bool {
@@ -225,6 +276,13 @@ fn filled(options: &CreateOptions, seed: u64) -> Vec<u8> {
         let places = places(options.size, &mut rng);
         image.begin(&view.cx()).await.expect("our own image");
         change(&view.cx(), &places, &mut rng).await;
+        if options.refcount_bits > 1 {
+            for name in ["one", "two"] {
+                let new = NewSnapshot { name: name.to_owned(), ..NewSnapshot::default() };
+                image.take_snapshot(&view.cx(), &new).await.expect("our own image");
+                change(&view.cx(), &places, &mut rng).await;
+            }
+        }
         let mut bitmaps = Vec::new();
         change_bitmaps(&view.cx(), &image, &mut bitmaps, &places, &mut rng).await;
         image.close(&view.cx()).await.expect("our own image");
