@@ -28,9 +28,11 @@ const NAME: &str = "underlay-witness";
 pub const PAGE: usize = 512;
 
 /// Words of shared memory.
-pub const WORDS: usize = 8;
+pub const WORDS: usize = 7;
 /// What they take.
 const BYTES: usize = WORDS * size_of::<u64>();
+/// Behind them is one more: not zero once the witness is there.
+const ALL: usize = BYTES + size_of::<u64>();
 
 /// What a witness writes down, given the number that it was told, the shared words, and how the file is.
 pub type Testimony = fn(u64, &[u64; WORDS], &Stat) -> [u8; PAGE];
@@ -39,7 +41,7 @@ pub type Testimony = fn(u64, &[u64; WORDS], &Stat) -> [u8; PAGE];
 #[derive(Debug)]
 pub struct Record {
     file: OwnedFd,
-    words: NonNull<[AtomicU64; WORDS]>,
+    words: NonNull<[AtomicU64; WORDS + 1]>,
 }
 
 // SAFETY: nothing but atomic words, which are there as long as the record.
@@ -51,18 +53,27 @@ impl Record {
     /// All zero.
     pub fn new() -> io::Result<Self> {
         let file = memfd_create("underlay-witness", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, BYTES as u64)?;
+        ftruncate(&file, ALL as u64)?;
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at a place that the kernel chooses.
-        let at = unsafe { mmap(std::ptr::null_mut(), BYTES, flags, MapFlags::SHARED, &file, 0) }?;
+        let at = unsafe { mmap(std::ptr::null_mut(), ALL, flags, MapFlags::SHARED, &file, 0) }?;
         let words = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { file, words })
     }
 
-    /// The words.
-    pub fn words(&self) -> &[AtomicU64; WORDS] {
+    fn all(&self) -> &[AtomicU64; WORDS + 1] {
         // SAFETY: mapped as long as `self` is there, aligned to a page, and everybody uses them as atomic.
         unsafe { self.words.as_ref() }
+    }
+
+    /// The words.
+    pub fn words(&self) -> &[AtomicU64] {
+        &self.all()[..WORDS]
+    }
+
+    /// Whether the witness is there: he will have seen what is in the words whatever happens.
+    pub fn has_witness(&self) -> bool {
+        self.all()[WORDS].load(Ordering::Acquire) != 0
     }
 
     /// Where another process of the same user finds it.
@@ -74,7 +85,7 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         // SAFETY: nobody has a reference to the words any more.
-        let _ = unsafe { munmap(self.words.as_ptr().cast(), BYTES) };
+        let _ = unsafe { munmap(self.words.as_ptr().cast(), ALL) };
     }
 }
 
@@ -107,7 +118,8 @@ fn ignore_signals() {
 }
 
 fn wait_and_tell(testimony: Testimony, number: u64, at: u64, record: &str) -> io::Result<()> {
-    let record = StdFile::open(record)?;
+    let record = StdFile::options().read(true).write(true).open(record)?;
+    record.write_all_at(&1_u64.to_ne_bytes(), BYTES as u64)?;
     let mut word = [0];
     if io::stdin().lock().read(&mut word)? > 0 {
         // All is well: there is nothing to tell.
@@ -133,11 +145,12 @@ pub struct Witness {
 
 impl Witness {
     /// Watches `file`, and will write to `book` at byte `at`. The book's locks stay until the witness is gone, the
-    /// file's too: they should be open files of their own. ENOTSUP where the program cannot be a witness.
+    /// file's too: they should be open files of their own. He is there a moment later ([`Record::has_witness`]). ENOTSUP where the program cannot be a witness.
     pub fn start(file: &File, book: &File, at: u64, number: u64, record: &Record) -> io::Result<Self> {
         if !CAN.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::ENOTSUP));
         }
+        record.all()[WORDS].store(0, Ordering::Release);
         let child = Command::new("/proc/self/exe")
             .arg0(NAME)
             .args([number.to_string(), at.to_string(), record.path()])

@@ -30,6 +30,11 @@ const WRITER: u64 = 101;
 /// How often a witness is looked for, and how many times.
 const PAUSE: Duration = Duration::from_millis(10);
 const PATIENCE: usize = 200;
+/// So many times somebody who seems to be alive may be dying.
+const DYING: usize = 20;
+/// How often is looked whether he has come, and how many times.
+const START: Duration = Duration::from_millis(1);
+const STARTS: usize = 2000;
 
 /// See the module. The file beside is a node of its own, in no graph.
 #[async_trait]
@@ -57,7 +62,7 @@ pub trait Home: Debug + Send + Sync {
     fn now(&self) -> i64;
 
     /// Has somebody note at byte `at` of the file beside how the disk was when this process died; nobody else any more.
-    fn call_witness(&self, beside: &View, at: u64, session: u64);
+    async fn call_witness(&self, beside: &View, at: u64, session: u64);
     /// There is nothing to note any more.
     fn dismiss_witness(&self);
     /// A write to the disk begins: that a witness may know.
@@ -263,14 +268,23 @@ impl Home for FileHome {
         stat::now()
     }
 
-    fn call_witness(&self, beside: &View, at: u64, session: u64) {
+    async fn call_witness(&self, beside: &View, at: u64, session: u64) {
         self.dismiss_witness();
         match self.try_witness(beside, at, session) {
             Ok(witness) => *self.witness() = Some(witness),
             Err(error) => {
                 tracing::debug!(file = self.name(), %error, "nobody is there to see whether the bitmaps are good");
+                return;
             }
         }
+        let is_there = || self.record.get().is_some_and(Record::has_witness);
+        for _ in 0..STARTS {
+            if is_there() {
+                return;
+            }
+            rt::sleep(START).await;
+        }
+        tracing::warn!(file = self.name(), "the witness does not come");
     }
 
     fn dismiss_witness(&self) {
@@ -301,9 +315,9 @@ impl Home for FileHome {
     async fn hear_witness(&self, beside: &View) {
         let Ok(beside) = file_of(&**beside.node()) else { return };
         let is_locked = |byte| beside.handle().is_locked_by_others(byte).unwrap_or(false);
-        for _ in 0..PATIENCE {
-            // If both are there nobody has died.
-            if !is_locked(WITNESS) || is_locked(WRITER) {
+        for waited in 0..PATIENCE {
+            // If both are there nobody has died: but the locks of the dead go only when the kernel has taken their requests down.
+            if !is_locked(WITNESS) || waited > DYING && is_locked(WRITER) {
                 return;
             }
             rt::sleep(PAUSE).await;

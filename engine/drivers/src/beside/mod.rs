@@ -275,7 +275,7 @@ impl Side {
         let stamp = self.stamp(true).await?;
         self.tied().open = true;
         let note = self.place.start() + PAGE as u64;
-        self.home.call_witness(&self.file, note, stamp.session);
+        self.home.call_witness(&self.file, note, stamp.session).await;
         Ok(())
     }
 
@@ -344,7 +344,7 @@ impl Side {
         if self.image.size() != length {
             self.image.resize(&self.view.cx(), length, Preallocation::Off).await?;
             let stamp = self.stamp(true).await?;
-            self.home.call_witness(&self.file, self.place.start() + PAGE as u64, stamp.session);
+            self.home.call_witness(&self.file, self.place.start() + PAGE as u64, stamp.session).await;
         }
         Ok(())
     }

@@ -179,7 +179,7 @@ impl Told {
     /// As words.
     pub fn to_words(self) -> [u64; WORDS] {
         let [inode, len, modified, changed] = self.still.words();
-        [self.writing, self.began.cast_unsigned(), inode, len, modified, changed, 0, 0]
+        [self.writing, self.began.cast_unsigned(), inode, len, modified, changed, 0]
     }
 
     /// What a witness notes when he sees the disk as `now`.

@@ -183,7 +183,7 @@ impl Home for SimHome {
         wall(rt::now())
     }
 
-    fn call_witness(&self, _beside: &View, at: u64, session: u64) {
+    async fn call_witness(&self, _beside: &View, at: u64, session: u64) {
         self.state().witness = Some((at, session));
     }
 
