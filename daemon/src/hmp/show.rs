@@ -312,21 +312,78 @@ pub fn version(answer: &Value) -> String {
     format!("{}.{}.{}{}\n", part("major"), part("minor"), part("micro"), text(answer, "package"))
 }
 
-/// `info snapshots`: which of the disks of query-block have which snapshots. (Here no snapshot has the state of a
-/// machine, so none can be loaded: all of them are partial.)
+/// `info snapshots`: what of the disks of query-block can be written to has which snapshots: those that all have, by their
+/// names, and the others.
 pub fn snapshots(devices: &Value) -> String {
-    let mut parts = String::new();
-    for device in objects(devices) {
-        let image = inner(device, "inserted").and_then(|inserted| inner(inserted, "image"));
-        let found = image.and_then(|image| image.get("snapshots")).map(objects).unwrap_or_default();
-        let found: Vec<SnapshotInfo> = found.into_iter().map(snapshot).collect();
-        if !found.is_empty() {
-            add!(parts, "\nList of partial (non-loadable) snapshots on '{}':", text(device, "device"));
-            snapshot_lines(&found).iter().for_each(|line| add!(parts, "{line}"));
+    let of = |device: &Object| {
+        let inserted = inner(device, "inserted").filter(|inserted| !flag(inserted, "ro"))?;
+        let found = inner(inserted, "image")?.get("snapshots").map(objects).unwrap_or_default();
+        Some((text(device, "device").to_owned(), found.into_iter().map(snapshot).collect::<Vec<_>>()))
+    };
+    let disks: Vec<(String, Vec<SnapshotInfo>)> = objects(devices).into_iter().filter_map(of).collect();
+    let everywhere =
+        |one: &SnapshotInfo| disks.iter().all(|(_, found)| found.iter().any(|other| other.name == one.name));
+    if disks.iter().all(|(_, found)| found.is_empty()) {
+        return "There is no snapshot available.\n".to_owned();
+    }
+    let mut out = "List of snapshots present on all disks:\n".to_owned();
+    let first = disks.iter().map(|(_, found)| found).find(|found| !found.is_empty());
+    let all = first.into_iter().flatten().filter(|one| everywhere(one)).cloned();
+    // Each disk has another id for it.
+    let all: Vec<_> = all.map(|one| SnapshotInfo { id: "--".to_owned(), ..one }).collect();
+    match all.is_empty() {
+        true => out.push_str("None\n"),
+        false => snapshot_lines(&all).iter().for_each(|line| add!(out, "{line}")),
+    }
+    for (device, found) in &disks {
+        let partial: Vec<_> = found.iter().filter(|one| !everywhere(one)).cloned().collect();
+        if !partial.is_empty() {
+            add!(out, "\nList of partial (non-loadable) snapshots on '{device}':");
+            snapshot_lines(&partial).iter().for_each(|line| add!(out, "{line}"));
         }
     }
-    match parts.is_empty() {
-        true => "There is no snapshot available.\n".to_owned(),
-        false => format!("List of snapshots present on all disks:\nNone\n{parts}"),
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk of query-block with snapshots of these names.
+    fn disk(device: &str, read_only: bool, names: &[&str]) -> Value {
+        let one =
+            |(id, name): (usize, &&str)| Object::new().with("id", id.to_string()).with("name", *name).into();
+        let found: Vec<Value> = names.iter().enumerate().map(one).collect();
+        let image = Object::new().with("snapshots", Value::List(found));
+        let inserted = Object::new().with("ro", read_only).with("image", image);
+        Object::new().with("device", device).with("inserted", inserted).into()
+    }
+
+    /// The names in `info snapshots`, with where they are said to be.
+    fn told(disks: Vec<Value>) -> Vec<String> {
+        let text = snapshots(&Value::List(disks));
+        let word = |line: &str, at| line.split_whitespace().nth(at).unwrap_or_default().to_owned();
+        let mut place = String::new();
+        let mut names = Vec::new();
+        for line in text.lines() {
+            match line.split_whitespace().next() {
+                Some("List") => place = line.rsplit(' ').next().unwrap_or_default().to_owned(),
+                None | Some("ID") => {}
+                Some(first) => names.push(format!("{place} {first} {}", word(line, 1))),
+            }
+        }
+        names
+    }
+
+    #[test]
+    fn snapshots_of_all_disks_are_told_apart_from_those_of_some() {
+        let both = vec![disk("a", false, &["x", "y"]), disk("b", false, &["y"])];
+        assert_eq!(told(both), ["disks: -- y", "'a': 0 x"]);
+        let none = vec![disk("a", false, &["x"]), disk("b", false, &[])];
+        assert_eq!(told(none), ["disks: None ", "'a': 0 x"]);
+        let read_only = vec![disk("a", false, &["x"]), disk("b", true, &[])];
+        assert_eq!(told(read_only), ["disks: -- x"]);
+        let nothing = Value::List(vec![disk("a", false, &[])]);
+        assert_eq!(snapshots(&nothing), "There is no snapshot available.\n");
     }
 }
