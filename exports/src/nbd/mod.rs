@@ -115,7 +115,9 @@ impl NbdServer {
         for export in exports {
             shared.exports.add(export)?;
         }
-        first.spawn(accept(shared.clone(), listener, io));
+        // Taken here and not by the task: who stops the server at once must wait for it too.
+        let place = shared.places.clone().try_acquire_owned().map_err(|_| ExportError::NoThread)?;
+        first.spawn(accept(shared.clone(), listener, io, place));
         Ok(Self { shared, address })
     }
 
@@ -200,8 +202,7 @@ impl Shared {
 }
 
 /// Accepts clients until the server stops.
-async fn accept(shared: Arc<Shared>, listener: Listener, io: Vec<Spawner>) {
-    let Ok(place) = shared.places.clone().acquire_owned().await else { return };
+async fn accept(shared: Arc<Shared>, listener: Listener, io: Vec<Spawner>, place: OwnedSemaphorePermit) {
     let limit = match shared.options.max_connections {
         0 => Semaphore::MAX_PERMITS,
         limit => usize::try_from(limit).unwrap_or(Semaphore::MAX_PERMITS),
