@@ -147,6 +147,17 @@ impl Beside {
         Ok(side)
     }
 
+    /// The file beside, as long as the disk, for bitmaps that it shall keep; none if there are none.
+    async fn side_for(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<Option<Arc<Side>>> {
+        if bitmaps.is_empty() {
+            self.remove_side().await?;
+            return Ok(None);
+        }
+        let side = self.made(cx.length()).await?;
+        side.follow(cx.length()).await?;
+        Ok(Some(side))
+    }
+
     /// Nothing is to be kept any more.
     async fn remove_side(&self) -> Result<()> {
         let Some(side) = self.side() else { return Ok(()) };
@@ -397,12 +408,10 @@ impl BitmapStore for Beside {
 
     async fn store(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
         let _turn = self.turn.lock().await;
-        if bitmaps.is_empty() {
-            return self.remove_side().await;
+        match self.side_for(cx, bitmaps).await? {
+            Some(side) => side.store(bitmaps).await,
+            None => Ok(()),
         }
-        let side = self.made(cx.length()).await?;
-        side.follow(cx.length()).await?;
-        side.store(bitmaps).await
     }
 
     async fn remove(&self, _cx: &Cx<'_>, name: &str) -> Result<()> {
@@ -415,12 +424,10 @@ impl BitmapStore for Beside {
 
     async fn refresh(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
         let _turn = self.turn.lock().await;
-        if bitmaps.is_empty() {
-            return self.remove_side().await;
+        match self.side_for(cx, bitmaps).await? {
+            Some(side) => side.image.refresh(&side.view.cx(), bitmaps).await,
+            None => Ok(()),
         }
-        let side = self.made(cx.length()).await?;
-        side.follow(cx.length()).await?;
-        side.image.refresh(&side.view.cx(), bitmaps).await
     }
 
     fn is_worth_refreshing(&self) -> bool {
