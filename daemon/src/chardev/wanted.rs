@@ -120,6 +120,7 @@ fn socket(options: &mut Options) -> CommandResult<Kind> {
         return Err(CommandError::new(text));
     }
     if !server && options.flag_is("websocket", true) {
+        // The reference has none either, and these are its words.
         return Err(CommandError::new("Websocket client is not implemented"));
     }
     let pause = pause(options, &address)?;

@@ -46,7 +46,7 @@ pub enum JobError {
     /// Only a mirror's copy mode can be changed.
     #[error("Job type does not support change")]
     NoChange,
-    /// A mirror that blocks writes does not go back.
+    /// A mirror that blocks writes does not go back; the reference's does not either, and these are its words.
     #[error("Change to copy mode 'background' is not implemented")]
     NoWayBack,
     /// A speed below zero.

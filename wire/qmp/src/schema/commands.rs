@@ -10,6 +10,7 @@ use super::create::*;
 use super::defs::*;
 use super::jobs::*;
 use super::objects::*;
+use super::query::*;
 use super::ty::{Command, Event, Type};
 
 /// All commands.

@@ -1,6 +1,7 @@
 //! The parts of the commands and events about jobs.
 
-use super::defs::{BLOCK_INFO_IO_STATUS, BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE};
+use super::defs::BLOCKDEV_SNAPSHOT_SYNC_ARG_MODE;
+use super::query::BLOCK_INFO_IO_STATUS;
 use super::ty::{Enum, Object, Type, opt, req};
 
 pub(super) static BLOCKDEV_ON_ERROR: Enum = Enum { values: &["report", "ignore", "enospc", "stop", "auto"] };

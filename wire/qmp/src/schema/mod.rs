@@ -11,6 +11,7 @@ pub mod introspect;
 mod jobs;
 mod machine;
 mod objects;
+mod query;
 mod start;
 pub mod ty;
 
