@@ -8,6 +8,7 @@ mod script;
 use std::os::unix::fs::symlink;
 
 use script::{Heard, run};
+use underlay_qmp::json::{self, Value};
 
 const COMMON: &str = "machine -nodefaults -display none -chardev socket,id=m,path=qmp.sock -mon m,mode=control \
                       -pidfile pid -nbd-server addr.type=unix,addr.path=nbd.sock ";
@@ -176,4 +177,51 @@ fn guests_wait_for_the_machine_and_go_with_their_device() {
         ]
         .join("\n")
     );
+}
+
+#[test]
+fn what_guests_do_is_counted() {
+    let heard = heard(
+        "-drive file=d.raw,format=raw,if=none,id=d,werror=report,stats-intervals.0=3600 -device virtio-scsi \
+         -device scsi-hd,drive=d,id=h,account-failed=off -export nbd,id=g,node-name=h,name=disk,writable=on",
+        r#"! truncate -s 8M d.raw
+{"execute": "block-latency-histogram-set", "arguments": {"id": "h", "boundaries": [1, 3600000000000], "boundaries-flush": [3600000000000]}}
+! GUEST 'write 0 64k' -c 'write 64k 64k' -c 'read 0 4k' -c 'read 0 4k' -c 'read 0 4k' -c 'discard 0 1M' -c flush
+! prlimit --pid $(cat pid) --fsize=1048576:
+! GUEST 'write 4M 64k' 2>/dev/null || true
+{"execute": "query-blockstats"}
+"#,
+    );
+    let Some(Ok(Value::Object(reply))) =
+        heard.replies.last().and_then(|reply| Some(json::parse(reply.lines().nth(1)?.trim().as_bytes())))
+    else {
+        panic!("no reply: {:?}", heard.replies);
+    };
+    let Some(Value::List(devices)) = reply.get("return") else { panic!("{reply:?}") };
+    let [Value::Object(device)] = &devices[..] else { panic!("{devices:?}") };
+    let Some(Value::Object(stats)) = device.get("stats") else { panic!("{device:?}") };
+    let number = |name: &str| stats.get(name).and_then(Value::as_u64).unwrap_or_else(|| panic!("{name}"));
+    assert_eq!(
+        (number("wr_operations"), number("wr_bytes"), number("failed_wr_operations")),
+        (2, 131_072, 1)
+    );
+    assert_eq!((number("rd_operations"), number("rd_bytes")), (3, 12_288));
+    assert_eq!((number("unmap_operations"), number("unmap_bytes")), (1, 1 << 20));
+    let shown = |name: &str| stats.get(name).map(ToString::to_string).unwrap_or_default();
+    let bounds = r#""boundaries": [1, 3600000000000]}"#;
+    // All that was written, also what could not be.
+    assert_eq!(shown("wr_latency_histogram"), format!("{{\"bins\": [0, 3, 0], {bounds}"));
+    assert_eq!(shown("rd_latency_histogram"), format!("{{\"bins\": [0, 3, 0], {bounds}"));
+    let flushes = number("flush_operations");
+    assert!(flushes > 0);
+    let all = format!("{{\"bins\": [{flushes}, 0], \"boundaries\": [3600000000000]}}");
+    assert_eq!(shown("flush_latency_histogram"), all);
+    let Some(Value::List(timed)) = stats.get("timed_stats") else { panic!("{stats:?}") };
+    let [Value::Object(timed)] = &timed[..] else { panic!("{timed:?}") };
+    let timed = |name: &str| timed.get(name).and_then(Value::as_u64).unwrap_or_else(|| panic!("{name}"));
+    assert_eq!(timed("interval_length"), 3600);
+    assert_eq!(timed("avg_rd_latency_ns"), number("rd_total_time_ns") / 3);
+    assert_eq!(timed("avg_wr_latency_ns"), number("wr_total_time_ns") / 2);
+    assert!(0 < timed("min_rd_latency_ns") && timed("min_rd_latency_ns") <= timed("avg_rd_latency_ns"));
+    assert!(timed("avg_rd_latency_ns") <= timed("max_rd_latency_ns"));
 }

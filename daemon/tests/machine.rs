@@ -260,3 +260,8 @@ fn objects() {
 fn incoming() {
     compare("incoming");
 }
+
+#[test]
+fn statistics() {
+    compare("statistics");
+}

@@ -33,6 +33,15 @@ pub enum Verdict {
     Again,
 }
 
+/// When a request was carried out, by [`rt::now`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Took {
+    /// It began.
+    pub start: Duration,
+    /// It ended.
+    pub end: Duration,
+}
+
 /// See the module.
 #[async_trait]
 pub trait Guest: Debug + Send + Sync {
@@ -44,8 +53,11 @@ pub trait Guest: Debug + Send + Sync {
         false
     }
 
+    /// Told of a request that was refused before it was admitted: it asked for what cannot be.
+    fn refused(&self, _operation: Operation) {}
+
     /// Told of how an admitted request went.
-    fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict;
+    fn done(&self, operation: Operation, bytes: u64, when: Took, result: &Result<()>) -> Verdict;
 }
 
 /// A guest's way to its disk.
@@ -102,6 +114,13 @@ impl Way {
         self.ask(Operation::Flush, 0, || self.root.flush()).await
     }
 
+    /// A request was refused: it asked for what cannot be.
+    pub fn refused(&self, operation: Operation) {
+        if let Some(guest) = &self.guest {
+            guest.refused(operation);
+        }
+    }
+
     async fn ask<F>(&self, operation: Operation, bytes: u64, request: impl Fn() -> F) -> Result<()>
     where
         F: Future<Output = Result<()>>,
@@ -111,7 +130,7 @@ impl Way {
             guest.admit(operation, bytes).await?;
             let start = rt::now();
             let result = request().await;
-            match guest.done(operation, bytes, rt::now().saturating_sub(start), &result) {
+            match guest.done(operation, bytes, Took { start, end: rt::now() }, &result) {
                 Verdict::Tell => return result,
                 Verdict::Hide => return Ok(()),
                 Verdict::Again => {}

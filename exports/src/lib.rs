@@ -9,5 +9,5 @@ pub mod listen;
 pub mod nbd;
 
 pub use error::ExportError;
-pub use guest::{Guest, Operation, Verdict};
+pub use guest::{Guest, Operation, Took, Verdict};
 pub use nbd::{ExportState, Gone, NamedBits, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::task::Poll;
 use std::time::Duration;
 
-use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions};
+use underlay_exports::{ExportError, Guest, NbdExport, NbdServer, Operation, ServerOptions, Took, Verdict};
 use underlay_nbd::blocking::{Client, Server};
 use underlay_nbd::transmission::command;
 use underlay_nbd::{Descriptor, Errno, Framing, Wish, flags};
@@ -72,6 +72,36 @@ fn export(name: &str, root: underlay_graph::Root, writable: bool) -> NbdExport {
     }
 }
 
+/// Writes down what it is told.
+#[derive(Debug, Default)]
+struct Clerk {
+    refused: std::sync::Mutex<Vec<Operation>>,
+    done: std::sync::Mutex<Vec<(Operation, u64, bool)>>,
+}
+
+#[async_trait::async_trait]
+impl Guest for Clerk {
+    async fn admit(&self, _operation: Operation, _bytes: u64) -> underlay_graph::Result<()> {
+        Ok(())
+    }
+
+    fn refused(&self, operation: Operation) {
+        self.refused.lock().unwrap().push(operation);
+    }
+
+    fn done(
+        &self,
+        operation: Operation,
+        bytes: u64,
+        when: Took,
+        result: &underlay_graph::Result<()>,
+    ) -> Verdict {
+        assert!(when.start <= when.end);
+        self.done.lock().unwrap().push((operation, bytes, result.is_ok()));
+        Verdict::Tell
+    }
+}
+
 fn plain() -> Lab {
     Lab::new(ServerOptions::default(), false, 1)
 }
@@ -84,6 +114,27 @@ fn refused(client: &mut Client, command: u16, flags: u16, offset: u64, length: u
 }
 
 const ALL: [Framing; 3] = [Framing::Simple, Framing::Structured, Framing::Extended];
+
+#[test]
+fn guests_are_told_of_what_is_done_and_what_is_refused() {
+    let (lab, clerk) = (plain(), std::sync::Arc::<Clerk>::default());
+    let root = block_on(ram::root(ram::Ram::new(SIZE, false, 1)));
+    let counted = NbdExport { guest: Some(clerk.clone()), ..export("counted", root, true) };
+    lab.server.add(counted).unwrap();
+    let mut client = lab.open("counted", Framing::Structured);
+    client.write(0, &[1; 512], 0).unwrap();
+    client.read(0, 1024).unwrap();
+    client.zeroes(512, 512, 0).unwrap();
+    client.trim(0, 4096).unwrap();
+    client.flush().unwrap();
+    for refusing in [command::READ, command::WRITE, command::WRITE_ZEROES, command::TRIM] {
+        refused(&mut client, refusing, 0, SIZE as u64, 512);
+    }
+    use Operation::{Discard, Flush, Read, Write};
+    let done = [(Write, 512), (Read, 1024), (Write, 512), (Discard, 4096), (Flush, 0)];
+    assert_eq!(*clerk.done.lock().unwrap(), done.map(|(operation, bytes)| (operation, bytes, true)));
+    assert_eq!(*clerk.refused.lock().unwrap(), [Read, Write, Write, Discard]);
+}
 
 #[test]
 fn data_comes_back_in_every_framing() {

@@ -62,6 +62,17 @@ impl Arguments {
         objects.collect()
     }
 
+    /// A list of numbers without a sign that may be there; negative ones count from the end of the range, as the reference has it.
+    pub fn numbers(&mut self, name: &str) -> Option<Vec<u64>> {
+        let Some(Value::List(list)) = self.object.remove(name) else { return None };
+        let numbers = list.into_iter().filter_map(|value| match value {
+            Value::Int(number) => Some(number.cast_unsigned()),
+            Value::UInt(number) => Some(number),
+            _ => None,
+        });
+        Some(numbers.collect())
+    }
+
     /// Whether an argument was given.
     pub fn has(&self, name: &str) -> bool {
         self.object.get(name).is_some()

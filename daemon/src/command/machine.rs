@@ -7,6 +7,7 @@ use underlay_graph::Plan;
 use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
+use super::statistics;
 use crate::device::given::{Given, Input};
 use crate::device::{plug, tray};
 use crate::error::{CommandError, CommandResult};
@@ -71,6 +72,7 @@ pub async fn change(
             Ok(wanted) => tray::change(daemon, machine, &wanted, arguments).await,
             Err(error) => Err(error),
         },
+        "block-latency-histogram-set" => statistics::set_histograms(machine, arguments),
         "block_set_io_throttle" => set_io_throttle(daemon, machine, arguments),
         _ => return None,
     })

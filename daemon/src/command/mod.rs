@@ -15,6 +15,7 @@ pub mod mirror;
 pub mod object;
 pub mod query;
 pub mod snapshot;
+pub mod statistics;
 pub mod transaction;
 
 use underlay_qmp::json::{Object, Value};
@@ -78,7 +79,7 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
         "query-qmp-schema" => schema::introspect::query_qmp_schema(daemon.program()),
         "query-named-block-nodes" => query::named_block_nodes(daemon, arguments.flag("flat", false)),
         "query-block" => query::block(daemon),
-        "query-blockstats" => query::blockstats(daemon, arguments.flag("query-nodes", false)),
+        "query-blockstats" => statistics::blockstats(daemon, arguments.flag("query-nodes", false)),
         "x-debug-query-block-graph" => query::block_graph(daemon),
         "x-debug-block-dirty-bitmap-sha256" => return Some(bitmap::sha256(daemon, arguments)),
         "query-jobs" => job::query_jobs(daemon),

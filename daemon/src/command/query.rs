@@ -1,4 +1,4 @@
-//! What the graph looks like: query-named-block-nodes, query-block, query-blockstats, x-debug-query-block-graph.
+//! What the graph looks like: query-named-block-nodes, query-block, x-debug-query-block-graph.
 //!
 //! Queries read the plan in force and never wait for a change of it.
 
@@ -194,7 +194,8 @@ pub fn block(daemon: &Daemon) -> Value {
     Value::List(shown_backends(daemon).iter().map(|backend| block_info(&wires, backend)).collect())
 }
 
-fn shown_backends(daemon: &Daemon) -> Vec<Backend> {
+/// The backends that queries tell of.
+pub fn shown_backends(daemon: &Daemon) -> Vec<Backend> {
     let backends = daemon.machine.iter().flat_map(|machine| machine.devices.backends());
     backends.filter(|backend| !backend.name.is_empty() || backend.device.is_some()).collect()
 }
@@ -321,84 +322,4 @@ fn graph_edge(parent: u64, child: u64, name: &str, required: Perms, shared: Perm
     object.insert("perm", perms(required));
     object.insert("shared-perm", perms(shared));
     Value::Object(object)
-}
-
-/// query-blockstats: per node when asked for, else per backend.
-pub fn blockstats(daemon: &Daemon, query_nodes: bool) -> Value {
-    let plan = daemon.graph.plan();
-    if query_nodes {
-        return Value::List(plan.nodes().map(|(id, _)| node_stats(&plan, id, 0)).collect());
-    }
-    Value::List(shown_backends(daemon).iter().map(|backend| backend_stats(&plan, backend)).collect())
-}
-
-fn backend_stats(plan: &Plan, backend: &Backend) -> Value {
-    let disk = backend.disk(plan);
-    let below = disk.map_or(Value::Null, |disk| node_stats_with_backing(plan, disk));
-    let mut object = if let Value::Object(object) = below { object } else { Object::new() };
-    let mut stats = device_stats(disk.map_or(0, |disk| plan.node(disk).highest_write()));
-    backend.io.stats().describe(&mut stats);
-    object.insert("device", &*backend.name);
-    object.insert("stats", Value::Object(stats));
-    if let Some(shown) = &backend.device {
-        object.insert("qdev", &*shown.qdev);
-    }
-    Value::Object(object)
-}
-
-/// Statistics of an image with those of the images below it. Built from the bottom up: chains may be long.
-fn node_stats_with_backing(plan: &Plan, id: NodeId) -> Value {
-    let mut below = None;
-    let chain: Vec<_> = plan.chain(id).take(MAX_STATS_DEPTH as usize).collect();
-    for id in chain.into_iter().rev() {
-        let mut stats = node_stats(plan, id, 0);
-        if let (Value::Object(object), Some(below)) = (&mut stats, below.take()) {
-            object.insert("backing", below);
-        }
-        below = Some(stats);
-    }
-    below.unwrap_or(Value::Null)
-}
-
-/// How deep the statistics of what is below are nested.
-const MAX_STATS_DEPTH: u32 = 1000;
-
-fn node_stats(plan: &Plan, id: NodeId, depth: u32) -> Value {
-    let node = plan.node(id);
-    let mut object = Object::new();
-    object.insert("node-name", text(node.name.as_str()));
-    object.insert("stats", Value::Object(device_stats(node.highest_write())));
-    if matches!(node.node.driver(), "file" | "host_device") {
-        let mut specific = Object::new();
-        specific.insert("driver", text(node.node.driver()));
-        for count in ["discard-nb-ok", "discard-nb-failed", "discard-bytes-ok"] {
-            specific.insert(count, Value::Int(0));
-        }
-        object.insert("driver-specific", Value::Object(specific));
-    }
-    if let Some(file) = node.child(Role::File).filter(|_| depth < MAX_STATS_DEPTH) {
-        object.insert("parent", node_stats(plan, file, depth + 1));
-    }
-    Value::Object(object)
-}
-
-/// The counters that QEMU keeps for devices; nodes have them too, and all but one stay at zero there.
-fn device_stats(highest_write: u64) -> Object {
-    let mut object = Object::new();
-    for kind in ["rd", "wr", "flush", "unmap", "zone_append"] {
-        let plural = if kind == "zone_append" { "zone_append" } else { kind };
-        object.insert(&format!("{plural}_operations"), Value::Int(0));
-        object.insert(&format!("{plural}_total_time_ns"), Value::Int(0));
-        object.insert(&format!("failed_{plural}_operations"), Value::Int(0));
-        object.insert(&format!("invalid_{plural}_operations"), Value::Int(0));
-        if kind != "flush" {
-            object.insert(&format!("{plural}_bytes"), Value::Int(0));
-            object.insert(&format!("{plural}_merged"), Value::Int(0));
-        }
-    }
-    object.insert("wr_highest_offset", int(highest_write));
-    object.insert("account_invalid", Value::Bool(false));
-    object.insert("account_failed", Value::Bool(false));
-    object.insert("timed_stats", Value::List(Vec::new()));
-    object
 }

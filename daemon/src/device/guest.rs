@@ -3,11 +3,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_drivers::throttle::{Direction, Group, Member};
-use underlay_exports::{Guest, Operation, Verdict};
+use underlay_exports::{Guest, Operation, Took, Verdict};
 use underlay_graph::{Graph, IoError, Result, RootId};
 use underlay_jobs::{Action, IoStatus, OnError};
 use underlay_qmp::json::Object;
@@ -63,9 +62,7 @@ struct State {
     policies: Policies,
     /// How the last error went that has stopped the machine, if it has not been continued since.
     status: Option<IoStatus>,
-    copy_on_read: bool,
     member: Option<Arc<Member>>,
-    stats: Stats,
 }
 
 /// What all guests of a device share.
@@ -74,13 +71,25 @@ pub struct GuestIo {
     graph: Arc<Graph>,
     events: Arc<EventBus>,
     running: Arc<Running>,
+    stats: Stats,
+    copy_on_read: AtomicBool,
+    /// Whether there is a member in the state.
+    is_limited: AtomicBool,
     state: Mutex<State>,
 }
 
 impl GuestIo {
     /// Of a device in that machine.
     pub fn new(graph: Arc<Graph>, events: Arc<EventBus>, running: Arc<Running>) -> Arc<Self> {
-        Arc::new(Self { graph, events, running, state: Mutex::default() })
+        Arc::new(Self {
+            graph,
+            events,
+            running,
+            stats: Stats::default(),
+            copy_on_read: AtomicBool::new(false),
+            is_limited: AtomicBool::new(false),
+            state: Mutex::default(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -104,7 +113,7 @@ impl GuestIo {
 
     /// Whether what guests read from below the image is copied into it from now on.
     pub fn set_copy_on_read(&self, copy_on_read: bool) {
-        self.state().copy_on_read = copy_on_read;
+        self.copy_on_read.store(copy_on_read, Ordering::Relaxed);
     }
 
     /// What is done about errors.
@@ -123,14 +132,17 @@ impl GuestIo {
     }
 
     /// What was done so far.
-    pub fn stats(&self) -> Stats {
-        self.state().stats
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 
     /// Its limits are those of a group from now on; nothing: there are none.
     pub fn set_group(&self, group: Option<Arc<Group>>) {
-        let before =
-            std::mem::replace(&mut self.state().member, group.map(|group| Arc::new(Member::new(group))));
+        let before = {
+            let mut state = self.state();
+            self.is_limited.store(group.is_some(), Ordering::Release);
+            std::mem::replace(&mut state.member, group.map(|group| Arc::new(Member::new(group))))
+        };
         // Who waits there waits no longer.
         if let Some(before) = before {
             before.hurry(true);
@@ -143,6 +155,9 @@ impl GuestIo {
     }
 
     fn member(&self) -> Option<Arc<Member>> {
+        if !self.is_limited.load(Ordering::Acquire) {
+            return None;
+        }
         self.state().member.clone()
     }
 
@@ -240,12 +255,16 @@ impl Guest for Attached {
     }
 
     fn copies_on_read(&self) -> bool {
-        self.io.state().copy_on_read
+        self.io.copy_on_read.load(Ordering::Relaxed)
     }
 
-    fn done(&self, operation: Operation, bytes: u64, took: Duration, result: &Result<()>) -> Verdict {
+    fn refused(&self, operation: Operation) {
+        self.io.stats.count_invalid(operation);
+    }
+
+    fn done(&self, operation: Operation, bytes: u64, when: Took, result: &Result<()>) -> Verdict {
         self.io.running.leave();
-        self.io.state().stats.count(operation, bytes, took, result.is_ok());
+        self.io.stats.count(operation, bytes, when, result.is_ok());
         match result {
             // Nothing is wrong with a disk that has gone, nor with one that cannot do what could be done in another way.
             Err(error) if ![IoError::ECANCELED, IoError::ENOTSUP].contains(error) => {
@@ -294,7 +313,7 @@ mod tests {
         assert!(look(quiet.as_mut()).is_pending());
         let mut next = pin!(guest.admit(Operation::Read, 512));
         assert!(look(next.as_mut()).is_pending());
-        assert_eq!(guest.done(Operation::Write, 512, Duration::ZERO, &Ok(())), Verdict::Tell);
+        assert_eq!(guest.done(Operation::Write, 512, Took::default(), &Ok(())), Verdict::Tell);
         assert!(look(quiet.as_mut()).is_ready());
         drop(guest.give_up());
         assert_eq!(look(next.as_mut()), Poll::Ready(Err(IoError::ECANCELED)));
@@ -320,14 +339,14 @@ mod tests {
             guest.io.set_policies(Policies { read: Report, write: policy });
             assert!(running.enter());
             let result = Err(error.clone());
-            assert_eq!(guest.done(Operation::Discard, 1, Duration::ZERO, &result), verdict, "{policy:?}");
+            assert_eq!(guest.done(Operation::Discard, 1, Took::default(), &result), verdict, "{policy:?}");
             assert_eq!(guest.io.status(), status, "{policy:?}");
             let stopped = verdict == Verdict::Again;
             assert_eq!(running.state() == RunState::IoError, stopped, "{policy:?}");
             assert!(running.enter() || stopped);
-            assert_eq!(guest.done(Operation::Read, 1, Duration::ZERO, &result), Verdict::Tell);
+            assert_eq!(guest.done(Operation::Read, 1, Took::default(), &result), Verdict::Tell);
             let unsupported = Err(IoError::ENOTSUP);
-            assert_eq!(guest.done(Operation::Write, 1, Duration::ZERO, &unsupported), Verdict::Tell);
+            assert_eq!(guest.done(Operation::Write, 1, Took::default(), &unsupported), Verdict::Tell);
         }
     }
 }

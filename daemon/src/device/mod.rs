@@ -13,6 +13,7 @@
 
 pub mod given;
 pub mod guest;
+pub mod latency;
 pub mod model;
 pub mod plug;
 pub mod stats;
@@ -146,6 +147,21 @@ impl Devices {
             None => backend.device.as_ref().is_some_and(|shown| shown.path == id),
         };
         table.backends.iter().find(is_it).cloned()
+    }
+
+    /// What has its disk at that place, or in the device of that name itself: not what is in a device within. `Err`: there is
+    /// such a device, without a disk of its own.
+    pub fn at(&self, id: &str) -> Result<Option<Backend>, ()> {
+        let device = self.device(id);
+        let table = self.table();
+        let is_there = |backend: &&Backend| backend.device.as_ref().is_some_and(|shown| shown.path == id);
+        if let Some(backend) = table.backends.iter().find(is_there) {
+            return Ok(Some(backend.clone()));
+        }
+        let Some(device) = device else { return Ok(None) };
+        let own = device.backend.filter(|_| !device.model.is_virtio());
+        let backend = own.and_then(|own| table.backends.iter().find(|backend| backend.id == own));
+        backend.cloned().map(Some).ok_or(())
     }
 
     /// The backend that a name means: its own, or that of its device.

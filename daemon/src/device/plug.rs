@@ -184,6 +184,12 @@ fn settle(backend: &mut Backend, given: &Given) {
         Some("off") => backend.writethrough = true,
         _ => {}
     }
+    let accounts = |name: &str| match given.text(name) {
+        Some("on") => Some(true),
+        Some("off") => Some(false),
+        _ => None,
+    };
+    backend.io.stats().account(accounts("account-failed"), accounts("account-invalid"));
     let mut policies = backend.io.policies();
     if let Some(policy) = given.text("rerror").and_then(on_error) {
         policies.read = policy;

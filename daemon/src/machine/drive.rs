@@ -15,6 +15,7 @@ use underlay_qmp::json::{Object, Value};
 
 use super::Machine;
 use super::args::{DriveWords, Typed};
+use super::intervals;
 use crate::device::guest::{Policies, on_error};
 use crate::device::{BackendId, plug};
 use crate::error::{CommandError, CommandResult};
@@ -98,6 +99,8 @@ pub async fn open(
         return Err(CommandError::new(format!("Device with id '{name}' already exists")));
     }
     crate::command::machine::check_backend_name(&daemon.graph.plan(), &name)?;
+    let accounts = (words.flag("stats-account-failed")?, words.flag("stats-account-invalid")?);
+    let intervals = intervals::seconds(intervals::take(&mut words.0))?;
     let policies = policies(&mut words)?;
     let limits = limits(&mut words)?;
     let group = words.text("throttling.group");
@@ -121,6 +124,9 @@ pub async fn open(
         return Err(error);
     }
     machine.devices.edit(backend, |backend| {
+        let stats = backend.io.stats();
+        stats.account(accounts.0, accounts.1);
+        intervals.into_iter().for_each(|seconds| stats.add_interval(seconds));
         (backend.modes, backend.read_only, backend.writethrough) = (modes, read_only, modes.writethrough);
         backend.io.set_policies(policies);
         backend.io.set_copy_on_read(modes.copy_on_read && !read_only);

@@ -6,6 +6,7 @@ mod compat;
 mod drive;
 mod help;
 pub mod hot;
+mod intervals;
 mod options;
 pub mod running;
 mod set_up;

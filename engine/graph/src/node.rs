@@ -229,6 +229,10 @@ pub trait Node: Debug + Send + Sync {
     fn allocated_size(&self) -> Option<u64> {
         None
     }
+    /// What the node itself has counted, by the names that statistics have for it.
+    fn counts(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
     /// What the node tells about its image.
     fn image_info(&self) -> ImageInfo {
         ImageInfo::default()

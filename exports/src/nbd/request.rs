@@ -14,7 +14,7 @@ use underlay_sys::Iov;
 
 use super::export::Context;
 use super::outbox::{Batch, Outbox};
-use crate::guest::Way;
+use crate::guest::{Operation, Way};
 
 /// Zeroes are looked for in blocks of this many bytes.
 const GRAIN: u64 = 64 << 10;
@@ -124,7 +124,10 @@ impl Session {
     ) {
         let outcome = match self.check(&request) {
             Ok(()) => self.carry_out(&request, payload).await,
-            Err(failure) => Err(failure),
+            Err(failure) => {
+                self.count_refused(&request);
+                Err(failure)
+            }
         };
         outbox.push(Some(permit), |batch| match outcome {
             Ok(answer) => self.answer(&request, answer, batch),
@@ -140,7 +143,19 @@ impl Session {
         permit: Option<OwnedSemaphorePermit>,
         text: &str,
     ) {
+        self.count_refused(request);
         outbox.push(permit, |batch| self.fail(request, &Failure::invalid(text), batch));
+    }
+
+    fn count_refused(&self, request: &Request) {
+        let operation = match request.command {
+            command::READ | command::CACHE => Operation::Read,
+            command::WRITE | command::WRITE_ZEROES => Operation::Write,
+            command::FLUSH => Operation::Flush,
+            command::TRIM => Operation::Discard,
+            _ => return,
+        };
+        self.disk.refused(operation);
     }
 
     fn chunks(&self, request: &Request) -> Chunks {

@@ -83,8 +83,28 @@ pub struct FileNode {
     /// A flush has failed: what was written before may be lost, and no later flush may say otherwise.
     lost_writes: AtomicBool,
     known: Mutex<Known>,
+    discards: Discards,
     /// Nobody writes to the file, and a lock sees to it.
     holes_stay: AtomicBool,
+}
+
+/// What became of discards.
+#[derive(Debug, Default)]
+struct Discards {
+    done: AtomicU64,
+    failed: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Discards {
+    fn count(&self, bytes: u64, went_well: bool) {
+        if went_well {
+            self.done.fetch_add(1, Ordering::Relaxed);
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        } else {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Most runs that are remembered.
@@ -194,6 +214,7 @@ impl FileNode {
             length: AtomicU64::new(length),
             growth: RwLock::new(()),
             lost_writes: AtomicBool::new(false),
+            discards: Discards::default(),
             known: Mutex::default(),
             holes_stay: AtomicBool::new(false),
         })
@@ -383,6 +404,7 @@ impl Node for FileNode {
             return Ok(());
         }
         let punched = self.file().allocate(Allocate::PunchHole, range.start(), range.len()).await;
+        self.discards.count(range.len(), punched.is_ok());
         self.forget_data();
         match punched.map_err(unsupported) {
             Err(error) if error == IoError::ENOTSUP => Ok(()),
@@ -533,6 +555,12 @@ impl Node for FileNode {
 
     fn allocated_size(&self) -> Option<u64> {
         self.file().allocated_bytes().ok()
+    }
+
+    fn counts(&self) -> Vec<(&'static str, u64)> {
+        let Discards { done, failed, bytes } = &self.discards;
+        let counts = [("discard-nb-ok", done), ("discard-nb-failed", failed), ("discard-bytes-ok", bytes)];
+        counts.map(|(name, count)| (name, count.load(Ordering::Relaxed))).to_vec()
     }
 
     fn image_info(&self) -> ImageInfo {

@@ -30,6 +30,11 @@ pub(super) static COMMANDS: &[Command] = &[
         returns: Type::Object(&NOTHING),
     },
     Command { name: "eject", arguments: &OPEN_TRAY_ARG, returns: Type::Object(&NOTHING) },
+    Command {
+        name: "block-latency-histogram-set",
+        arguments: &LATENCY_HISTOGRAM_ARG,
+        returns: Type::Object(&NOTHING),
+    },
     Command { name: "block_set_io_throttle", arguments: &IO_THROTTLE_ARG, returns: Type::Object(&NOTHING) },
 ];
 
@@ -199,3 +204,16 @@ static BLOCK_IO_ERROR_DATA: Object = Object {
 
 static HUMAN_MONITOR_ARG: Object =
     Object { members: &[req("command-line", Type::Str), opt("cpu-index", Type::Int)], tag: None, cases: &[] };
+
+static LATENCY_HISTOGRAM_ARG: Object = Object {
+    members: &[
+        req("id", Type::Str),
+        opt("boundaries", Type::List(&Type::U64)),
+        opt("boundaries-read", Type::List(&Type::U64)),
+        opt("boundaries-write", Type::List(&Type::U64)),
+        opt("boundaries-zap", Type::List(&Type::U64)),
+        opt("boundaries-flush", Type::List(&Type::U64)),
+    ],
+    tag: None,
+    cases: &[],
+};
