@@ -217,3 +217,8 @@ fn taking_internal_snapshots() {
 fn internal_snapshots() {
     compare("internal_snapshots");
 }
+
+#[test]
+fn write_threshold() {
+    compare("write_threshold");
+}

@@ -2,6 +2,14 @@
 
 use underlay_qmp::json::{Object, Value};
 
+fn unsigned(value: &Value) -> Option<u64> {
+    match value {
+        Value::Int(number) => Some(number.cast_unsigned()),
+        Value::UInt(number) => Some(*number),
+        _ => None,
+    }
+}
+
 /// Arguments whose names and types the description of the command vouches for.
 #[derive(Debug)]
 pub struct Arguments {
@@ -44,6 +52,11 @@ impl Arguments {
         }
     }
 
+    /// A number without a sign; a negative one counts from the end of the range, as the reference has it.
+    pub fn unsigned(&mut self, name: &str) -> u64 {
+        self.object.remove(name).as_ref().and_then(unsigned).unwrap_or(0)
+    }
+
     /// An object that may be there.
     pub fn object(&mut self, name: &str) -> Option<Arguments> {
         match self.object.remove(name) {
@@ -62,15 +75,10 @@ impl Arguments {
         objects.collect()
     }
 
-    /// A list of numbers without a sign that may be there; negative ones count from the end of the range, as the reference has it.
+    /// A list of such numbers that may be there.
     pub fn numbers(&mut self, name: &str) -> Option<Vec<u64>> {
         let Some(Value::List(list)) = self.object.remove(name) else { return None };
-        let numbers = list.into_iter().filter_map(|value| match value {
-            Value::Int(number) => Some(number.cast_unsigned()),
-            Value::UInt(number) => Some(number),
-            _ => None,
-        });
-        Some(numbers.collect())
+        Some(list.iter().filter_map(unsigned).collect())
     }
 
     /// Whether an argument was given.

@@ -1,4 +1,4 @@
-//! Nodes come, go and change: blockdev-add, blockdev-del, change-backing-file, block_resize.
+//! Nodes come, go and change: blockdev-add, blockdev-del, change-backing-file, block_resize, block-set-write-threshold.
 
 use async_trait::async_trait;
 use underlay_drivers::reopen::{self, Reopening};
@@ -61,6 +61,20 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         Ok(())
     };
     Ok(daemon.graph.change(edit).await?)
+}
+
+/// block-set-write-threshold: an event when a node is written to beyond that many bytes; 0: none any more.
+pub fn set_write_threshold(daemon: &Daemon, node_name: &str, at: u64) -> CommandResult<()> {
+    let plan = daemon.graph.plan();
+    let not_found = || CommandError::new(format!("Device '{node_name}' not found"));
+    let node = plan.node(plan.find(node_name).ok_or_else(not_found)?);
+    let (events, name) = (daemon.events.clone(), node_name.to_owned());
+    let crossed = move |exceeded: u64| {
+        let data = Object::new().with("node-name", name).with("amount-exceeded", exceeded);
+        events.emit("BLOCK_WRITE_THRESHOLD", data.with("write-threshold", at));
+    };
+    node.set_write_threshold(at, Box::new(crossed));
+    Ok(())
 }
 
 /// blockdev-reopen: other options for several nodes, for all or for none.

@@ -116,6 +116,10 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         }
         "blockdev-snapshot-internal-sync" => internal_snapshot::take(daemon, &mut arguments).await?,
         "transaction" => transaction::transaction(daemon, &mut arguments).await?,
+        "block-set-write-threshold" => {
+            let node_name = arguments.text("node-name");
+            blockdev::set_write_threshold(daemon, &node_name, arguments.unsigned("write-threshold"))?;
+        }
         "change-backing-file" => {
             let (device, image) = (arguments.text("device"), arguments.text("image-node-name"));
             blockdev::change_backing_file(daemon, &device, &image, &arguments.text("backing-file")).await?;

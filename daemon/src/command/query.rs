@@ -59,9 +59,11 @@ fn block_device_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
     if let Some(backing) = view.child(Role::Backing).filter(|_| node.node.kind() != Kind::Filter) {
         object.insert("backing_file", text(filename::of(backing)));
     }
-    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
+    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
         object.insert(limit, Value::Int(0));
     }
+    // The reference shows it with a sign.
+    object.insert("write_threshold", Value::Int(node.write_threshold().cast_signed()));
     object.insert("cache", Value::Object(cache));
     if !node.bitmaps.is_empty() {
         let bitmaps = node.bitmaps.iter().rev().map(dirty_bitmap).collect();

@@ -13,6 +13,7 @@ use crate::chain::Reliers;
 use crate::error::Result;
 use crate::node::WriteFlags;
 use crate::range_lock::{Mode, RangeGuard, RangeLock};
+use crate::threshold::Threshold;
 use crate::units::ByteRange;
 use crate::view::Cx;
 
@@ -21,6 +22,7 @@ use crate::view::Cx;
 pub struct Blocks {
     lock: RangeLock,
     highest: AtomicU64,
+    pub(crate) threshold: Threshold,
     pub(crate) reliers: Reliers,
     /// Nobody needs what was written.
     pub(crate) given_up: AtomicBool,

@@ -21,6 +21,7 @@ pub mod range_lock;
 pub mod reflink;
 pub mod root;
 pub mod status;
+pub mod threshold;
 pub mod units;
 pub mod view;
 

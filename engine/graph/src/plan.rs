@@ -12,6 +12,7 @@ use crate::error::{Conflict, GraphError};
 use crate::node::{Kind, Node};
 use crate::perm::{self, Access, Perms};
 use crate::root::{Door, Drained};
+use crate::threshold::Crossed;
 use crate::units::NodeName;
 use crate::view::{Role, Tracker, Trackers, View};
 
@@ -125,6 +126,16 @@ impl PlanNode {
     /// The end of the highest write to the node so far, in bytes: `wr_highest_offset`.
     pub fn highest_write(&self) -> u64 {
         self.blocks.highest()
+    }
+
+    /// `crossed` is told of the first write that goes beyond `at` bytes; at 0: nobody is. At once, also where requests run.
+    pub fn set_write_threshold(&self, at: u64, crossed: Crossed) {
+        self.blocks.threshold.set(at, crossed);
+    }
+
+    /// How far writes may go before somebody is told; 0: nobody is.
+    pub fn write_threshold(&self) -> u64 {
+        self.blocks.threshold.at()
     }
 
     /// Whether the image keeps bitmaps that can be relied on.

@@ -230,7 +230,7 @@ impl<'a> Cx<'a> {
             let may_unmap = self.view.options.detect_zeroes == DetectZeroes::Unmap;
             return self.write_zeroes(range, ZeroFlags { may_unmap, no_fallback: false }).await;
         }
-        self.announce(range).await?;
+        self.announce_write(range).await?;
         let result = if self.view.limits.request_alignment > 1 {
             align::write(self, range, from, flags).await
         } else {
@@ -250,7 +250,7 @@ impl<'a> Cx<'a> {
 
     /// Makes the range read as zeroes, by writing them where the node knows no better way.
     pub async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
-        self.announce(range).await?;
+        self.announce_write(range).await?;
         let result = self.zero(range, flags).await;
         self.wrote(range, &result);
         result
@@ -341,7 +341,7 @@ impl<'a> Cx<'a> {
         if !range.is_aligned(alignment) {
             return Err(IoError::EINVAL);
         }
-        self.announce(range).await?;
+        self.announce_write(range).await?;
         let _turn = match alignment {
             0 | 1 => None,
             _ => Some(self.view.blocks.shared(range).await),
@@ -374,6 +374,11 @@ impl<'a> Cx<'a> {
         if result.is_ok() {
             self.view.blocks.wrote_to(range.end());
         }
+    }
+
+    async fn announce_write(&self, range: ByteRange) -> Result<()> {
+        self.view.blocks.threshold.writes_to(range.end());
+        self.announce(range).await
     }
 
     /// Before a write: what shall survive a crash is told, and durable on return.

@@ -63,6 +63,11 @@ pub static COMMANDS: &[Command] = &[
         arguments: &CHANGE_BACKING_FILE_ARG,
         returns: Type::Object(&NOTHING),
     },
+    Command {
+        name: "block-set-write-threshold",
+        arguments: &BLOCK_SET_WRITE_THRESHOLD_ARG,
+        returns: Type::Object(&NOTHING),
+    },
     Command { name: "block_resize", arguments: &BLOCK_RESIZE_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "query-named-block-nodes",
@@ -151,5 +156,6 @@ pub static EVENTS: &[Event] = &[
     Event { name: "BLOCK_JOB_CANCELLED", data: &BLOCK_JOB_CANCELLED_DATA },
     Event { name: "BLOCK_JOB_ERROR", data: &BLOCK_JOB_ERROR_DATA },
     Event { name: "BLOCK_EXPORT_DELETED", data: &BLOCK_EXPORT_DELETED_DATA },
+    Event { name: "BLOCK_WRITE_THRESHOLD", data: &BLOCK_WRITE_THRESHOLD_DATA },
     Event { name: "BLOCK_IMAGE_CORRUPTED", data: &BLOCK_IMAGE_CORRUPTED_DATA },
 ];

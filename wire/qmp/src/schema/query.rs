@@ -130,6 +130,22 @@ pub(super) static BLOCK_INFO: Object = Object {
 pub(super) static QUERY_BLOCKSTATS_ARG: Object =
     Object { members: &[opt("query-nodes", Type::Bool)], tag: None, cases: &[] };
 
+pub(super) static BLOCK_SET_WRITE_THRESHOLD_ARG: Object = Object {
+    members: &[req("node-name", Type::Str), req("write-threshold", Type::U64)],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static BLOCK_WRITE_THRESHOLD_DATA: Object = Object {
+    members: &[
+        req("node-name", Type::Str),
+        req("amount-exceeded", Type::U64),
+        req("write-threshold", Type::U64),
+    ],
+    tag: None,
+    cases: &[],
+};
+
 pub(super) static BLOCK_STATS_STATS_TIMED_STATS: Object = Object {
     members: &[
         req("interval_length", Type::Int),
