@@ -159,6 +159,55 @@ fn human() {
 }
 
 #[test]
+fn human_disks() {
+    compare("human_disks");
+}
+
+/// The reference prints that elsewhere.
+#[test]
+fn what_qemu_io_says_is_for_the_monitor() {
+    let script = "!qemu-img create -q -f qcow2 a.qcow2 1M\n";
+    let lines = [
+        ("write -P 0x61 0 64k", "wrote 65536/65536 bytes at offset 0\\r\\n64 KiB, 1 ops; "),
+        ("aio_read -P 0x61 0 1k", "read 1024/1024 bytes at offset 0\\r\\n1 KiB, 1 ops; "),
+        ("read -v 0 4", "00000000:  61 61 61 61  aaaa\\r\\nread 4/4 bytes at offset 0\\r\\n"),
+        ("map", "64 KiB (0x10000) bytes     allocated at offset 0 bytes (0x0)\\r\\n960 KiB"),
+        ("length", "1 MiB\\r\\n\""),
+        ("read -P 1 0 1", "Pattern verification failed at offset 0, 1 bytes\\r\\nread 1/1"),
+        ("read -Z 0 1", "read: invalid option -- 'Z'\\r\\nread [-abCqrv]"),
+        ("read 0", "bad argument count 1 to read, expected at least 2 arguments\\r\\n\""),
+        ("read 1M 1", "read failed: Input/output error\\r\\n\""),
+        ("read 0 65M", "length cannot exceed 67108864 on a monitor, given 68157440\\r\\n\""),
+        ("reopen -r", "reopen: Operation not supported; use blockdev-reopen\\r\\n\""),
+        ("write -s . 0 1", ".: not a regular file\\r\\n\""),
+        ("close", "command \\\"close\\\" not found\\r\\n\""),
+        ("abort", "command \\\"abort\\\" not found\\r\\n\""),
+        ("sigraise 9", "command \\\"sigraise\\\" not found\\r\\n\""),
+        ("help quit", "command quit not found\\r\\n\""),
+    ];
+    let ask = |line: &str| {
+        format!("{{\"execute\": \"human-monitor-command\", \"arguments\": {{\"command-line\": {line}}}}}\n")
+    };
+    let script = lines
+        .iter()
+        .fold(script.to_owned(), |script, (line, _)| script + &ask(&format!("\"qemu-io d \\\"{line}\\\"\"")));
+    let script = script + &ask("\"qemu-io cd \\\"info\\\"\"") + &ask("\"qemu-io v \\\"length\\\"\"");
+    let drives = ["-drive", "if=none,id=d,file=a.qcow2", "-drive", "if=none,id=cd,media=cdrom"];
+    let device = ["-device", "virtio-blk,id=v,drive=d"];
+    let folder = tempfile::tempdir().expect("a folder");
+    symlink(env!("CARGO_BIN_EXE_underlay"), folder.path().join("qemu-img")).expect("a link");
+    let arguments = [&["machine", "-S"][..], &COMMON, &drives, &device, &MONITOR].concat();
+    let said = run(env!("CARGO_BIN_EXE_underlay"), &arguments, &script, Some(folder.path()));
+    let expected = lines.iter().map(|(_, said)| *said).chain(["No medium found\\r\\n\"", "1 MiB\\r\\n\""]);
+    // The first reply is that of the negotiation.
+    for (reply, expected) in said.replies[1..].iter().zip(expected) {
+        let answer = reply.split_once("\"return\": \"").map_or("", |(_, answer)| answer);
+        assert!(answer.starts_with(expected), "{reply}, not {expected}");
+    }
+    assert_eq!(said.replies.len(), lines.len() + 3);
+}
+
+#[test]
 fn command_lines() {
     let path = path("command_lines", "txt");
     let mut lines = read_lines(&fs::read_to_string(&path).expect("lines"));

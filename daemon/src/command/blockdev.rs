@@ -4,8 +4,9 @@ use async_trait::async_trait;
 use underlay_drivers::reopen::{self, Reopening};
 use underlay_drivers::{BackingPolicy, NodeSpec};
 use underlay_graph::graph::LastStep;
-use underlay_graph::plan::{NewRoot, Wires};
-use underlay_graph::{BackingRef, GraphError, NodeId, Perms, Plan, Preallocation, Role};
+use underlay_graph::plan::Wires;
+use underlay_graph::resize;
+use underlay_graph::{BackingRef, GraphError, NodeId, Plan, Preallocation, Role};
 use underlay_qmp::json::Object;
 
 use super::arguments::Arguments;
@@ -97,27 +98,16 @@ pub async fn reopen(daemon: &Daemon, nodes: Vec<Arguments>) -> CommandResult<()>
     }
 }
 
-/// A node's own method called between two wirings, while no request is inside.
-enum Held {
-    Resize(NodeId, u64),
-    SetBacking(NodeId, BackingRef),
-}
+/// Rewrites what an image says of its backing file, while no request is inside.
+struct SetBacking(NodeId, BackingRef);
 
 #[async_trait]
-impl LastStep for Held {
+impl LastStep for SetBacking {
     async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        match *self {
-            Self::Resize(id, size) => {
-                let view = new.view(id);
-                let resized = view.node().resize(&view.cx(), size, Preallocation::Off).await;
-                Ok(resized?)
-            }
-            Self::SetBacking(id, backing) => {
-                let view = new.view(id);
-                view.cx().flush().await?;
-                Ok(view.node().set_backing_ref(&view.cx(), Some(backing)).await?)
-            }
-        }
+        let Self(id, backing) = *self;
+        let view = new.view(id);
+        view.cx().flush().await?;
+        Ok(view.node().set_backing_ref(&view.cx(), Some(backing)).await?)
     }
 }
 
@@ -136,38 +126,11 @@ pub async fn resize(
     let id = names.device_or_node(&plan, device, node_name)?;
     let size = u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
     names.not_busy(&plan, id)?;
-    let name = plan.node(id).name.clone();
-    let edit = move |plan: &mut Plan| {
-        // The node may have gone since it was looked up.
-        let id = plan.find(name.as_str()).ok_or_else(|| GraphError::NodeNotFound(name.to_string()))?;
-        let root = plan.add_root(NewRoot {
-            user: UNNAMED_USER.to_owned(),
-            role: "root",
-            node: id,
-            required: Perms::RESIZE,
-            shared: Perms::ALL,
-            pinned: true,
-            drained: None,
-        });
-        if plan.node(id).read_only {
-            return Err(GraphError::ReadOnly);
-        }
-        if size > MAX_LENGTH {
-            return Err(GraphError::new(format!("offset({size}) exceeds maximum({MAX_LENGTH})")));
-        }
-        plan.touch(id);
-        let step: Box<dyn LastStep> = Box::new(Held::Resize(id, size));
-        Ok((root, Some(step)))
-    };
-    let root = daemon.graph.change_with(edit).await?;
-    daemon
-        .graph
-        .change(|plan| {
-            plan.remove_root(root);
-            Ok(())
-        })
-        .await?;
-    Ok(())
+    if size > MAX_LENGTH && !plan.node(id).read_only {
+        return Err(CommandError::new(format!("offset({size}) exceeds maximum({MAX_LENGTH})")));
+    }
+    drop(plan);
+    Ok(resize::resize(&daemon.graph, id, size, Preallocation::Off, UNNAMED_USER).await?)
 }
 
 /// change-backing-file: rewrites only what the image says, not the wiring.
@@ -203,7 +166,7 @@ pub async fn change_backing_file(
             plan.set_read_only(image, false);
         }
         plan.touch(image);
-        let step: Box<dyn LastStep> = Box::new(Held::SetBacking(image, backing));
+        let step: Box<dyn LastStep> = Box::new(SetBacking(image, backing));
         Ok(((), Some(step)))
     };
     daemon.graph.change_with(edit).await?;

@@ -116,6 +116,11 @@ impl GuestIo {
         self.copy_on_read.store(copy_on_read, Ordering::Relaxed);
     }
 
+    /// Whether what is read from below the image is copied into it.
+    pub fn copies_on_read(&self) -> bool {
+        self.copy_on_read.load(Ordering::Relaxed)
+    }
+
     /// What is done about errors.
     pub fn policies(&self) -> Policies {
         self.state().policies
@@ -255,7 +260,7 @@ impl Guest for Attached {
     }
 
     fn copies_on_read(&self) -> bool {
-        self.io.copy_on_read.load(Ordering::Relaxed)
+        self.io.copies_on_read()
     }
 
     fn refused(&self, operation: Operation) {

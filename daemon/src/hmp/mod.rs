@@ -3,6 +3,7 @@
 //! [`readline`] takes what is typed, [`parse`] reads a line by the descriptions in [`table`], [`run`] does what it says with the handlers of
 //! QMP's commands, and [`show`] has the words for the answers.
 
+mod disks;
 mod parse;
 mod readline;
 mod run;

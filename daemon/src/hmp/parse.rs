@@ -29,6 +29,9 @@ pub fn arguments(name: &str, description: &str, typed: &str) -> Result<Object, S
         if is_optional && text.0.is_empty() {
             continue;
         }
+        if kind == "p" && !text.is_size() {
+            continue;
+        }
         let value = text.value(kind).map_err(|wrong| match wrong {
             Wrong::Missing(what) => format!("{name}: {what} expected"),
             Wrong::Text(text) => text,
@@ -79,6 +82,11 @@ impl Text<'_> {
         if comes { Ok(false) } else { Err(letter) }
     }
 
+    /// Whether what is next can be read as a size.
+    fn is_size(&self) -> bool {
+        Text(self.0).size().is_some()
+    }
+
     fn value(&mut self, kind: &str) -> Result<Value, Wrong> {
         let string = |text: Option<String>, what| text.map(Value::Str).ok_or(Wrong::Missing(what));
         match kind {
@@ -87,7 +95,7 @@ impl Text<'_> {
             "S" if self.0.is_empty() => Err(Wrong::Missing("string")),
             "S" => Ok(Value::Str(std::mem::take(&mut self.0).to_owned())),
             "O" => Ok(Value::Str(self.string().unwrap_or_default())),
-            "o" => self.size().map(Value::from).ok_or(Wrong::Text("invalid size".to_owned())),
+            "o" | "p" => self.size().map(Value::from).ok_or(Wrong::Text("invalid size".to_owned())),
             "l" => {
                 let mut sum = Expression(self.0);
                 let number = sum.sum(0).map_err(Wrong::Text)?;
@@ -289,6 +297,10 @@ mod tests {
         assert_eq!(parsed("device:B,size:o", "d0 1Mx"), "cmd: extraneous characters at the end of line");
         assert_eq!(parsed("size:o", "1.5G"), r#"{"size": 1610612736}"#);
         assert_eq!(parsed("size:o", "9223372036854775807b"), r#"{"size": 9223372036854775807}"#);
+        let stream = "device:B,speed:p?,base:s?";
+        assert_eq!(parsed(stream, "d0 A"), r#"{"device": "d0", "base": "A"}"#);
+        assert_eq!(parsed(stream, "d0 0 A"), r#"{"device": "d0", "speed": 0, "base": "A"}"#);
+        assert_eq!(parsed(stream, "d0 A B"), "cmd: extraneous characters at the end of line");
         let block = "nodes:-n,verbose:-v,device:B?";
         assert_eq!(parsed(block, "-v d1"), r#"{"verbose": true, "device": "d1"}"#);
         assert_eq!(parsed(block, "-v -n"), r#"{"verbose": true, "device": "-n"}"#);

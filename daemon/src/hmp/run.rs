@@ -6,7 +6,7 @@ use underlay_qmp::option_list;
 use underlay_qmp::session::Request;
 
 use super::table::{COMMANDS, INFO, Line};
-use super::{parse, show};
+use super::{disks, parse, show};
 use crate::command;
 use crate::device::given::Input;
 use crate::device::{self, plug};
@@ -102,6 +102,7 @@ async fn run(daemon: &Daemon, name: &str, arguments: &Object) -> CommandResult<S
         }
         "change" => change(daemon, &given).await,
         "eject" => tell(daemon, "eject", device().with("force", given.flag("force"))).await,
+        "commit" => disks::commit(daemon, given.text("device").unwrap_or_default()).await,
         "device_add" => device_add(daemon, given.text("device").unwrap_or_default()).await,
         "device_del" => tell(daemon, "device_del", given.pass(&["id"])).await,
         // What these two say of errors the reference says without a word in front.
@@ -127,6 +128,11 @@ async fn run(daemon: &Daemon, name: &str, arguments: &Object) -> CommandResult<S
             tell(daemon, "nbd-server-remove", given.pass(&["name"]).with("mode", mode)).await
         }
         "nbd_server_stop" => tell(daemon, "nbd-server-stop", Object::new()).await,
+        "qemu-io" => {
+            let (name, line) = (given.text("device"), given.text("command"));
+            let (name, line) = (name.unwrap_or_default(), line.unwrap_or_default());
+            disks::qemu_io(daemon, name, given.flag("qdev"), line).await
+        }
         "snapshot_blkdev" => {
             if given.text("snapshot-file").is_none() {
                 // The reference says it so.
@@ -150,7 +156,7 @@ fn plainly(error: CommandError) -> String {
     format!("{}\n", error.in_full())
 }
 
-fn machine(daemon: &Daemon) -> CommandResult<&Machine> {
+pub fn machine(daemon: &Daemon) -> CommandResult<&Machine> {
     daemon.machine.as_deref().ok_or_else(|| CommandError::new("There is no machine"))
 }
 

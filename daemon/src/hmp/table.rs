@@ -9,6 +9,7 @@
 //! | `O` | a list of options, or nothing |
 //! | `l` | a number, or a sum of numbers |
 //! | `o` | a size in MiB, or with a suffix |
+//! | `p` | the same, or nothing if what is there is no size |
 //! | `-x` | the flag `-x` |
 //!
 //! With `?` behind it an argument may be left out.
@@ -80,7 +81,7 @@ pub static COMMANDS: &[Line] = &[
     ),
     line(
         "block_stream",
-        "device:B,speed:o?,base:s?",
+        "device:B,speed:p?,base:s?",
         "device [speed [base]]",
         "copy data from a backing file into a block device",
     ),
@@ -89,6 +90,12 @@ pub static COMMANDS: &[Line] = &[
         "device:B,force:-f,target:F,arg:s?,read-only-mode:s?",
         "device [-f] filename [format [read-only-mode]]",
         "change a removable medium, optional format, use -f to force the operation",
+    ),
+    line(
+        "commit",
+        "device:B",
+        "device|all",
+        "commit changes to the disk images (if -snapshot is used) or backing files",
     ),
     line("cont|c", "", "", "resume emulation"),
     line(
@@ -161,6 +168,13 @@ pub static COMMANDS: &[Line] = &[
         "serve block devices on the given host and port",
     ),
     line("nbd_server_stop", "", "nbd_server_stop", "stop serving block devices using the NBD protocol"),
+    line(
+        "qemu-io",
+        "qdev:-d,device:B,command:s",
+        "[-d] [device] \"[command]\"",
+        "run a qemu-io command on a block device\n\
+         \t\t\t-d: [device] is a device ID rather than a drive ID or node name",
+    ),
     line("quit|q", "", "", "quit the emulator"),
     line(
         "snapshot_blkdev",

@@ -112,7 +112,7 @@ impl Client {
 }
 
 /// Without what cannot be the same.
-fn blanked(line: &str) -> String {
+pub fn blanked(line: &str) -> String {
     let mut out = String::new();
     let mut rest = line;
     while let Some(at) = rest.find("#block") {

@@ -19,6 +19,7 @@ pub mod perm;
 pub mod plan;
 pub mod range_lock;
 pub mod reflink;
+pub mod resize;
 pub mod root;
 pub mod status;
 pub mod threshold;

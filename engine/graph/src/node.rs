@@ -220,6 +220,17 @@ pub trait Node: Debug + Send + Sync {
         Err(IoError::ENOTSUP)
     }
 
+    /// Whether [`Node::make_empty`] works.
+    fn can_be_emptied(&self) -> bool {
+        false
+    }
+
+    /// Removes all content, so that only what is below shows. The caller has made durable there what shall be kept, and
+    /// nobody else uses the node meanwhile.
+    async fn make_empty(&self, _cx: &Cx<'_>) -> Result<()> {
+        Err(IoError::ENOTSUP)
+    }
+
     /// The plain name that opens the same thing (`/images/a.qcow2`), when there is one; only protocols have it
     /// of their own.
     fn exact_filename(&self) -> Option<String> {

@@ -298,7 +298,13 @@ impl LastStep for CopyRest {
     }
 }
 
-async fn copy_still(top: &Cx<'_>, base: &Cx<'_>, below: NodeId, mut rest: ByteRange) -> Result<(), IoError> {
+/// Copies what the images above `below` have, while nobody else can write there.
+pub(crate) async fn copy_still(
+    top: &Cx<'_>,
+    base: &Cx<'_>,
+    below: NodeId,
+    mut rest: ByteRange,
+) -> Result<(), IoError> {
     while !rest.is_empty() {
         let found = status(top, rest, Some(below)).await?;
         let (run, later) = rest.split(found.len);

@@ -370,17 +370,20 @@ struct Grow {
 #[async_trait]
 impl LastStep for Grow {
     async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        let view = new.view(self.base);
-        let base = view.cx();
-        let grown = ByteRange::between(base.length(), self.length);
-        base.node().resize(&base, self.length, Preallocation::Off).await?;
-        // What is below may be longer, and must not show in what was behind the end.
-        let below = base.backing().map_or(0, |below| below.length());
-        if below > grown.start() {
-            base.write_zeroes(grown, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
-        }
-        Ok(())
+        Ok(lengthen(&new.view(self.base).cx(), self.length).await?)
     }
+}
+
+/// Makes `base` longer, by what reads as zeroes.
+pub(crate) async fn lengthen(base: &Cx<'_>, length: u64) -> underlay_graph::Result<()> {
+    let grown = ByteRange::between(base.length(), length);
+    base.node().resize(base, length, Preallocation::Off).await?;
+    // What is below may be longer, and must not show in what was behind the end.
+    let below = base.backing().map_or(0, |below| below.length());
+    if below > grown.start() {
+        base.write_zeroes(grown, ZeroFlags { may_unmap: true, no_fallback: false }).await?;
+    }
+    Ok(())
 }
 
 /// Chunks that fill whole clusters of the node they go to.

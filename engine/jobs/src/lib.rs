@@ -17,6 +17,7 @@ pub mod backup;
 pub mod backup_bitmap;
 pub mod chain;
 pub mod commit;
+pub mod commit_now;
 pub mod copy;
 pub mod create;
 pub mod error;

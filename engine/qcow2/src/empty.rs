@@ -110,9 +110,8 @@ impl Bare {
 }
 
 impl Qcow2 {
-    /// Removes all content, so that only what is below shows. The caller has made durable there what shall be kept, and
-    /// nobody else uses the image meanwhile. An error after which nobody knows what is on disk makes the image unusable.
-    pub async fn make_empty(&self, cx: &Cx<'_>) -> Result<()> {
+    /// See [`underlay_graph::Node::make_empty`]. An error after which nobody knows what is on disk makes the image unusable.
+    pub(crate) async fn empty(&self, cx: &Cx<'_>) -> Result<()> {
         self.begin_change(cx).await?;
         self.settle(cx).await?;
         let header = self.header();

@@ -130,6 +130,14 @@ impl Node for Qcow2 {
         self.header_mut().backing_ref()
     }
 
+    fn can_be_emptied(&self) -> bool {
+        true
+    }
+
+    async fn make_empty(&self, cx: &Cx<'_>) -> Result<()> {
+        self.empty(cx).await
+    }
+
     async fn set_backing_ref(&self, cx: &Cx<'_>, backing: Option<BackingRef>) -> Result<()> {
         self.begin_change(cx).await?;
         // The image must not rely on anything in memory once its note says something else.

@@ -8,6 +8,7 @@ use underlay_drivers::options::{Child, DriverSpec, nest};
 use underlay_drivers::protocol::file::Aio;
 use underlay_drivers::{NodeSpec, Opener};
 use underlay_graph::plan::{DetectZeroes, NewRoot, Wires};
+use underlay_graph::resize;
 use underlay_graph::{
     ByteRange, Graph, GraphError, IoError, NodeId, Perms, Plan, Preallocation, Root, RootId,
 };
@@ -56,6 +57,9 @@ pub struct Disk {
     /// The way in.
     pub root: Root,
 }
+
+/// What messages call the user of a disk.
+const USER: &str = "an unnamed block device";
 
 /// Texts are QEMU's, without the program's name; what a hint says is on a line of its own.
 type Result<T> = std::result::Result<T, String>;
@@ -208,13 +212,22 @@ impl Disk {
         let shared = request.shared;
         let edit = |plan: &mut Plan| {
             let node = plan.add(new)?;
-            let user = "an unnamed block device".to_owned();
+            let user = USER.to_owned();
             let root = NewRoot { user, role: "root", node, required, shared, pinned: false, drained: None };
             Ok((node, plan.add_root(root)))
         };
         let (node, root_id) = graph.change(edit).await.map_err(|error| graph_error(&error))?;
         let root = graph.root(root_id).ok_or("the image was closed")?;
         Ok(Self { graph, node, root_id, request, root })
+    }
+
+    /// A disk that others have open, as a root of their graph sees it: to be used, not to be closed or reopened. `None` if the
+    /// root has gone.
+    pub fn of_others(graph: &Arc<Graph>, root_id: RootId, modes: Modes) -> Option<Self> {
+        let node = graph.plan().root(root_id)?.node;
+        let root = graph.root(root_id)?;
+        let request = Request { modes, ..Request::named("") };
+        Some(Self { graph: graph.clone(), node, root_id, request, root })
     }
 
     /// How it was opened.
@@ -284,31 +297,13 @@ impl Disk {
         Reader { root: self.root.clone(), copies: self.request.modes.copy_on_read }
     }
 
-    /// Sets the length, in bytes, with the permission for it taken for as long as it lasts.
-    pub async fn resize(&self, size: u64, preallocation: Preallocation) -> std::result::Result<(), IoError> {
-        self.allow_resize(true).await.map_err(|error| IoError::EPERM.with(graph_error(&error)))?;
-        let resized = async {
-            let inside = self.root.enter().await?;
-            let cx = inside.cx();
-            cx.node().resize(&cx, size, preallocation).await
-        };
-        let resized = resized.await;
-        let given_up = self.allow_resize(false).await;
-        resized?;
-        given_up.map_err(|error| IoError::EPERM.with(graph_error(&error)))
-    }
-
-    async fn allow_resize(&self, allow: bool) -> std::result::Result<(), GraphError> {
-        let edit = |plan: &mut Plan| {
-            if let Some(root) = plan.root_mut(self.root_id) {
-                root.required = match allow {
-                    true => root.required | Perms::RESIZE,
-                    false => root.required.without(Perms::RESIZE),
-                };
-            }
-            Ok(())
-        };
-        self.graph.change(edit).await
+    /// Sets the length, in bytes.
+    pub async fn resize(
+        &self,
+        size: u64,
+        preallocation: Preallocation,
+    ) -> std::result::Result<(), GraphError> {
+        resize::resize(&self.graph, self.node, size, preallocation, USER).await
     }
 
     /// Flushes and closes it, and opens it as `request` says; if that fails, as it was before. Without a disk when

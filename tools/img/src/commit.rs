@@ -8,7 +8,6 @@ use tokio::sync::Notify;
 use underlay_drivers::filename;
 use underlay_graph::{IoError, NodeId, Role};
 use underlay_jobs::{CommitArgs, EventSink, Job, JobEvent, Jobs, Settings};
-use underlay_qcow2::Qcow2;
 use underlay_sys::rt;
 
 use crate::getopt::Known;
@@ -198,7 +197,5 @@ async fn empty(opened: &mut Image) -> Outcome {
     let failed = |error: IoError| Failure::new(format!("Could not empty {name}: {error}"));
     let inside = opened.root.enter().await.map_err(failed)?;
     let cx = inside.cx();
-    let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
-    let qcow2 = qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?;
-    qcow2.make_empty(&cx).await.map_err(failed)
+    cx.node().make_empty(&cx).await.map_err(failed)
 }

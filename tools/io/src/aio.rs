@@ -6,9 +6,8 @@ use underlay_graph::error::strerror;
 use underlay_graph::{WriteFlags, ZeroFlags};
 use underlay_sys::rt;
 
-use crate::data::{Expected, FILL, Payload, Telling, buffer, put, range, vector};
+use crate::data::{Expected, FILL, Payload, Telling, put, range, vector};
 use crate::number;
-use crate::report;
 use crate::session::{Done, Fault, Session, options};
 
 /// aio_read
@@ -18,7 +17,7 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
     for (letter, value) in options {
         match letter {
             'C' => telling.for_programs = true,
-            'i' => return invalid("read"),
+            'i' => return invalid(session, "read"),
             'P' => byte = Some(number::pattern(&value)?),
             'q' => telling.quiet = true,
             'v' => show = true,
@@ -27,20 +26,21 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
     }
     let (offset, length) = vector(&others)?;
     let range = range(offset, length, "readv")?;
-    let into = buffer(session.misalign, range.buffer_len());
+    let into = session.buffer(range.buffer_len())?;
     let reader = session.disk()?.reader();
+    let out = session.out.clone();
     let begun = Instant::now();
     session.pending.push(rt::spawn(async move {
         if let Err(error) = reader.read(range, into.clone()).await {
-            return report::line(format_args!("readv failed: {}", strerror(error.errno())));
+            return out.line(format_args!("readv failed: {}", strerror(error.errno())));
         }
         if let Some(byte) = byte {
-            Expected::all(byte, length).verify(&into, offset);
+            Expected::all(byte, length).verify(&into, offset, &out);
         }
         if show && !telling.quiet {
-            report::dump(&into, offset);
+            out.dump(&into, offset);
         }
-        telling.tell("read", range, begun);
+        telling.tell(&out, "read", range, begun);
     }));
     Ok(())
 }
@@ -54,7 +54,7 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
         match letter {
             'C' => telling.for_programs = true,
             'f' => durable = true,
-            'i' => return invalid("write"),
+            'i' => return invalid(session, "write"),
             'P' => byte = number::pattern(&value)?,
             'q' => telling.quiet = true,
             'r' => registered = true,
@@ -85,25 +85,26 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
     } else {
         let (offset, length) = vector(&others)?;
         let range = range(offset, length, "aio_write")?;
-        let from = buffer(session.misalign, range.buffer_len());
+        let from = session.buffer(range.buffer_len())?;
         from.fill(byte);
         (range, Payload::Bytes(from, WriteFlags::default()))
     };
     let disk = session.disk()?;
     let durable = durable || disk.request().modes.writethrough;
     let root = disk.root.clone();
+    let out = session.out.clone();
     let begun = Instant::now();
     session.pending.push(rt::spawn(async move {
         match put(&root, range, payload, durable).await {
-            Ok(()) => telling.tell("wrote", range, begun),
-            Err(error) => report::line(format_args!("aio_write failed: {}", strerror(error.errno()))),
+            Ok(()) => telling.tell(&out, "wrote", range, begun),
+            Err(error) => out.line(format_args!("aio_write failed: {}", strerror(error.errno()))),
         }
     }));
     Ok(())
 }
 
 /// `-i`: a request that only counts in the statistics, which this program does not keep.
-fn invalid(kind: &str) -> Done {
-    report::line(format_args!("injecting invalid {kind} request"));
+fn invalid(session: &Session, kind: &str) -> Done {
+    session.out.line(format_args!("injecting invalid {kind} request"));
     Ok(())
 }

@@ -2,13 +2,12 @@
 
 use std::time::Instant;
 
-use underlay_disk::Disk;
 use underlay_graph::error::strerror;
 use underlay_graph::{ByteRange, IoError, Root, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
 
 use crate::number::{self, LONGEST};
-use crate::report::{self, Done as Finished};
+use crate::report::{self, Done as Finished, Out};
 use crate::session::{Done, Fault, Given, Session, options};
 
 /// What writes fill with when nothing is said.
@@ -16,6 +15,9 @@ pub const FILL: u8 = 0xcd;
 /// Bytes by which buffers are off with `-m`. Source: the reference's documentation has no number; any will do that
 /// no device asks for as its alignment.
 const OFF: usize = 16;
+
+/// Longest request of a monitor that needs a buffer, in bytes: it is a part of the memory of a daemon.
+const LONGEST_OF_MONITOR: usize = 64 << 20;
 
 /// How a request that succeeded is told.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,10 +29,10 @@ pub struct Telling {
 }
 
 impl Telling {
-    pub fn tell(self, verb: &'static str, range: ByteRange, begun: Instant) {
+    pub fn tell(self, out: &Out, verb: &'static str, range: ByteRange, begun: Instant) {
         if !self.quiet {
             let done = Finished { verb, count: range.len(), offset: range.start(), took: begun.elapsed() };
-            done.print(self.for_programs);
+            done.say(out, self.for_programs);
         }
     }
 }
@@ -45,9 +47,15 @@ pub fn failed(verb: &str, error: &IoError) -> Fault {
     Fault::Plain(format!("{verb} failed: {}", strerror(error.errno())))
 }
 
-/// A buffer; off the alignment that direct I/O wants, if that is asked for.
-pub fn buffer(misalign: bool, length: usize) -> Iov {
-    if misalign { Iov::zeroed(length + OFF).slice(OFF, length) } else { Iov::zeroed(length) }
+impl Session {
+    /// A buffer; off the alignment that direct I/O wants, if that is asked for. Monitors get none that is very large.
+    pub fn buffer(&self, length: usize) -> Result<Iov, Fault> {
+        if self.is_of_monitor() && length > LONGEST_OF_MONITOR {
+            let text = format!("length cannot exceed {LONGEST_OF_MONITOR} on a monitor, given {length}");
+            return Err(Fault::Plain(text));
+        }
+        Ok(if self.misalign { Iov::zeroed(length + OFF).slice(OFF, length) } else { Iov::zeroed(length) })
+    }
 }
 
 /// The VM state of an image is a part of its format that is not written yet.
@@ -69,13 +77,13 @@ impl Expected {
     }
 
     /// Whether `bytes`, read at `offset`, are so; says it if not.
-    pub fn verify(self, bytes: &Iov, offset: u64) -> bool {
+    pub fn verify(self, bytes: &Iov, offset: u64, out: &Out) -> bool {
         let start = usize::try_from(self.start).unwrap_or(usize::MAX);
         let count = usize::try_from(self.count).unwrap_or(usize::MAX);
         let right = report::is_filled(bytes, start, count, self.byte);
         if !right {
             let place = offset.saturating_add(self.start);
-            report::line(format_args!("Pattern verification failed at offset {place}, {count} bytes"));
+            out.line(format_args!("Pattern verification failed at offset {place}, {count} bytes"));
         }
         right
     }
@@ -90,18 +98,18 @@ async fn read_range(
     show: bool,
     telling: Telling,
 ) -> Done {
-    let into = buffer(session.misalign, range.buffer_len());
+    let into = session.buffer(range.buffer_len())?;
     let begun = Instant::now();
     let read = session.disk()?.reader().read(range, into.clone()).await;
     let took = begun.elapsed();
     read.map_err(|error| failed(verb, &error))?;
-    let right = expected.is_none_or(|expected| expected.verify(&into, range.start()));
+    let right = expected.is_none_or(|expected| expected.verify(&into, range.start(), &session.out));
     if !telling.quiet {
         if show {
-            report::dump(&into, range.start());
+            session.out.dump(&into, range.start());
         }
         let done = Finished { verb: "read", count: range.len(), offset: range.start(), took };
-        done.print(telling.for_programs);
+        done.say(&session.out, telling.for_programs);
     }
     if right { Ok(()) } else { Err(Fault::Silent) }
 }
@@ -257,14 +265,14 @@ impl Writing {
         }
     }
 
-    fn payload(&self, misalign: bool, length: usize) -> Result<Payload, Fault> {
+    fn payload(&self, session: &Session, length: usize) -> Result<Payload, Fault> {
         if self.zeroes {
             let (may_unmap, no_fallback) = (self.may_unmap, self.no_fallback);
             return Ok(Payload::Zeroes(ZeroFlags { may_unmap, no_fallback }));
         }
-        let from = buffer(misalign, length);
+        let from = session.buffer(length)?;
         match &self.file {
-            Some(file) => fill_from(&from, file)?,
+            Some(file) => fill_from(session, &from, file)?,
             None => from.fill(self.byte.unwrap_or(FILL)),
         }
         Ok(Payload::Bytes(from, WriteFlags { compressed: self.compressed }))
@@ -272,8 +280,12 @@ impl Writing {
 }
 
 /// Fills a buffer with the content of a file, over and over.
-fn fill_from(buffer: &Iov, file: &str) -> Done {
+fn fill_from(session: &Session, buffer: &Iov, file: &str) -> Done {
     use std::io::Read;
+    if session.is_of_monitor() && std::fs::metadata(file).is_ok_and(|found| !found.is_file()) {
+        // A pipe would keep everybody waiting.
+        return Err(Fault::Words(format!("{file}: not a regular file")));
+    }
     let mut content = Vec::new();
     let read = std::fs::File::open(file)
         .and_then(|opened| opened.take(buffer.len() as u64).read_to_end(&mut content));
@@ -316,12 +328,12 @@ pub async fn write(session: &Session, name: &str, words: &[String]) -> Done {
     let range = range(offset, length, "write")?;
     // Only data needs a buffer; its length is limited above.
     let buffer_len = if writing.zeroes { 0 } else { range.buffer_len() };
-    let payload = writing.payload(session.misalign, buffer_len)?;
+    let payload = writing.payload(session, buffer_len)?;
     let disk = session.disk()?;
     let durable = writing.durable || disk.request().modes.writethrough;
     let begun = Instant::now();
     put(&disk.root, range, payload, durable).await.map_err(|error| failed("write", &error))?;
-    writing.telling.tell("wrote", range, begun);
+    writing.telling.tell(&session.out, "wrote", range, begun);
     Ok(())
 }
 
@@ -347,19 +359,19 @@ pub async fn writev(session: &Session, name: &str, words: &[String]) -> Done {
     }
     let (offset, length) = vector(&others)?;
     let range = range(offset, length, "writev")?;
-    let from = buffer(session.misalign, range.buffer_len());
+    let from = session.buffer(range.buffer_len())?;
     from.fill(byte);
     let disk = session.disk()?;
     let durable = durable || disk.request().modes.writethrough;
     let payload = Payload::Bytes(from, WriteFlags::default());
     let begun = Instant::now();
     put(&disk.root, range, payload, durable).await.map_err(|error| failed("writev", &error))?;
-    telling.tell("wrote", range, begun);
+    telling.tell(&session.out, "wrote", range, begun);
     Ok(())
 }
 
 /// discard
-pub async fn discard(disk: &Disk, name: &str, words: &[String]) -> Done {
+pub async fn discard(session: &Session, name: &str, words: &[String]) -> Done {
     let (options, others) = options(name, "Cq", words)?;
     let has = |wanted: char| options.iter().any(|(letter, _)| *letter == wanted);
     let telling = Telling { quiet: has('q'), for_programs: has('C') };
@@ -367,7 +379,7 @@ pub async fn discard(disk: &Disk, name: &str, words: &[String]) -> Done {
     let (offset, length) = (number::bytes(offset)?, number::length(length, "")?);
     let range = range(offset, length, "discard")?;
     let begun = Instant::now();
-    disk.root.discard(range).await.map_err(|error| failed("discard", &error))?;
-    telling.tell("discard", range, begun);
+    session.disk()?.root.discard(range).await.map_err(|error| failed("discard", &error))?;
+    telling.tell(&session.out, "discard", range, begun);
     Ok(())
 }

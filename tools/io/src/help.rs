@@ -1,23 +1,24 @@
 //! help: the commands, and what their options mean.
 
-use crate::report;
+use crate::report::Out;
 use crate::session::{Done, Fault};
 use crate::table::{self, COMMANDS};
 
 /// help
-pub fn show(name: Option<&str>) -> Done {
+pub fn show(out: &Out, of_monitor: bool, name: Option<&str>) -> Done {
     let Some(name) = name else {
-        for command in COMMANDS {
-            report::line(command.line(command.name));
+        for command in COMMANDS.iter().filter(|command| !of_monitor || command.is_of_monitors()) {
+            out.line(command.line(command.name));
         }
-        report::line("\nUse 'help commandname' for extended help.");
+        out.line("\nUse 'help commandname' for extended help.");
         return Ok(());
     };
-    let command = table::find(name).ok_or_else(|| Fault::Plain(format!("command {name} not found")))?;
-    report::line(command.line(name));
+    let command = table::find(name).filter(|command| !of_monitor || command.is_of_monitors());
+    let command = command.ok_or_else(|| Fault::Plain(format!("command {name} not found")))?;
+    out.line(command.line(name));
     if let Some(more) = more(command.name) {
-        report::line(format_args!("\n{}", more.trim_end()));
-        report::line("");
+        out.line(format_args!("\n{}", more.trim_end()));
+        out.line("");
     }
     Ok(())
 }

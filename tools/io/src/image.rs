@@ -29,7 +29,7 @@ impl Session {
     fn add_options(&self, text: &str, to: &mut Object) {
         let list = parse_options(text, None);
         for warning in list.warnings {
-            report::complain(format_args!("{}: {warning}", self.program));
+            self.out.complain(format_args!("{}: {warning}", self.program));
         }
         list.options.into_iter().for_each(|(name, value)| to.insert(&name, value));
     }
@@ -44,7 +44,7 @@ impl Session {
         if disk.is_guessed_raw()
             && let Source::Name(name) = &disk.request().source
         {
-            report::complain(underlay_disk::guessed_raw(name));
+            self.out.complain(underlay_disk::guessed_raw(name));
         }
         self.disk = Some(disk);
         Ok(())
@@ -218,12 +218,13 @@ pub async fn truncate(session: &mut Session, name: &str, words: &[String]) -> Do
 }
 
 /// info
-pub async fn info(disk: &Disk) -> Done {
+pub async fn info(session: &Session) -> Done {
+    let (out, disk) = (&session.out, session.disk()?);
     let view = disk.wires().view(disk.node());
     let node = view.node();
-    report::line(format_args!("format name: {}", node.driver()));
+    out.line(format_args!("format name: {}", node.driver()));
     if node.kind() == Kind::Protocol {
-        report::line(format_args!("format name: {}", node.driver()));
+        out.line(format_args!("format name: {}", node.driver()));
     }
     // What has neither clusters nor a file below it has nothing more to tell.
     let told = node.kind() == Kind::Protocol && !matches!(node.driver(), "file" | "host_device");
@@ -233,15 +234,15 @@ pub async fn info(disk: &Disk) -> Done {
     }
     let info = node.image_info();
     let cluster = info.cluster_size.unwrap_or(0);
-    report::line(format_args!("cluster size: {}", report::size(cluster as f64)));
+    out.line(format_args!("cluster size: {}", report::size(cluster as f64)));
     let extended = info.format_specific.as_ref().is_some_and(|specific| {
         specific.fields.contains(&("extended-l2", underlay_graph::InfoValue::Bool(true)))
     });
     let vm_state = vm_state_offset(view.cx().length(), cluster, extended);
-    report::line(format_args!("vm state offset: {}", report::size(vm_state as f64)));
+    out.line(format_args!("vm state offset: {}", report::size(vm_state as f64)));
     if let Some(specific) = info.format_specific.filter(|specific| !specific.fields.is_empty()) {
-        report::line("Format specific information:");
-        underlay_img::info_lines(&specific, &mut |line| report::line(line));
+        out.line("Format specific information:");
+        underlay_img::info_lines(&specific, &mut |line| out.line(line));
     }
     Ok(())
 }
@@ -257,8 +258,9 @@ fn vm_state_offset(length: u64, cluster: u64, extended: bool) -> u64 {
 }
 
 /// length
-pub async fn length(disk: &Disk) -> Done {
-    report::line(report::size(length_of(disk).await? as f64));
+pub async fn length(session: &Session) -> Done {
+    let (out, disk) = (&session.out, session.disk()?);
+    out.line(report::size(length_of(disk).await? as f64));
     Ok(())
 }
 
@@ -285,7 +287,8 @@ async fn allocated(disk: &Disk, range: ByteRange) -> Result<(bool, u64), IoError
 }
 
 /// map
-pub async fn map(disk: &Disk) -> Done {
+pub async fn map(session: &Session) -> Done {
+    let (out, disk) = (&session.out, session.disk()?);
     let mut rest = ByteRange::between(0, length_of(disk).await?);
     while !rest.is_empty() {
         let found = allocated(disk, rest).await;
@@ -293,14 +296,15 @@ pub async fn map(disk: &Disk) -> Done {
             found.map_err(|error| Fault::Words(format!("Failed to get allocation status: {error}")))?;
         let (start, not) = (rest.start(), if here { "    " } else { "not " });
         let (of, at) = (report::size(len as f64), report::size(start as f64));
-        report::line(format_args!("{of} ({len:#x}) bytes {not}allocated at offset {at} ({start:#x})"));
+        out.line(format_args!("{of} ({len:#x}) bytes {not}allocated at offset {at} ({start:#x})"));
         rest = rest.split(len).1;
     }
     Ok(())
 }
 
 /// alloc
-pub async fn alloc(disk: &Disk, words: &[String]) -> Done {
+pub async fn alloc(session: &Session, words: &[String]) -> Done {
+    let (out, disk) = (&session.out, session.disk()?);
     let start = number::bytes(&words[0])?;
     let asked = words.get(1).map_or(Ok(512), |word| number::bytes(word))?;
     let count = asked.min(length_of(disk).await?.saturating_sub(start));
@@ -311,7 +315,7 @@ pub async fn alloc(disk: &Disk, words: &[String]) -> Done {
         sum += if here { len } else { 0 };
         rest = rest.split(len).1;
     }
-    report::line(format_args!("{sum}/{count} bytes allocated at offset {}", report::size(start as f64)));
+    out.line(format_args!("{sum}/{count} bytes allocated at offset {}", report::size(start as f64)));
     Ok(())
 }
 

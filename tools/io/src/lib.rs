@@ -7,6 +7,7 @@ mod aio;
 mod data;
 mod help;
 mod image;
+pub mod monitor;
 mod number;
 mod report;
 mod session;
@@ -16,6 +17,7 @@ use underlay_disk::{Request, Source, parse_options};
 use underlay_img::getopt::{Known, parse};
 use underlay_sys::thread::block_on;
 
+use report::Out;
 use session::{Next, Session};
 
 const KNOWN: Known = Known {
@@ -90,14 +92,15 @@ impl From<String> for Refusal {
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
     let name = program.rsplit('/').next().unwrap_or(program);
-    let mut warn = |warning: &str| report::complain(format_args!("{name}: {warning}"));
+    let out = Out::Streams;
+    let mut warn = |warning: &str| out.complain(format_args!("{name}: {warning}"));
     let refused = match understand(words, &mut warn) {
         Ok(Wish::Print(text)) => {
             report::prompt(&text);
             return 0;
         }
         Ok(Wish::Run { commands, disk, misalign }) => {
-            let session = Session { program: name.to_owned(), disk: None, misalign, pending: Vec::new() };
+            let session = Session::of_program(name, misalign);
             match block_on(run(session, disk, commands)) {
                 Ok(status) => return status,
                 Err(text) => Refusal::Text(text),
@@ -106,9 +109,9 @@ pub fn main(program: &str, words: &[String]) -> i32 {
         Err(refused) => refused,
     };
     match refused {
-        Refusal::Text(text) => report::complain(format_args!("{name}: {text}")),
+        Refusal::Text(text) => out.complain(format_args!("{name}: {text}")),
         Refusal::Usage(text) => {
-            text.into_iter().for_each(|text| report::complain(format_args!("{name}: {text}")));
+            text.into_iter().for_each(|text| out.complain(format_args!("{name}: {text}")));
             report::prompt(HELP);
         }
     }

@@ -1,21 +1,102 @@
-//! What is printed: results to standard output, complaints about words to standard error.
+//! What is said: results to standard output, complaints about words to standard error; or all of it to a monitor.
 //!
 //! Nobody may be reading any more: that must not stop the work that is under way.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{BufWriter, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use underlay_sys::Iov;
 
-/// Prints a line to standard output.
-pub fn line(text: impl fmt::Display) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Most bytes that a monitor gets for one command.
+const MOST: usize = 4 << 20;
+
+/// Where it is said. Clones say it in the same place.
+#[derive(Clone, Debug)]
+pub enum Out {
+    /// The program's own streams.
+    Streams,
+    /// What a monitor will be told.
+    Monitor(Arc<Mutex<Told>>),
 }
 
-/// Prints a line to standard error.
-pub fn complain(text: impl fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+/// See [`Out::Monitor`].
+#[derive(Debug, Default)]
+pub struct Told {
+    text: String,
+    /// There was more than fits.
+    cut: bool,
+}
+
+impl Told {
+    /// Whether there is room for more.
+    fn add(&mut self, text: impl fmt::Display) -> bool {
+        if !self.cut {
+            // Writing to a string cannot fail.
+            let _ = writeln!(self.text, "{text}");
+            self.cut = self.text.len() > MOST;
+        }
+        !self.cut
+    }
+}
+
+impl Out {
+    /// For a monitor.
+    pub fn monitor() -> Self {
+        Self::Monitor(Arc::default())
+    }
+
+    fn told(told: &Mutex<Told>) -> MutexGuard<'_, Told> {
+        told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a monitor is told by now.
+    pub fn text(&self) -> String {
+        let Self::Monitor(told) = self else { return String::new() };
+        let mut told = Self::told(told);
+        let mut text = std::mem::take(&mut told.text);
+        if told.cut {
+            text.push_str("There is more than a monitor takes.\n");
+        }
+        text
+    }
+
+    /// A line of results.
+    pub fn line(&self, text: impl fmt::Display) {
+        match self {
+            Self::Streams => drop(writeln!(std::io::stdout(), "{text}")),
+            Self::Monitor(told) => drop(Self::told(told).add(text)),
+        }
+    }
+
+    /// A line about what is wrong with the words.
+    pub fn complain(&self, text: impl fmt::Display) {
+        match self {
+            Self::Streams => drop(writeln!(std::io::stderr(), "{text}")),
+            Self::Monitor(_) => self.line(text),
+        }
+    }
+
+    /// A buffer that was read at `offset`: sixteen bytes a line, as numbers and as text.
+    pub fn dump(&self, buffer: &Iov, offset: u64) {
+        let mut bytes = vec![0; PIECE];
+        let mut out = BufWriter::new(std::io::stdout());
+        for at in (0..buffer.len()).step_by(PIECE) {
+            let len = PIECE.min(buffer.len() - at);
+            buffer.read_at(at, &mut bytes[..len]);
+            for (number, row) in bytes[..len].chunks(16).enumerate() {
+                let row = row_of(row, offset.saturating_add(at as u64 + number as u64 * 16));
+                let goes_on = match self {
+                    Self::Streams => writeln!(out, "{row}").is_ok(),
+                    Self::Monitor(told) => Self::told(told).add(row),
+                };
+                if !goes_on {
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// Prints without ending the line.
@@ -65,20 +146,20 @@ pub struct Done {
 }
 
 impl Done {
-    /// Prints it: two lines for people, or one for programs.
-    pub fn print(self, for_programs: bool) {
+    /// Says it: two lines for people, or one for programs.
+    pub fn say(self, out: &Out, for_programs: bool) {
         let seconds = self.took.as_secs_f64().max(1e-9);
         let (rate, frequency) = (self.count as f64 / seconds, 1.0 / seconds);
         if for_programs {
-            line(format_args!("{},1,{},{rate:.3},{frequency:.3}", self.count, clock(self.took)));
+            out.line(format_args!("{},1,{},{rate:.3},{frequency:.3}", self.count, clock(self.took)));
             return;
         }
         let took = match self.took.as_secs() {
             0 => format!("00.{:02} sec", self.took.subsec_millis() / 10),
             _ => clock(self.took),
         };
-        line(format_args!("{} {1}/{1} bytes at offset {2}", self.verb, self.count, self.offset));
-        line(format_args!(
+        out.line(format_args!("{} {1}/{1} bytes at offset {2}", self.verb, self.count, self.offset));
+        out.line(format_args!(
             "{}, 1 ops; {took} ({}/sec and {frequency:.4} ops/sec)",
             size(self.count as f64),
             size(rate)
@@ -88,22 +169,6 @@ impl Done {
 
 /// Bytes that are looked at in one go.
 const PIECE: usize = 64 << 10;
-
-/// Prints a buffer that was read at `offset`: sixteen bytes a line, as numbers and as text.
-pub fn dump(buffer: &Iov, offset: u64) {
-    let mut bytes = vec![0; PIECE];
-    let mut out = BufWriter::new(std::io::stdout().lock());
-    for at in (0..buffer.len()).step_by(PIECE) {
-        let len = PIECE.min(buffer.len() - at);
-        buffer.read_at(at, &mut bytes[..len]);
-        for (number, row) in bytes[..len].chunks(16).enumerate() {
-            let place = offset.saturating_add(at as u64 + number as u64 * 16);
-            if writeln!(out, "{}", row_of(row, place)).is_err() {
-                return;
-            }
-        }
-    }
-}
 
 fn row_of(row: &[u8], place: u64) -> String {
     let numbers: String = row.iter().map(|byte| format!("{byte:02x} ")).collect();

@@ -4,8 +4,9 @@ use underlay_disk::Disk;
 use underlay_img::getopt::{Known, parse};
 use underlay_sys::rt;
 
+use crate::report::Out;
 use crate::table::{self, Command, Needs};
-use crate::{aio, data, help, image, report};
+use crate::{aio, data, help, image, monitor};
 
 /// How a command ends that does not succeed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub enum Fault {
     Disk(String),
     /// To standard output: how the command is called.
     Usage,
+    /// To standard error, and how the command is called to standard output: there is no such option.
+    Option(String),
 }
 
 /// What a command ends with.
@@ -45,6 +48,8 @@ pub enum Next {
 /// What commands work on.
 #[derive(Debug)]
 pub struct Session {
+    /// Where it all is said.
+    pub out: Out,
     /// Under which name the program was started.
     pub program: String,
     /// The open disk.
@@ -64,10 +69,9 @@ pub fn options(
     short: &'static str,
     words: &[String],
 ) -> Result<(Vec<Given>, Vec<String>), Fault> {
-    let (options, others) = parse(Known { short, long: &[] }, words).map_err(|failure| {
-        report::complain(format_args!("{name}: {}", failure.message.unwrap_or_default()));
-        Fault::Usage
-    })?;
+    let known = Known { short, long: &[] };
+    let (options, others) = parse(known, words)
+        .map_err(|failure| Fault::Option(format!("{name}: {}", failure.message.unwrap_or_default())))?;
     let letter = |(name, value): (String, String)| name.chars().next().map(|letter| (letter, value));
     Ok((options.into_iter().filter_map(letter).collect(), others))
 }
@@ -79,6 +83,16 @@ pub fn words(line: &str) -> Vec<String> {
 }
 
 impl Session {
+    /// Of a program of that name, with no disk yet.
+    pub fn of_program(name: &str, misalign: bool) -> Self {
+        Self { out: Out::Streams, program: name.to_owned(), disk: None, misalign, pending: Vec::new() }
+    }
+
+    /// Whether it is a monitor whose commands these are.
+    pub fn is_of_monitor(&self) -> bool {
+        matches!(self.out, Out::Monitor(_))
+    }
+
     /// The open disk; there always is one for commands that need it.
     pub fn disk(&self) -> Result<&Disk, Fault> {
         self.disk.as_ref().ok_or_else(no_disk)
@@ -95,8 +109,9 @@ impl Session {
     pub async fn execute(&mut self, line: &str) -> Next {
         let words = words(line);
         let Some((name, rest)) = words.split_first() else { return Next::Done };
-        let Some(command) = table::find(name) else {
-            report::complain(format_args!("command \"{name}\" not found"));
+        let known = table::find(name).filter(|found| !self.is_of_monitor() || found.is_of_monitors());
+        let Some(command) = known else {
+            self.out.complain(format_args!("command \"{name}\" not found"));
             return Next::Failed;
         };
         if command.name == "quit" {
@@ -105,20 +120,29 @@ impl Session {
         let Err(fault) = self.run(command, name, rest).await else { return Next::Done };
         match fault {
             Fault::Silent => {}
-            Fault::Plain(text) => report::line(text),
-            Fault::Words(text) => report::complain(text),
-            Fault::Disk(text) => report::complain(format_args!("{}: {text}", self.program)),
-            Fault::Usage => report::line(command.line(command.name)),
+            Fault::Plain(text) => self.out.line(text),
+            Fault::Words(text) => self.out.complain(text),
+            Fault::Disk(text) if self.is_of_monitor() => self.out.complain(text),
+            Fault::Disk(text) => self.out.complain(format_args!("{}: {text}", self.program)),
+            Fault::Usage => self.out.line(command.line(command.name)),
+            Fault::Option(text) => {
+                self.out.complain(text);
+                self.out.line(command.line(command.name));
+            }
         }
         Next::Failed
     }
 
     async fn run(&mut self, command: &Command, name: &str, words: &[String]) -> Done {
-        if command.needs != Needs::Nothing && self.disk.is_none() {
+        let lacks_disk = command.needs != Needs::Nothing && self.disk.is_none();
+        if lacks_disk && !self.is_of_monitor() {
             return Err(no_disk());
         }
         if let Some(text) = command.wrong_count(name, words.len()) {
             return Err(Fault::Words(text));
+        }
+        if lacks_disk {
+            return monitor::without_medium(command.name, words);
         }
         if command.needs == Needs::Writable && self.disk()?.is_read_only() {
             return Err(Fault::Disk("Block node is read-only".to_owned()));
@@ -131,20 +155,21 @@ impl Session {
             }
             "aio_read" => aio::read(self, name, words),
             "aio_write" => aio::write(self, name, words),
-            "alloc" => image::alloc(self.disk()?, words).await,
+            "alloc" => image::alloc(self, words).await,
             "close" => image::close(self).await,
-            "discard" => data::discard(self.disk()?, name, words).await,
+            "discard" => data::discard(self, name, words).await,
             "flush" => {
                 let flushed = self.disk()?.root.flush().await;
                 flushed.map_err(|error| data::failed("flush", &error))
             }
-            "help" => help::show(words.first().map(String::as_str)),
-            "info" => image::info(self.disk()?).await,
-            "length" => image::length(self.disk()?).await,
-            "map" => image::map(self.disk()?).await,
+            "help" => help::show(&self.out, self.is_of_monitor(), words.first().map(String::as_str)),
+            "info" => image::info(self).await,
+            "length" => image::length(self).await,
+            "map" => image::map(self).await,
             "open" => image::open(self, name, words).await,
             "read" => data::read(self, name, words).await,
             "readv" => data::readv(self, name, words).await,
+            "reopen" if self.is_of_monitor() => Err(monitor::no_reopen()),
             "reopen" => image::reopen(self, name, words).await,
             "sigraise" => sigraise(&words[0]),
             "sleep" => sleep(&words[0]).await,
@@ -178,7 +203,7 @@ fn sigraise(word: &str) -> Done {
 }
 
 /// Commands for drivers that we do not have: what the reference says when its disk has none of them either.
-fn unsupported(name: &str, words: &[String]) -> Done {
+pub fn unsupported(name: &str, words: &[String]) -> Done {
     let what = match name {
         "break" => "Could not set breakpoint".to_owned(),
         "resume" => "Could not resume request".to_owned(),

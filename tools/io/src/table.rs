@@ -196,6 +196,11 @@ impl Command {
         }
     }
 
+    /// Whether monitors have it: the disk there is not theirs to open or to close, and the program not theirs to end.
+    pub fn is_of_monitors(&self) -> bool {
+        !matches!(self.name, "abort" | "close" | "open" | "quit" | "sigraise")
+    }
+
     /// What is wrong with `count` words behind it, if that is wrong.
     pub fn wrong_count(&self, name: &str, count: usize) -> Option<String> {
         if (self.least..=self.most).contains(&count) {

@@ -235,6 +235,18 @@ impl Node for Image {
     fn backing_ref(&self) -> Option<BackingRef> {
         self.state().backing.clone()
     }
+    fn can_be_emptied(&self) -> bool {
+        true
+    }
+    async fn make_empty(&self, _: &Cx<'_>) -> Result<()> {
+        self.fail(|f| &mut f.headers, IoError::EIO)?;
+        self.dither().await;
+        let mut state = self.state();
+        state.clusters.fill(Cluster::Below);
+        // Durable before anything else: the worst that could be.
+        state.durable = state.clusters.clone();
+        Ok(())
+    }
     async fn set_backing_ref(&self, _: &Cx<'_>, backing: Option<BackingRef>) -> Result<()> {
         self.fail(|f| &mut f.headers, IoError::EIO)?;
         self.dither().await;

@@ -3,6 +3,7 @@
 
 mod backup;
 mod backup_bitmaps;
+mod commit_now;
 mod disk;
 mod frame;
 mod group;

@@ -58,7 +58,7 @@ fn a_power_cut_leaves_the_image_as_it_was_or_empty() {
         let (setup, content, base) = committed(seed, &disk, shape);
         let before = disk.content().len();
         disk.record_cuts();
-        run(setup.image.make_empty(&setup.view.cx())).unwrap();
+        run(setup.image.empty(&setup.view.cx())).unwrap();
         let cuts = disk.take_cuts();
         assert!(!cuts.is_empty(), "{shape:?}");
         for (number, cut) in cuts.into_iter().enumerate() {
@@ -85,7 +85,7 @@ fn a_disk_that_fails_or_is_full_leaves_it_too() {
         let disk = Disk::new(shape.image(shape.bits > 9), seed);
         let (setup, content, base) = committed(seed, &disk, shape);
         disk.fail_after(Some(seed / 8));
-        let done = run(setup.image.make_empty(&setup.view.cx()));
+        let done = run(setup.image.empty(&setup.view.cx()));
         disk.fail_after(None);
         let text = format!("seed {seed} {shape:?} {done:?}");
         assert_shows(disk.power_cut(seed), &content, &base, &text);
