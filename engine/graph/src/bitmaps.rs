@@ -375,7 +375,8 @@ pub trait BitmapStore: Send + Sync {
 
     /// Between [`BitmapStore::begin`] and [`BitmapStore::store`]: makes the image keep what these say by now
     /// ([`PlanBitmap::to_keep`]), not called valid, but as good as that together with what was covered since. Durable on return. Requests
-    /// may be inside: what they write is in the bitmaps before it is covered, and covered before it is written.
+    /// may be inside: what they write is in the bitmaps before it is covered, and covered before it is written. The node has been
+    /// flushed since any of them was made cleaner.
     async fn refresh(&self, _cx: &Cx<'_>, _bitmaps: &[PlanBitmap]) -> Result<()> {
         Ok(())
     }

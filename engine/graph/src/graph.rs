@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use underlay_sys::rt;
 
-use crate::bitmaps::{Moment, PlanBitmap};
+use crate::bitmaps::{BitmapStore, Moment, PlanBitmap};
 use crate::error::{GraphError, IoError};
 use crate::node::{Kind, Node};
 use crate::perm::Access;
@@ -45,6 +45,8 @@ pub struct Graph {
     trouble: Trouble,
     /// Changes of persistent bitmaps go to their images at once.
     lasts: AtomicBool,
+    /// Some image has not been told of them yet, as that failed.
+    lags: AtomicBool,
 }
 
 /// Who is told of what has gone wrong when it was too late for an error.
@@ -113,7 +115,12 @@ impl Graph {
         for (id, node) in wires.plan().nodes().filter(|(_, node)| !node.read_only) {
             let store = node.node.as_bitmap_store().filter(|store| store.is_worth_refreshing());
             let (Some(store), view) = (store, wires.view(id)) else { continue };
-            if let Err(error) = store.refresh(&view.cx(), &persistent(node)).await {
+            let bitmaps = persistent(node);
+            let refreshed = match self.lags.load(Ordering::Relaxed) {
+                true => refresh_cleaner(store, &view, &bitmaps).await,
+                false => store.refresh(&view.cx(), &bitmaps).await,
+            };
+            if let Err(error) = refreshed {
                 tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
             }
         }
@@ -182,8 +189,8 @@ impl Graph {
         }
         let trouble = &self.trouble;
         let lasts = self.lasts.load(Ordering::Relaxed);
-        let step =
-            Step { old: &old, new: &new, old_access: &old_access, new_access: &new_access, trouble, lasts };
+        let (lags, old_access, new_access) = (&self.lags, &old_access, &new_access);
+        let step = Step { old: &old, new: &new, old_access, new_access, trouble, lasts, lags };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
             step.resize_bitmaps().await;
@@ -243,6 +250,18 @@ struct Step<'a> {
     new_access: &'a BTreeMap<NodeId, Access>,
     trouble: &'a Trouble,
     lasts: bool,
+    lags: &'a AtomicBool,
+}
+
+/// Has an image keep bitmaps that may call clean what they called dirty before. What was written there until then must not be lost
+/// when the power goes: nobody would know that the disk is not what it was when it was called clean.
+async fn refresh_cleaner(
+    store: &dyn BitmapStore,
+    view: &View,
+    bitmaps: &[PlanBitmap],
+) -> Result<(), IoError> {
+    view.cx().flush().await?;
+    store.refresh(&view.cx(), bitmaps).await
 }
 
 impl Step<'_> {
@@ -283,8 +302,11 @@ impl Step<'_> {
             let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
             if !is_same {
                 done.refreshed.push(id);
-                match store.refresh(&self.new.view(id).cx(), &now).await {
-                    Err(error) if done.may_lag => tracing::warn!(%error, "the bitmaps were not refreshed"),
+                match refresh_cleaner(store, &self.new.view(id), &now).await {
+                    Err(error) if done.may_lag => {
+                        self.lags.store(true, Ordering::Relaxed);
+                        tracing::warn!(%error, "the bitmaps were not refreshed");
+                    }
                     result => result?,
                 }
             }

@@ -89,6 +89,8 @@ struct State {
     room: u64,
     /// When the last write began.
     written: Duration,
+    /// Writes that somebody was told of, if he must be.
+    announced: Option<Arc<AtomicU64>>,
 }
 
 /// The disk.
@@ -115,6 +117,7 @@ impl Disk {
             faults: [None, None, None],
             room: LONGEST,
             written: Duration::ZERO,
+            announced: None,
         };
         Arc::new(Self { power, state: Mutex::new(state) })
     }
@@ -126,6 +129,11 @@ impl Disk {
     /// What reads find now.
     pub fn content(&self) -> Vec<u8> {
         self.lock().now.clone()
+    }
+
+    /// From now on a write to it that is not among those `announced` is a mistake.
+    pub fn must_be_announced(&self, announced: Option<Arc<AtomicU64>>) {
+        self.lock().announced = announced;
     }
 
     /// When the last write began, or it was resized.
@@ -224,7 +232,7 @@ impl Disk {
                 return Err(IoError::ENOSPC);
             }
             state.moment += 1;
-            state.written = rt::now();
+            state.wrote();
             let id = state.moment;
             state.in_flight.insert(id, (at, data.clone()));
             id
@@ -253,6 +261,13 @@ impl Disk {
 }
 
 impl State {
+    /// A write begins.
+    fn wrote(&mut self) {
+        self.written = rt::now();
+        let announced = self.announced.as_ref().is_none_or(|writes| writes.load(Ordering::SeqCst) > 0);
+        assert!(announced, "somebody writes who has not said so");
+    }
+
     /// Makes bytes visible, and remembers what the sectors hold now.
     fn show(&mut self, at: u64, data: &[u8]) {
         let end = at + data.len() as u64;
@@ -372,7 +387,7 @@ impl Node for Disk {
     async fn resize(&self, _cx: &Cx<'_>, size: u64, _preallocation: Preallocation) -> Result<()> {
         self.begin(Op::Write).await?;
         let mut state = self.lock();
-        state.written = rt::now();
+        state.wrote();
         if size > state.room.min(LONGEST) {
             return Err(IoError::ENOSPC);
         }

@@ -169,7 +169,7 @@ async fn play(seed: u64, faults: bool) {
     setup.layers.push(Layer { name: "T", disk, node: NodeId::DETACHED, raw: case.copy.raw, home: None });
     let mut mending = None;
     if let Some(broken) = case.broken {
-        setup.break_disk(&setup.layers[broken], &mut rng);
+        setup.break_disk(&setup.layers[broken].disk, &mut rng);
         mending = Some(setup.mend_after(Duration::from_micros(rng.below(60_000))));
     }
     if case.cut {
@@ -274,7 +274,7 @@ async fn play_fleecing(seed: u64) {
     let access = fleece(&setup, setup.layers[1].node, how).await;
     let moment = guests.model().moment_over();
     if fault {
-        setup.break_disk(&setup.layers[1], &mut rng);
+        setup.break_disk(&setup.layers[1].disk, &mut rng);
     }
     if cut {
         setup.cut_after(Duration::from_micros(rng.below(60_000)), &guests);

@@ -15,7 +15,7 @@ use underlay_sys::{Iov, rt};
 
 use crate::guests::Guests;
 use crate::home::{End, SimHome};
-use crate::lab::{Layer, Setup, add_node, add_user, build, new_node, open_image, open_raw};
+use crate::lab::{Layer, Setup, add_node, add_user, build, mend, new_node, open_image, open_raw};
 
 /// Bytes of the disk: a few regions of those that are noted for a crash.
 const SIZE: u64 = 5 << 18;
@@ -67,55 +67,108 @@ struct Lab {
     guests: Guests,
     node: NodeId,
     bitmaps: Vec<Known>,
+    /// The disks fail now and then.
+    faulty: bool,
+    /// Bitmaps so far, and attempts.
+    added: usize,
+}
+
+/// What became of an edit.
+enum Edited {
+    /// It is done; the disk at the moment.
+    Done(Box<Model>),
+    /// All is as before.
+    Refused,
+    /// The power is gone: nobody knows.
+    Unknown,
+}
+
+impl Edited {
+    /// When a bitmap was last clean that is clean if it was done.
+    fn clean(&self, enabled: bool, before: &Option<Model>) -> Option<Model> {
+        match self {
+            Self::Done(moment) => enabled.then(|| Model::clone(moment)),
+            Self::Refused => before.clone(),
+            Self::Unknown => None,
+        }
+    }
 }
 
 impl Lab {
-    /// Edits the plan. The model of the disk at the moment, unless it came to nothing.
-    async fn edit(&self, edit: impl Fn(&mut Plan) -> Result<(), GraphError> + Send + Sync) -> Option<Model> {
+    /// Edits the plan.
+    async fn edit(&self, edit: impl Fn(&mut Plan) -> Result<(), GraphError> + Send + Sync) -> Edited {
         self.guests.model().remember();
         let outcome = self.setup.graph.change(|plan| edit(plan)).await;
         let moment = self.guests.model().moment_over();
-        assert!(outcome.is_ok() || self.setup.power.is_cut(), "{outcome:?}");
-        outcome.ok().map(|()| moment)
+        match outcome {
+            Ok(()) => Edited::Done(Box::new(moment)),
+            Err(_) if self.setup.power.is_cut() => Edited::Unknown,
+            Err(error) => {
+                assert!(self.faulty, "{error:?}");
+                Edited::Refused
+            }
+        }
     }
 
     async fn add(&mut self, rng: &mut Rng) {
-        let name = format!("b{}", self.bitmaps.len());
+        let name = format!("b{}", self.added);
+        self.added += 1;
         let persistent = !rng.one_in(3);
         let (enabled, granularity) = (!rng.one_in(5), Some(512 << rng.below(9)));
         let new = NewBitmap { name: &name, granularity, persistent, enabled };
-        if let Some(moment) = self.edit(|plan| plan.add_bitmap(self.node, &new)).await {
-            self.bitmaps.push(Known { name, persistent, enabled, clean: enabled.then_some(moment) });
+        if let Edited::Done(moment) = self.edit(|plan| plan.add_bitmap(self.node, &new)).await {
+            self.bitmaps.push(Known { name, persistent, enabled, clean: enabled.then_some(*moment) });
         }
     }
 
     async fn clear(&mut self, at: usize) {
         let name = &self.bitmaps[at].name;
-        let moment = self.edit(|plan| plan.clear_bitmap(self.node, name)).await;
+        let edited = self.edit(|plan| plan.clear_bitmap(self.node, name)).await;
         let known = &mut self.bitmaps[at];
-        known.clean = moment.filter(|_| known.enabled);
+        known.clean = edited.clean(known.enabled, &known.clean);
     }
 
     async fn switch(&mut self, at: usize) {
         let enabled = !self.bitmaps[at].enabled;
         let name = &self.bitmaps[at].name;
-        let done = self.edit(|plan| plan.enable_bitmap(self.node, name, enabled)).await;
+        let edited = self.edit(|plan| plan.enable_bitmap(self.node, name, enabled)).await;
         let known = &mut self.bitmaps[at];
-        (known.enabled, known.clean) = (enabled && done.is_some(), None);
+        match edited {
+            Edited::Refused => {}
+            Edited::Done(_) => (known.enabled, known.clean) = (enabled, None),
+            Edited::Unknown => (known.enabled, known.clean) = (false, None),
+        }
     }
 
     /// What was dirty in the other is moved to the one, in one step.
     async fn merge(&mut self, one: usize, other: usize) {
         let (target, source) = (&self.bitmaps[one].name, &self.bitmaps[other].name);
-        let moment = self.edit(|plan| {
+        let edited = self.edit(|plan| {
             plan.merge_bitmaps(self.node, target, &[(self.node, source)])?;
             plan.clear_bitmap(self.node, source)
         });
-        let moment = moment.await;
-        if moment.is_none() {
+        let edited = edited.await;
+        if matches!(edited, Edited::Unknown) {
             self.bitmaps[one].clean = None;
         }
-        self.bitmaps[other].clean = moment.filter(|_| self.bitmaps[other].enabled);
+        let known = &mut self.bitmaps[other];
+        known.clean = edited.clean(known.enabled, &known.clean);
+    }
+
+    /// The disk, and that of the file beside it.
+    fn disks(&self) -> Vec<Arc<Disk>> {
+        let layer = &self.setup.layers[0];
+        let beside = layer.home.as_ref().and_then(|home| home.side());
+        [layer.disk.clone()].into_iter().chain(beside).collect()
+    }
+
+    /// A disk fails or fills up, or all are well again.
+    fn trouble(&self, rng: &mut Rng) {
+        let disks = self.disks();
+        disks.iter().for_each(|disk| mend(disk));
+        if rng.one_in(2) {
+            self.setup.break_disk(&disks[rng.index(disks.len())], rng);
+        }
     }
 
     async fn step(&mut self, rng: &mut Rng) {
@@ -191,23 +244,29 @@ impl Lab {
     }
 }
 
-async fn play(seed: u64) {
+async fn play(seed: u64, faulty: bool) {
     let mut rng = Rng::new(seed);
     let setup = build(&mut rng, 1, SIZE).await;
     let cut = rng.one_in(2);
-    let guests = Guests::new(&setup, cut);
+    let guests = Guests::new(&setup, cut || faulty);
     let node = setup.layers[0].node;
     setup.graph.let_bitmaps_last();
-    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new() };
+    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new(), faulty, added: 0 };
     let mut running = lab.guests.start(&mut rng, 2, 150);
     if cut {
         lab.setup.cut_after(Duration::from_micros(rng.below(60_000)), &lab.guests);
     }
     for _ in 0..4 + rng.below(12) {
         rt::sleep(Duration::from_micros(rng.below(6000))).await;
+        if faulty {
+            lab.trouble(&mut rng);
+        }
         lab.step(&mut rng).await;
     }
     running.stop().await;
+    if faulty {
+        lab.disks().iter().for_each(|disk| mend(disk));
+    }
     let is_cut = lab.setup.power.is_cut();
     if !is_cut {
         let all = Iov::scratch(usize::try_from(lab.setup.sectors * SECTOR).unwrap());
@@ -236,5 +295,10 @@ async fn play(seed: u64) {
 
 #[test]
 fn bitmaps_miss_nothing() {
-    run_seeds(100, play);
+    run_seeds(100, |seed| play(seed, false));
+}
+
+#[test]
+fn bitmaps_miss_nothing_when_disks_fail() {
+    run_seeds(100, |seed| play(seed, true));
 }

@@ -146,7 +146,7 @@ async fn troubled(seed: u64) {
     let guests = Guests::new(&setup, true);
     let mut running = guests.start(&mut rng, 2, 200);
     rt::sleep(Duration::from_micros(rng.below(5000))).await;
-    setup.break_disk(&setup.layers[rng.index(4)], &mut rng);
+    setup.break_disk(&setup.layers[rng.index(4)].disk, &mut rng);
     let mending = setup.mend_after(Duration::from_micros(rng.below(60_000)));
     for client in start_jobs(&setup, &mut rng).await {
         client.await;

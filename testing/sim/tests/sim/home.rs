@@ -1,16 +1,20 @@
 //! A raw disk in the simulated world and the file beside it that has its bitmaps: how both are after a power cut, after the one who
 //! kept the bitmaps was killed, and after somebody else has written to the disk.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_drivers::beside::home::Home;
 use underlay_drivers::beside::tie::{Mark, Note};
-use underlay_graph::{IoError, Result, View};
-use underlay_sim::{Disk, Power, Rng};
-use underlay_sys::rt;
+use underlay_graph::bitmaps::NewBitmap;
+use underlay_graph::{ByteRange, IoError, Perms, Result, View, WriteFlags, ZeroFlags};
+use underlay_sim::{Disk, Power, Rng, run_seeds};
 use underlay_sys::stat::Boot;
+use underlay_sys::{Iov, rt};
+
+use crate::lab::{SMALL, add_user, build};
 
 /// The clock on the wall when the world began.
 const BEGINNING: i64 = 1_000_000_000_000_000_000;
@@ -34,6 +38,8 @@ pub struct SimHome {
     pub disk: Arc<Disk>,
     power: Arc<Power>,
     boot: Boot,
+    /// Writes under way.
+    writing: Arc<AtomicU64>,
     state: Mutex<State>,
 }
 
@@ -64,7 +70,8 @@ impl SimHome {
     pub fn new(disk: &Arc<Disk>, power: &Arc<Power>, seed: u64) -> Arc<Self> {
         let state = Mutex::new(State { seed, ..State::default() });
         let boot = Boot { id: 1, began: BEGINNING - 1 };
-        Arc::new(Self { disk: disk.clone(), power: power.clone(), boot, state })
+        let (disk, power, writing) = (disk.clone(), power.clone(), Arc::default());
+        Arc::new(Self { disk, power, boot, writing, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,7 +105,7 @@ impl SimHome {
         let disk = left(&self.disk, written, seed);
         let side = state.side.as_ref().map(|side| left(side, side.written_at(), seed ^ 1));
         let after = State { side, synced: written, seed, ..State::default() };
-        let home = Arc::new(Self { disk, power, boot, state: Mutex::new(after) });
+        let home = Arc::new(Self { disk, power, boot, writing: Arc::default(), state: Mutex::new(after) });
         if end == End::Killed
             && let (Some((at, session)), Some(side)) = (state.witness, home.state().side.as_mut())
         {
@@ -110,6 +117,11 @@ impl SimHome {
             *side = Disk::new(content, seed, home.power.clone());
         }
         home
+    }
+
+    /// The disk of the file beside, if there is one.
+    pub fn side(&self) -> Option<Arc<Disk>> {
+        self.state().side.clone()
     }
 
     /// Somebody writes to the disk who does not know of its bitmaps.
@@ -154,6 +166,7 @@ impl Home for SimHome {
         let mut state = self.state();
         state.side.take_if(|side| std::ptr::eq(&**side, disk_of(beside)));
         state.unfinished = None;
+        self.disk.must_be_announced(None);
         Ok(())
     }
 
@@ -191,9 +204,41 @@ impl Home for SimHome {
         self.state().witness = None;
     }
 
-    fn begin_write(&self) {}
+    fn begin_write(&self) {
+        self.writing.fetch_add(1, Ordering::SeqCst);
+        // Those that began before the first bitmap was there were not.
+        self.disk.must_be_announced(Some(self.writing.clone()));
+    }
 
-    fn end_write(&self) {}
+    fn end_write(&self) {
+        self.writing.fetch_sub(1, Ordering::SeqCst);
+    }
 
     async fn hear_witness(&self, _beside: &View) {}
+}
+
+/// Whatever changes the content of a disk with bitmaps beside it says so before: the disk looks (see [`SimHome::begin_write`]).
+#[test]
+fn every_kind_of_write_is_announced() {
+    run_seeds(20, |seed| async move {
+        let mut rng = Rng::new(seed);
+        let setup = build(&mut rng, 1, SMALL).await;
+        let Some(home) = &setup.layers[0].home else { return };
+        let node = setup.layers[0].node;
+        setup.graph.let_bitmaps_last();
+        let new = NewBitmap { name: "b", granularity: None, persistent: true, enabled: true };
+        setup.graph.change(|plan| plan.add_bitmap(node, &new)).await.unwrap();
+        assert!(home.side().is_some());
+        let root = add_user(&setup.graph, node, Perms::WRITE).await;
+        let range = ByteRange::between(0, 4096);
+        root.write(range, Iov::filled(4096, 1), WriteFlags::default()).await.unwrap();
+        root.write_zeroes(range, ZeroFlags::default()).await.unwrap();
+        root.discard(range).await.unwrap();
+        let other = View::detached(Disk::new(vec![7; 8192], seed, setup.power.clone()), []);
+        let view = setup.graph.wires().view(node);
+        while other.cx().reflink(range, &view.cx(), 0).await.is_err() {}
+        assert_eq!(home.disk.content()[..4096], [7; 4096]);
+        let bits = setup.graph.plan().bitmap(node, "b").unwrap().bits.clone();
+        assert!(bits.any(range));
+    });
 }

@@ -278,9 +278,8 @@ impl Setup {
         }
     }
 
-    /// Makes the disk below an image fail or fill up.
-    pub fn break_disk(&self, layer: &Layer, rng: &mut Rng) {
-        let disk = &layer.disk;
+    /// Makes the disk below an image, or one beside it, fail or fill up.
+    pub fn break_disk(&self, disk: &Disk, rng: &mut Rng) {
         let kind = rng.below(5);
         let mut fault = |error| Some(Fault { after: rng.below(40), error, sticky: rng.one_in(2) });
         match kind {
@@ -297,12 +296,7 @@ impl Setup {
         let disks: Vec<_> = self.layers.iter().map(|layer| layer.disk.clone()).collect();
         rt::spawn(async move {
             rt::sleep(trouble).await;
-            for disk in disks {
-                disk.fail_writes(None);
-                disk.fail_reads(None);
-                disk.fail_flushes(None);
-                disk.limit(1 << 27);
-            }
+            disks.iter().for_each(|disk| mend(disk));
         })
     }
 
@@ -316,4 +310,12 @@ impl Setup {
             }
         }));
     }
+}
+
+/// A disk is well again, and large.
+pub fn mend(disk: &Disk) {
+    disk.fail_writes(None);
+    disk.fail_reads(None);
+    disk.fail_flushes(None);
+    disk.limit(1 << 27);
 }

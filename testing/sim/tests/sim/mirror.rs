@@ -175,7 +175,7 @@ async fn play(seed: u64, faults: bool) {
     let mut mending = None;
     if case.faults {
         let broken = if rng.one_in(2) { length } else { rng.index(length) };
-        setup.break_disk(&setup.layers[broken], &mut rng);
+        setup.break_disk(&setup.layers[broken].disk, &mut rng);
         mending = Some(setup.mend_after(Duration::from_micros(rng.below(60_000))));
     }
     if case.cut {
