@@ -71,6 +71,8 @@ struct Lab {
     faulty: bool,
     /// Bitmaps so far, and attempts.
     added: usize,
+    /// The image is being closed.
+    closing: bool,
 }
 
 /// What became of an edit.
@@ -79,7 +81,7 @@ enum Edited {
     Done(Box<Model>),
     /// All is as before.
     Refused,
-    /// The power is gone: nobody knows.
+    /// The power is gone, or the image was given up as nobody knew any more which header the disk had.
     Unknown,
 }
 
@@ -102,12 +104,17 @@ impl Lab {
         let moment = self.guests.model().moment_over();
         match outcome {
             Ok(()) => Edited::Done(Box::new(moment)),
-            Err(_) if self.setup.power.is_cut() => Edited::Unknown,
+            Err(_) if self.is_over() => Edited::Unknown,
             Err(error) => {
                 assert!(self.faulty, "{error:?}");
                 Edited::Refused
             }
         }
+    }
+
+    /// Nothing can be done with the disk any more.
+    fn is_over(&self) -> bool {
+        self.setup.power.is_cut() || self.setup.graph.plan().node(self.node).node.is_unusable()
     }
 
     async fn add(&mut self, rng: &mut Rng) {
@@ -202,11 +209,13 @@ impl Lab {
     async fn check_left(&self, end: End, seed: u64) {
         let mut rng = Rng::new(seed ^ 0xbeef);
         let mut left = Left::of(&self.setup.layers[0], end, seed);
-        let mut is_good = end == End::Still || left.home.is_some() || self.setup.cluster >= ROOMY;
+        let lasts = left.home.is_some() || self.setup.cluster >= ROOMY;
+        // Who was cut off while he closed an image without room for notes may have been done with the bitmaps, or not.
+        let mut is_good = Some(end == End::Still || lasts).filter(|good| *good || !self.closing);
         for round in 0..2 {
             if let Some(home) = left.home.as_ref().filter(|_| rng.one_in(5)) {
                 home.somebody_writes().await;
-                is_good = false;
+                is_good = Some(false);
             }
             let image = left.open().await;
             let graph = Graph::new();
@@ -217,14 +226,16 @@ impl Lab {
             let plan = graph.plan();
             let find = |known: &Known| -> Option<&PlanBitmap> {
                 let found = plan.bitmap(node, &known.name).ok().filter(|_| known.persistent);
-                assert!(found.is_none_or(|found| found.inconsistent != is_good), "{}: {is_good}", known.name);
-                let may_be_gone = !is_good || !known.persistent || known.clean.is_none();
+                let is_as_expected =
+                    |found: &PlanBitmap| is_good.is_none_or(|good| found.inconsistent != good);
+                assert!(found.is_none_or(is_as_expected), "{}: {is_good:?}", known.name);
+                let may_be_gone = is_good != Some(true) || !known.persistent || known.clean.is_none();
                 assert!(found.is_some() || may_be_gone, "{} is gone", known.name);
-                found.filter(|_| is_good)
+                found.filter(|found| !found.inconsistent)
             };
             self.check(&all.to_vec(), |known| find(known).map(|found| &*found.bits));
             let end = rng.pick(&[End::Cut, End::Killed]);
-            is_good &= left.home.is_some() || self.setup.cluster >= ROOMY;
+            is_good = if lasts { is_good } else { Some(false) };
             left = left.after(end, seed + round);
         }
     }
@@ -251,7 +262,7 @@ async fn play(seed: u64, faulty: bool) {
     let guests = Guests::new(&setup, cut || faulty);
     let node = setup.layers[0].node;
     setup.graph.let_bitmaps_last();
-    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new(), faulty, added: 0 };
+    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new(), faulty, added: 0, closing: false };
     let mut running = lab.guests.start(&mut rng, 2, 150);
     if cut {
         lab.setup.cut_after(Duration::from_micros(rng.below(60_000)), &lab.guests);
@@ -268,7 +279,7 @@ async fn play(seed: u64, faulty: bool) {
         lab.disks().iter().for_each(|disk| mend(disk));
     }
     let is_cut = lab.setup.power.is_cut();
-    if !is_cut {
+    if !lab.is_over() {
         let all = Iov::scratch(usize::try_from(lab.setup.sectors * SECTOR).unwrap());
         lab.guests.root.read(ByteRange::between(0, lab.setup.sectors * SECTOR), all.clone()).await.unwrap();
         let plan = lab.setup.graph.plan();
@@ -281,6 +292,7 @@ async fn play(seed: u64, faulty: bool) {
                     power.cut();
                 }));
             }
+            lab.closing = true;
             lab.close().await;
             let end = if lab.setup.power.is_cut() { End::Cut } else { End::Still };
             return lab.check_left(end, seed).await;
