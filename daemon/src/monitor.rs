@@ -14,7 +14,7 @@ use underlay_sys::net::{Address, Listener, Stream};
 use underlay_sys::rt;
 
 use crate::chardev::wire::{Carrier, Wire};
-use crate::chardev::{Backend, End};
+use crate::chardev::{Backend, End, Shown};
 use crate::command;
 use crate::error::CommandError;
 use crate::event::Outbox;
@@ -47,6 +47,7 @@ pub enum Mode {
 pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
     let daemon = daemon.clone();
     rt::spawn(async move {
+        let shown = &backend.shown;
         let wire = |carrier| Wire::new(carrier, backend.log.clone());
         match backend.end {
             End::Listener(listener) => {
@@ -54,10 +55,10 @@ pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
                     true => wire(stream).with_telnet(),
                     false => wire(stream),
                 };
-                clients(&daemon, listener, wire, mode).await;
+                clients(&daemon, listener, shown, wire, mode).await;
             }
-            End::Stream(stream) => client(&daemon, wire(Carrier::Socket(Arc::new(stream))), mode).await,
-            End::Caller(address, pause) => calls(&daemon, &address, pause, wire, mode).await,
+            End::Stream(stream) => connection(&daemon, stream, shown, wire, mode).await,
+            End::Caller(address, pause) => calls(&daemon, &address, pause, shown, wire, mode).await,
             End::Pty(pty) => {
                 let pty = Arc::new(pty);
                 while !daemon.quit.is_raised() && pty.opened().await.is_ok() {
@@ -70,15 +71,16 @@ pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
 }
 
 /// One client after the other, as a character device has one other end.
-async fn clients(daemon: &Arc<Daemon>, listener: Listener, wire: impl Fn(Carrier) -> Wire, mode: Mode) {
+async fn clients(
+    daemon: &Arc<Daemon>,
+    listener: Listener,
+    shown: &Shown,
+    wire: impl Fn(Carrier) -> Wire,
+    mode: Mode,
+) {
     while !daemon.quit.is_raised() {
         match listener.accept().await {
-            Ok(stream) => {
-                let wire = wire(Carrier::Socket(Arc::new(stream)));
-                // Who has gone already is noticed soon.
-                let _ = wire.hello().await;
-                client(daemon, wire, mode).await;
-            }
+            Ok(stream) => connection(daemon, stream, shown, &wire, mode).await,
             Err(error) => {
                 tracing::warn!(%error, "a monitor could not accept a client");
                 rt::sleep(Duration::from_millis(100)).await;
@@ -92,16 +94,33 @@ async fn calls(
     daemon: &Arc<Daemon>,
     address: &Address,
     pause: Duration,
+    shown: &Shown,
     wire: impl Fn(Carrier) -> Wire,
     mode: Mode,
 ) {
     while !daemon.quit.is_raised() {
         match Stream::connect(address).await {
-            Ok(stream) => client(daemon, wire(Carrier::Socket(Arc::new(stream))), mode).await,
+            Ok(stream) => connection(daemon, stream, shown, &wire, mode).await,
             Err(error) => tracing::warn!("a monitor: {}", cannot_connect(address, &error)),
         }
         rt::sleep(pause).await;
     }
+}
+
+/// From the beginning to the end of a connection.
+async fn connection(
+    daemon: &Arc<Daemon>,
+    stream: Stream,
+    shown: &Shown,
+    wire: impl Fn(Carrier) -> Wire,
+    mode: Mode,
+) {
+    shown.connected(&stream);
+    let wire = wire(Carrier::Socket(Arc::new(stream)));
+    // Who has gone already is noticed soon.
+    let _ = wire.hello().await;
+    client(daemon, wire, mode).await;
+    shown.gone();
 }
 
 async fn client(daemon: &Arc<Daemon>, wire: Wire, mode: Mode) {

@@ -15,6 +15,7 @@ use underlay_qmp::schema::Program;
 use underlay_sys::rt::{self, StopSign};
 use underlay_sys::thread::{IoThread, Spawner};
 
+use crate::chardev::Chardevs;
 use crate::command::export::Export;
 use crate::command::iothread::Iothreads;
 use crate::event::{self, EventBus};
@@ -40,6 +41,8 @@ pub struct Daemon {
     pub groups: Arc<Groups>,
     /// Names of threads, for who asks for them.
     pub iothreads: Iothreads,
+    /// The character devices.
+    pub chardevs: Chardevs,
     /// The jobs.
     pub jobs: Arc<Jobs>,
     /// The way to the monitors.
@@ -73,6 +76,7 @@ impl Daemon {
             graph,
             groups: Arc::default(),
             iothreads: Iothreads::default(),
+            chardevs: Chardevs::default(),
             jobs: Jobs::new(events.clone()),
             events,
             ready: StopSign::default(),

@@ -7,7 +7,7 @@ use underlay_drivers::NodeSpec;
 use underlay_qmp::json::{Object, Value};
 
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
-use crate::chardev::{Chardevs, Wanted};
+use crate::chardev::Wanted;
 use crate::command::arguments::Arguments;
 use crate::command::{blockdev, export, object};
 use crate::error::{CommandError, CommandResult};
@@ -59,7 +59,6 @@ fn run(name: &str, daemonize: bool, given: Vec<Given>) -> Result<(), String> {
 
 /// Carries out the options in their order.
 async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<Ready, String> {
-    let mut chardevs = Chardevs::default();
     let mut pid_file = None;
     for given in given {
         let typed = &given.typed;
@@ -68,7 +67,7 @@ async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<R
         match given.read().map_err(told)? {
             Arg::PidFile(path) => pid_file = Some(path),
             arg => {
-                if let Some(answer) = carry_out(daemon, &mut chardevs, arg, &remark).await.map_err(told)? {
+                if let Some(answer) = carry_out(daemon, arg, &remark).await.map_err(told)? {
                     print!("{answer}");
                     return Ok(Ready::Answered);
                 }
@@ -84,12 +83,7 @@ pub type Remark<'a> = &'a (dyn Fn(&str) + Sync);
 /// A text that was asked for instead of a running daemon.
 pub type Answer = &'static str;
 
-async fn carry_out(
-    daemon: &Arc<Daemon>,
-    chardevs: &mut Chardevs,
-    arg: Arg,
-    remark: Remark<'_>,
-) -> CommandResult<Option<Answer>> {
+async fn carry_out(daemon: &Arc<Daemon>, arg: Arg, remark: Remark<'_>) -> CommandResult<Option<Answer>> {
     match arg {
         Arg::Blockdev(options) => {
             if has_empty_backing(&options) {
@@ -97,9 +91,9 @@ async fn carry_out(
             }
             blockdev::add(daemon, options).await?;
         }
-        Arg::Chardev(options) => return chardevs.add(options, remark).await,
+        Arg::Chardev(options) => return daemon.chardevs.add(options, remark).await,
         Arg::Monitor(options) => {
-            let (backend, mode) = chardevs.take_for_monitor(Arguments::new(options), "control")?;
+            let (backend, mode) = daemon.chardevs.take_for_monitor(Arguments::new(options), "control")?;
             if mode == Mode::Human {
                 return Err(CommandError::new("Only QMP is supported"));
             }

@@ -29,7 +29,9 @@ impl Daemon {
         let folder = tempfile::tempdir().expect("a folder");
         prepare(folder.path());
         let mut command = Command::new(env!("CARGO_BIN_EXE_underlay"));
+        let (device, more) = device.split_once(' ').unwrap_or((device, ""));
         command.args(["storage-daemon", "--chardev", &format!("{device},id=m"), "--monitor", "m"]);
+        command.args(more.split_whitespace());
         let output = File::create(folder.path().join("stdout")).expect("a file");
         let child = command.args(["--pidfile", "pid"]).current_dir(folder.path()).stdout(output).spawn();
         Self { child: child.expect("the daemon starts"), folder }
@@ -209,4 +211,69 @@ fn the_first_free_port() {
     talk(&stream, &stream);
     stream.write_all(QUIT).expect("taken");
     assert!(child.wait().expect("it ends").success());
+}
+
+/// The answer to a command.
+fn ask(mut stream: &UnixStream, lines: &mut impl BufRead, command: &str) -> String {
+    stream.write_all(format!("{command}\n").as_bytes()).expect("taken");
+    let mut line = String::new();
+    lines.read_line(&mut line).expect("an answer");
+    line.trim_end().to_owned()
+}
+
+#[test]
+fn who_is_there_is_told() {
+    let daemon = Daemon::start(
+        "socket,path=s,server=on,wait=off --chardev socket,id=t,host=127.0.0.1,port=0,server=on,wait=off \
+         --monitor t --chardev ringbuf,id=r,size=64k --monitor r --chardev pty,id=p",
+        |_| (),
+    )
+    .ready();
+    let stream = UnixStream::connect(daemon.path("s")).expect("it listens");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+    talk_over(&stream);
+    let mut lines = BufReader::new(&stream);
+    let mut shown = |id: &str| {
+        let all = ask(&stream, &mut lines, r#"{"execute": "query-chardev"}"#);
+        let end = all.find(&format!(", \"label\": \"{id}\"")).unwrap_or_else(|| panic!("{id} in {all}"));
+        let begin = all[..end].rfind('{').expect("an object");
+        all[begin + 1..end].to_owned()
+    };
+    let waiting = shown("t");
+    let place = waiting.strip_prefix("\"frontend-open\": true, \"filename\": \"disconnected:tcp:127.0.0.1:");
+    let port: u16 = place.and_then(|rest| rest.strip_suffix(",server=on\"")?.parse().ok()).expect(&waiting);
+    let guest = std::net::TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+    talk(&guest, &guest);
+    let peer = guest.local_addr().expect("connected");
+    let there = format!("\"tcp:127.0.0.1:{port},server=on <-> {peer}\"");
+    assert_eq!(shown("t"), format!("\"frontend-open\": true, \"filename\": {there}"));
+    drop(guest);
+    until(|| (shown("t") == waiting).then_some(()));
+    assert!(shown("m").contains("\"unix:s,server=on\""), "{}", shown("m"));
+    assert!(
+        shown("p").starts_with("\"frontend-open\": false, \"filename\": \"pty:/dev/pts/"),
+        "{}",
+        shown("p")
+    );
+    let (stream, mut lines) = (&stream, BufReader::new(&stream));
+    // What a monitor says into memory.
+    let said = ask(
+        stream,
+        &mut lines,
+        r#"{"execute": "ringbuf-read", "arguments": {"device": "r", "size": 99999}}"#,
+    );
+    assert!(said.starts_with(r#"{"return": "{\"QMP\": "#), "{said}");
+    let add = r#"{"execute": "chardev-add", "arguments": {"id": "q", "backend": {"type": "pty", "data": {"path": "link"}}}}"#;
+    let added = ask(stream, &mut lines, add);
+    let name = added.strip_prefix(r#"{"return": {"pty": ""#).and_then(|rest| rest.strip_suffix(r#""}}"#));
+    assert_eq!(fs::read_link(daemon.path("link")).expect("a link"), Path::new(name.expect(&added)));
+    ask(stream, &mut lines, r#"{"execute": "chardev-remove", "arguments": {"id": "q"}}"#);
+    assert!(!daemon.path("link").exists());
+    // What cannot be opened takes nothing away.
+    let change = r#"{"execute": "chardev-change", "arguments": {"id": "p", "backend": {"type": "pipe", "data": {"device": "nope"}}}}"#;
+    assert!(ask(stream, &mut lines, change).contains("Could not open 'nope'"));
+    assert!(ask(stream, &mut lines, r#"{"execute": "query-chardev"}"#).contains("pty:/dev/pts/"));
+    let mut stream = stream;
+    stream.write_all(QUIT).expect("taken");
+    daemon.expect_end();
 }

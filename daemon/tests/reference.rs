@@ -222,3 +222,8 @@ fn internal_snapshots() {
 fn write_threshold() {
     compare("write_threshold");
 }
+
+#[test]
+fn chardevs() {
+    compare("chardevs");
+}

@@ -1,19 +1,21 @@
 //! Character devices: the ends of monitors.
 
 mod options;
+pub mod ring;
+mod shown;
 mod telnet;
 mod wanted;
 pub mod wire;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use underlay_exports::listen::{cannot_connect, cannot_listen, reason};
+use underlay_qmp::json::{Object, Value};
 use underlay_qmp::option_list::OptionList;
-use underlay_sys::net::{Address, Listener, Stream};
+use underlay_sys::net::{Abstract, Address, Listener, Stream};
 use underlay_sys::pipe::Pipe;
 use underlay_sys::pty::Pty;
 
@@ -21,6 +23,8 @@ use crate::command::arguments::Arguments;
 use crate::error::{CommandError, CommandResult};
 use crate::monitor::Mode;
 use crate::storage_daemon::{Answer, Remark};
+use ring::Ring;
+pub use shown::Shown;
 use wanted::Kind;
 pub use wanted::Wanted;
 use wire::Carrier;
@@ -47,90 +51,238 @@ pub struct Backend {
     pub telnet: bool,
     /// Where a copy of what is written goes.
     pub log: Option<Arc<File>>,
+    /// What it is called, and who is there.
+    pub shown: Arc<Shown>,
 }
 
-/// The answer to `--chardev help`.
-pub const HELP: &str =
-    "Available chardev backend types: \n  pty\n  file\n  stdio\n  socket\n  null\n  pipe\n";
+/// The kinds of character devices.
+pub const KINDS: [&str; 8] = ["pty", "file", "memory", "stdio", "socket", "ringbuf", "null", "pipe"];
 
-/// All character devices; those that no monitor has taken yet with what is behind them.
+/// The answer to `--chardev help`.
+pub const HELP: &str = "Available chardev backend types: \n  pty\n  file\n  memory\n  stdio\n  socket\n  ringbuf\n  null\n  pipe\n";
+
+/// All character devices, in the order in which they came.
 #[derive(Default)]
 pub struct Chardevs {
-    devices: HashMap<String, Option<Backend>>,
-    stdio_taken: bool,
+    devices: Mutex<Vec<Device>>,
+}
+
+struct Device {
+    id: String,
+    shown: Arc<Shown>,
+    /// What is behind it, unless a monitor has taken that.
+    backend: Option<Backend>,
+    ring: Option<Arc<Ring>>,
+    is_stdio: bool,
 }
 
 impl Chardevs {
+    fn devices(&self) -> MutexGuard<'_, Vec<Device>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_there(&self, id: &str) -> bool {
+        self.devices().iter().any(|device| device.id == id)
+    }
+
     /// `--chardev`. An answer ends the program.
-    pub async fn add(&mut self, list: OptionList, remark: Remark<'_>) -> CommandResult<Option<Answer>> {
+    pub async fn add(&self, list: OptionList, remark: Remark<'_>) -> CommandResult<Option<Answer>> {
         list.warnings.iter().for_each(|warning| remark(warning));
-        let Wanted::Device { id, kind, log, telnet } = Wanted::read(list)? else { return Ok(Some(HELP)) };
-        if self.devices.contains_key(&id) {
-            return Err(CommandError::new(format!("Chardev with id '{id}' already exists")));
+        let Wanted::Device { id, device } = Wanted::read(list)? else { return Ok(Some(HELP)) };
+        self.check_new(&id)?;
+        let is_terminal = matches!(device.kind, Kind::Pty(_));
+        let device = self.open(&id, device, remark).await?;
+        if is_terminal {
+            let name = device.shown.filename();
+            println!("char device redirected to {} (label {id})", name.trim_start_matches("pty:"));
         }
-        let log = log.map(open_log).transpose()?;
-        let end = match kind {
-            Kind::Socket { address, pause: Some(pause), .. } => End::Caller(address, pause),
-            Kind::Socket { address, server: true, wait, .. } => {
-                listen(&address, wait, telnet, remark).await?
-            }
-            Kind::Socket { address, .. } => {
-                let stream = Stream::connect(&address).await;
-                let failed = |error| CommandError::told(cannot_connect(&address, &error));
-                End::Stream(stream.map_err(failed)?)
-            }
-            Kind::Stdio => self.stdio()?,
-            Kind::File { path, append } => file(&path, append)?,
-            Kind::Pipe(path) => pipe(&path)?,
-            Kind::Pty(link) => pty(&id, link.as_deref())?,
-        };
-        self.devices.insert(id, Some(Backend { end, telnet, log }));
+        self.devices().push(device);
         Ok(None)
     }
 
-    fn stdio(&mut self) -> CommandResult<End> {
-        if self.stdio_taken {
+    fn check_new(&self, id: &str) -> CommandResult<()> {
+        match self.is_there(id) {
+            true => Err(CommandError::new(format!("Chardev with id '{id}' already exists"))),
+            false => Ok(()),
+        }
+    }
+
+    /// chardev-add: the name of the terminal, if it is one.
+    pub async fn add_live(&self, id: &str, backend: Arguments) -> CommandResult<Option<String>> {
+        self.check_new(id)?;
+        let device = self.open_live(id, backend).await?;
+        let terminal = device.terminal();
+        self.devices().push(device);
+        Ok(terminal)
+    }
+
+    /// chardev-change: likewise. What nobody uses can be anything else; a monitor wants what it has.
+    pub async fn change(&self, id: &str, backend: Arguments) -> CommandResult<Option<String>> {
+        let is_free = self.devices().iter().find(|device| device.id == id).map(Device::is_free);
+        match is_free {
+            None => return Err(CommandError::new(format!("Chardev '{id}' does not exist"))),
+            Some(false) => return Err(CommandError::new("Chardev user does not support chardev hotswap")),
+            Some(true) => {}
+        }
+        let new = self.open_live(id, backend).await?;
+        let terminal = new.terminal();
+        if let Some(device) = self.devices().iter_mut().find(|device| device.id == id) {
+            *device = new;
+        }
+        Ok(terminal)
+    }
+
+    async fn open_live(&self, id: &str, backend: Arguments) -> CommandResult<Device> {
+        let opened = match wanted::Device::of_backend(backend) {
+            Ok(wanted) => self.open(id, wanted, &|text| tracing::info!("{text}")).await,
+            Err(error) => Err(error),
+        };
+        opened.map_err(|error| CommandError {
+            desc: format!("Failed to add chardev '{id}': {}", error.desc),
+            ..error
+        })
+    }
+
+    /// chardev-remove
+    pub fn remove(&self, id: &str) -> CommandResult<()> {
+        let mut devices = self.devices();
+        let at = devices.iter().position(|device| device.id == id).ok_or_else(|| not_found(id))?;
+        if !devices[at].is_free() {
+            return Err(CommandError::new(format!("Chardev '{id}' is busy")));
+        }
+        devices.remove(at);
+        Ok(())
+    }
+
+    /// chardev-send-break: none of those that there are can send one.
+    pub fn send_break(&self, id: &str) -> CommandResult<()> {
+        if self.is_there(id) { Ok(()) } else { Err(not_found(id)) }
+    }
+
+    /// query-chardev
+    pub fn query(&self) -> Value {
+        let devices = self.devices();
+        let info = |device: &Device| {
+            let object = Object::new().with("label", &*device.id).with("filename", device.shown.filename());
+            object.with("frontend-open", !device.is_free()).into()
+        };
+        Value::List(devices.iter().map(info).collect())
+    }
+
+    /// The buffer that a device is.
+    pub fn ring(&self, id: &str) -> CommandResult<Arc<Ring>> {
+        let devices = self.devices();
+        let device = devices.iter().find(|device| device.id == id);
+        let device = device.ok_or_else(|| CommandError::new(format!("Device '{id}' not found")))?;
+        device.ring.clone().ok_or_else(|| CommandError::new(format!("{id} is not a ringbuf device")))
+    }
+
+    async fn open(&self, id: &str, wanted: wanted::Device, remark: Remark<'_>) -> CommandResult<Device> {
+        let wanted::Device { kind, log, telnet } = wanted;
+        let log = log.map(open_log).transpose()?;
+        let is_stdio = matches!(kind, Kind::Stdio);
+        if is_stdio && self.devices().iter().any(|device| device.is_stdio) {
             return Err(CommandError::new("cannot use stdio by multiple character devices"));
         }
-        self.stdio_taken = true;
-        Ok(End::Fixed(Carrier::Stdio))
+        let fixed = |carrier, name: &str| (End::Fixed(carrier), Shown::plain(name));
+        let mut ring = None;
+        let (end, shown) = match kind {
+            Kind::Socket { address, server: true, wait, .. } => {
+                listen(&address, wait, telnet, remark).await?
+            }
+            Kind::Socket { address, pause, .. } => connect(address, pause).await?,
+            Kind::Stdio => fixed(Carrier::Stdio, "stdio"),
+            Kind::Null => fixed(file("/dev/null", true)?, "null"),
+            Kind::File { path, append } => fixed(file(&path, append)?, "file"),
+            Kind::Pipe(path) => fixed(pipe(&path)?, "pipe"),
+            Kind::Pty(link) => pty(link.as_deref())?,
+            Kind::Ring { size, name } => {
+                let ring = ring.insert(Arc::new(Ring::new(size)));
+                fixed(Carrier::Ring(ring.clone()), name)
+            }
+        };
+        let shown = Arc::new(shown);
+        let backend = Backend { end, telnet, log, shown: shown.clone() };
+        Ok(Device { id: id.to_owned(), shown, backend: Some(backend), ring, is_stdio })
     }
 
     /// `--monitor`, `-mon`: what is behind its character device, and what is spoken there; `default` if that is not said.
     pub fn take_for_monitor(
-        &mut self,
+        &self,
         mut arguments: Arguments,
         default: &str,
     ) -> CommandResult<(Backend, Mode)> {
         let id = arguments.text("chardev");
-        let device = self.devices.get_mut(&id);
+        let mut devices = self.devices();
+        let device = devices.iter_mut().find(|device| device.id == id);
         let device = device.ok_or_else(|| CommandError::new(format!("chardev \"{id}\" not found")))?;
         let is_human = arguments.optional_text("mode").as_deref().unwrap_or(default) == "readline";
         let pretty = arguments.flag("pretty", false);
-        let backend = device.take();
+        let backend = device.backend.take();
         let backend =
             backend.ok_or_else(|| CommandError::new(format!("chardev '{id}' is already in use")))?;
         Ok((backend, if is_human { Mode::Human } else { Mode::Qmp { pretty } }))
     }
 }
 
-async fn listen(address: &Address, wait: bool, telnet: bool, remark: Remark<'_>) -> CommandResult<End> {
+impl Device {
+    /// Whether no monitor uses it.
+    fn is_free(&self) -> bool {
+        self.backend.is_some()
+    }
+
+    fn terminal(&self) -> Option<String> {
+        self.shown.filename().strip_prefix("pty:").map(str::to_owned)
+    }
+}
+
+fn not_found(id: &str) -> CommandError {
+    CommandError::new(format!("Chardev '{id}' not found"))
+}
+
+async fn connect(address: Address, pause: Option<Duration>) -> CommandResult<(End, Shown)> {
+    let place = match &address {
+        Address::Inet(inet) => format!("tcp:{}:{}", inet.host, inet.port),
+        Address::Unix(path) => format!("unix:{}", path.display()),
+        Address::Abstract(name) => of_abstract(name),
+        Address::Fd(fd) => format!("fd:{fd}"),
+    };
+    let shown = Shown::socket(place, false);
+    if let Some(pause) = pause {
+        return Ok((End::Caller(address, pause), shown));
+    }
+    let stream = Stream::connect(&address).await;
+    let stream = stream.map_err(|error| CommandError::told(cannot_connect(&address, &error)))?;
+    shown.connected(&stream);
+    Ok((End::Stream(stream), shown))
+}
+
+async fn listen(
+    address: &Address,
+    wait: bool,
+    telnet: bool,
+    remark: Remark<'_>,
+) -> CommandResult<(End, Shown)> {
     let listener = Listener::bind(address);
     let listener = listener.map_err(|error| CommandError::told(cannot_listen(address, &error)))?;
+    let place = place(address, &listener, telnet);
     if wait {
-        let place = place(address, &listener, telnet);
         remark(&format!("info: QEMU waiting for connection on: disconnected:{place},server=on"));
         let waited = listener.readable().await;
         waited.map_err(|error| CommandError::new(format!("Failed to listen: {}", reason(&error))))?;
     }
-    Ok(End::Listener(listener))
+    Ok((End::Listener(listener), Shown::socket(place, true)))
+}
+
+fn of_abstract(name: &Abstract) -> String {
+    format!("unix:{},abstract=on{}", name.name, if name.tight { ",tight=on" } else { "" })
 }
 
 /// A listener as it is shown to who shall connect.
 fn place(address: &Address, listener: &Listener, telnet: bool) -> String {
     match address {
         Address::Unix(path) => format!("unix:{}", path.display()),
-        Address::Abstract(name) => format!("unix:{},abstract=on", name.name),
+        Address::Abstract(name) => of_abstract(name),
         _ => {
             let place = listener.local_address();
             if telnet { place.replacen("tcp:", "telnet:", 1) } else { place }
@@ -143,20 +295,20 @@ fn open_log((path, append): (String, bool)) -> CommandResult<Arc<File>> {
     create(&path, append).map(Arc::new).map_err(failed)
 }
 
-fn pipe(path: &str) -> CommandResult<End> {
+fn pipe(path: &str) -> CommandResult<Carrier> {
     let failed = |error| CommandError::new(format!("Could not open '{path}': {}", reason(&error)));
-    Ok(End::Fixed(Carrier::Pipe(Arc::new(Pipe::open(Path::new(path)).map_err(failed)?))))
+    Ok(Carrier::Pipe(Arc::new(Pipe::open(Path::new(path)).map_err(failed)?)))
 }
 
-fn pty(id: &str, link: Option<&str>) -> CommandResult<End> {
+fn pty(link: Option<&str>) -> CommandResult<(End, Shown)> {
     let failed = |error| CommandError::new(format!("Failed to create PTY: {}", reason(&error)));
     let mut pty = Pty::open().map_err(failed)?;
-    println!("char device redirected to {} (label {id})", pty.name());
+    let shown = Shown::plain(format!("pty:{}", pty.name()));
     if let Some(link) = link {
         let failed = |error| CommandError::new(format!("Failed to create PTY symlink: {}", reason(&error)));
         pty.link(Path::new(link)).map_err(failed)?;
     }
-    Ok(End::Pty(pty))
+    Ok((End::Pty(pty), shown))
 }
 
 fn create(path: &str, append: bool) -> std::io::Result<File> {
@@ -164,7 +316,7 @@ fn create(path: &str, append: bool) -> std::io::Result<File> {
     how.create(true).write(true).append(append).truncate(!append).open(Path::new(path))
 }
 
-fn file(path: &str, append: bool) -> CommandResult<End> {
+fn file(path: &str, append: bool) -> CommandResult<Carrier> {
     let failed = |error| CommandError::new(format!("Could not open '{path}': {}", reason(&error)));
-    Ok(End::Fixed(Carrier::File(Arc::new(create(path, append).map_err(failed)?))))
+    Ok(Carrier::File(Arc::new(create(path, append).map_err(failed)?)))
 }

@@ -86,6 +86,11 @@ impl Options {
         Ok((id, Self { words }))
     }
 
+    /// Of words that have been checked.
+    pub fn of_words(words: Object) -> Self {
+        Self { words }
+    }
+
     /// A text, if it is given.
     pub fn text(&mut self, name: &str) -> Option<String> {
         match self.words.remove(name) {

@@ -2,16 +2,20 @@
 
 use std::time::Duration;
 
+use underlay_drivers::options::parse_size;
 use underlay_drivers::socket_address;
+use underlay_qmp::json::{Object, Value};
 use underlay_qmp::option_list::OptionList;
 use underlay_sys::net::{Address, Inet};
 
 use super::options::Options;
-use crate::command::export::no_credentials;
+use super::ring;
+use crate::command::arguments::Arguments;
+use crate::command::export::{address as address_of, no_credentials};
 use crate::error::{CommandError, CommandResult};
 
 /// The kinds that there are in the reference only.
-const LATER: [&str; 7] = ["udp", "memory", "ringbuf", "parallel", "mux", "serial", "hub"];
+const LATER: [&str; 5] = ["udp", "parallel", "mux", "serial", "hub"];
 
 /// What a `--chardev` asks for.
 pub enum Wanted {
@@ -21,13 +25,19 @@ pub enum Wanted {
     Device {
         /// Its name.
         id: String,
-        /// What is to be behind it.
-        kind: Kind,
-        /// Where a copy of what is written goes, and whether it goes behind what is there.
-        log: Option<(String, bool)>,
-        /// Telnet is spoken.
-        telnet: bool,
+        /// The rest.
+        device: Device,
     },
+}
+
+/// A character device that is wanted.
+pub struct Device {
+    /// What is to be behind it.
+    pub kind: Kind,
+    /// Where a copy of what is written goes, and whether it goes behind what is there.
+    pub log: Option<(String, bool)>,
+    /// Telnet is spoken.
+    pub telnet: bool,
 }
 
 /// What is to be behind a character device.
@@ -45,6 +55,8 @@ pub enum Kind {
     },
     /// Standard input and output.
     Stdio,
+    /// Nothing.
+    Null,
     /// A file for output.
     File {
         /// Its path.
@@ -56,6 +68,13 @@ pub enum Kind {
     Pipe(String),
     /// A terminal, with a link to it.
     Pty(Option<String>),
+    /// Memory for so many bytes.
+    Ring {
+        /// In bytes.
+        size: usize,
+        /// As it was asked for.
+        name: &'static str,
+    },
 }
 
 impl Wanted {
@@ -69,21 +88,59 @@ impl Wanted {
         let id = id.ok_or_else(|| CommandError::new("chardev: no id specified"))?;
         let kind = kind.ok_or_else(|| CommandError::new(format!("chardev: \"{id}\" missing backend")))?;
         options.drop_defaults(&[("mux", false)]);
+        Ok(Self::Device { id, device: Device::read(&kind, options, None)? })
+    }
+}
+
+impl Device {
+    fn read(kind: &str, mut options: Options, address: Option<Address>) -> CommandResult<Self> {
         let append = options.flag("logappend").unwrap_or(false);
         let log = options.text("logfile").map(|path| (path, append));
         let telnet = kind == "socket" && options.flag("telnet").unwrap_or(false);
-        Ok(Self::Device { id, kind: Kind::read(&kind, options)?, log, telnet })
+        Ok(Self { kind: Kind::read(kind, options, address)?, log, telnet })
+    }
+
+    /// The `backend` of a command, whose names and types have been checked: the same options by other names, and with other
+    /// defaults.
+    pub fn of_backend(mut backend: Arguments) -> CommandResult<Self> {
+        let kind = backend.text("type");
+        let mut data = backend.object("data").unwrap_or_else(|| Arguments::new(Object::new()));
+        let address = if kind == "socket" { Some(address_of(&mut data)?) } else { None };
+        let mut words = Object::new();
+        for (name, value) in data.rest().into_iter() {
+            let word = match value {
+                Value::Bool(flag) => if flag { "on" } else { "off" }.to_owned(),
+                Value::Str(text) => text,
+                // A size that is below zero is far above everything.
+                Value::Int(number) if name == "size" => number.cast_unsigned().to_string(),
+                other => other.to_string(),
+            };
+            let name = match &*name {
+                "out" | "device" => "path",
+                "in" => "input-path",
+                name => name,
+            };
+            words.insert(name, word);
+        }
+        if kind == "socket" {
+            let server = words.get("server").is_none_or(|word| word.as_str() == Some("on"));
+            words.insert("server", if server { "on" } else { "off" });
+            if server && words.get("wait").is_none() {
+                words.insert("wait", "off");
+            }
+        }
+        Self::read(&kind, Options::of_words(words), address)
     }
 }
 
 impl Kind {
-    fn read(name: &str, mut options: Options) -> CommandResult<Self> {
+    fn read(name: &str, mut options: Options, address: Option<Address>) -> CommandResult<Self> {
         let mut path = |missing: &str| {
             let path = options.text("path");
             path.ok_or_else(|| CommandError::new(format!("chardev: {name}: no {missing} given")))
         };
         let kind = match name {
-            "socket" => socket(&mut options)?,
+            "socket" => socket(&mut options, address)?,
             "stdio" => {
                 // Whether a terminal's keys may send signals: we leave terminals as they are.
                 options.drop_defaults(&[("signal", true)]);
@@ -93,7 +150,9 @@ impl Kind {
                 let path = path("filename")?;
                 Self::File { path, append: options.flag("append").unwrap_or(false) }
             }
-            "null" => Self::File { path: "/dev/null".to_owned(), append: true },
+            "null" => Self::Null,
+            "ringbuf" => Self::Ring { size: ring_size(&mut options)?, name: "ringbuf" },
+            "memory" => Self::Ring { size: ring_size(&mut options)?, name: "memory" },
             "pipe" => Self::Pipe(path("device path")?),
             "pty" => Self::Pty(options.text("path")),
             later if LATER.contains(&later) => {
@@ -107,9 +166,35 @@ impl Kind {
     }
 }
 
-fn socket(options: &mut Options) -> CommandResult<Kind> {
+/// Bytes of a buffer that nobody gives a size for.
+const RING: u64 = 64 << 10;
+
+fn ring_size(options: &mut Options) -> CommandResult<usize> {
+    let size = match options.text("size") {
+        None => RING,
+        Some(word) => parse_size(&word).ok_or_else(|| CommandError {
+            hint: Some(
+                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+                    .to_owned(),
+            ),
+            ..CommandError::new("Parameter 'size' expects a non-negative number below 2^64")
+        })?,
+    };
+    if size != 0 && !size.is_power_of_two() {
+        return Err(CommandError::new("size of ringbuf chardev must be power of two"));
+    }
+    match usize::try_from(size) {
+        Ok(size) if size as u64 <= ring::MOST => Ok(size),
+        _ => Err(CommandError::new(format!("size of ringbuf chardev must be at most {}", ring::MOST))),
+    }
+}
+
+fn socket(options: &mut Options, given: Option<Address>) -> CommandResult<Kind> {
     let server = options.flag("server").unwrap_or(false);
-    let address = address(options)?;
+    let address = match given {
+        Some(address) => address,
+        None => address(options)?,
+    };
     if options.has("tls-authz") && !options.has("tls-creds") {
         return Err(CommandError::new("'tls_authz' option requires 'tls_creds' option"));
     }

@@ -9,6 +9,7 @@ use underlay_sys::pipe::Pipe;
 use underlay_sys::pty::Pty;
 use underlay_sys::stdio;
 
+use super::ring::Ring;
 use super::telnet::{self, Filter};
 
 /// What carries the bytes.
@@ -24,6 +25,8 @@ pub enum Carrier {
     Pipe(Arc<Pipe>),
     /// A terminal.
     Pty(Arc<Pty>),
+    /// Memory for output.
+    Ring(Arc<Ring>),
 }
 
 /// See the module. One task may read while another one writes.
@@ -61,7 +64,7 @@ impl Wire {
                 Carrier::Stdio => stdio::read(into).await?,
                 Carrier::Pipe(pipe) => pipe.read(into).await?,
                 Carrier::Pty(pty) => pty.read(into).await?,
-                Carrier::File(_) => std::future::pending().await,
+                Carrier::File(_) | Carrier::Ring(_) => std::future::pending().await,
             };
             let Some(filter) = self.telnet.as_ref().filter(|_| count > 0) else { return Ok(count) };
             let kept = filter.lock().unwrap_or_else(PoisonError::into_inner).strip(&mut into[..count]);
@@ -85,6 +88,10 @@ impl Wire {
             Carrier::Socket(stream) => stream.send_all(bytes).await,
             Carrier::Stdio => stdio::write_all(bytes).await,
             Carrier::File(file) => (&**file).write_all(bytes),
+            Carrier::Ring(ring) => {
+                ring.write(bytes);
+                Ok(())
+            }
             Carrier::Pipe(pipe) => pipe.write_all(bytes).await,
             Carrier::Pty(pty) => pty.write_all(bytes).await,
         }

@@ -4,6 +4,7 @@ pub mod arguments;
 pub mod backup;
 pub mod bitmap;
 pub mod blockdev;
+pub mod chardev;
 pub mod create;
 pub mod export;
 pub mod internal_snapshot;
@@ -61,6 +62,9 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
     if request.command == "blockdev-snapshot-delete-internal-sync" {
         return internal_snapshot::delete(daemon, &mut arguments).await;
     }
+    if let Some(done) = chardev::change(daemon, request.command, &mut arguments).await {
+        return done;
+    }
     change(daemon, request.command, arguments).await.map(|()| Value::Object(Object::new()))
 }
 
@@ -85,7 +89,10 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
         "query-jobs" => job::query_jobs(daemon),
         "query-block-jobs" => job::query_block_jobs(daemon),
         "query-block-exports" => export::query(daemon),
-        other => return machine::query(daemon.machine.as_ref()?, other).map(Ok),
+        other => {
+            let told = chardev::query(daemon, other);
+            return told.or_else(|| machine::query(daemon.machine.as_ref()?, other)).map(Ok);
+        }
     }))
 }
 

@@ -8,7 +8,6 @@ use super::Machine;
 use super::args::{Setting, Typed};
 use super::drive::{self, Drive, Place};
 use super::running::RunState;
-use crate::chardev::Chardevs;
 use crate::command::arguments::Arguments;
 use crate::command::{blockdev, export, object};
 use crate::device::given::{Given, Input};
@@ -31,9 +30,8 @@ pub async fn set_up(
     for Typed { typed, value } in objects {
         object::add(daemon, Arguments::new(value)).map_err(|error| told(&typed, &error))?;
     }
-    let mut characters = Chardevs::default();
     for Typed { typed, value } in chardevs {
-        let added = characters.add(value, &|text| remark(&typed, text)).await;
+        let added = daemon.chardevs.add(value, &|text| remark(&typed, text)).await;
         added.map_err(|error| told(&typed, &error))?;
     }
     for Typed { typed, value } in blockdevs {
@@ -52,7 +50,7 @@ pub async fn set_up(
         opened.push(drive.map_err(|error| told(&typed, &error))?);
     }
     for Typed { typed, value } in monitors {
-        let taken = characters.take_for_monitor(Arguments::new(value), "readline");
+        let taken = daemon.chardevs.take_for_monitor(Arguments::new(value), "readline");
         let (backend, mode) = taken.map_err(|error| told(&typed, &error))?;
         monitor::serve(daemon, backend, mode);
     }

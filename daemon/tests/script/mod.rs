@@ -121,6 +121,14 @@ pub fn blanked(line: &str) -> String {
         rest = rest[at + 6..].trim_start_matches(|c: char| c.is_ascii_digit());
     }
     out.push_str(rest);
+    // The folder of this run.
+    let mut parts = out.split("/.tmp");
+    let mut said = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        said.push_str("/.tmpN");
+        said.push_str(part.trim_start_matches(|c: char| c.is_ascii_alphanumeric()));
+    }
+    let out = said;
     // How much room a file takes up is said to people, too.
     let mut parts = out.split("disk size: ");
     let mut said = parts.next().unwrap_or_default().to_owned();

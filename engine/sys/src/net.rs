@@ -421,6 +421,11 @@ impl Stream {
         let _ = rustix::net::shutdown(&*self.fd, rustix::net::Shutdown::Write);
     }
 
+    /// This side, as far as it has a name.
+    pub fn own_address(&self) -> String {
+        describe(rustix::net::getsockname(&*self.fd).ok())
+    }
+
     /// The other side, as far as it has a name.
     pub fn peer_address(&self) -> String {
         describe(rustix::net::getpeername(&*self.fd).ok().flatten())

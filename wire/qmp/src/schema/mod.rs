@@ -3,6 +3,7 @@
 
 mod backup;
 mod bitmaps;
+mod chardev;
 pub mod check;
 mod commands;
 mod create;
@@ -31,7 +32,7 @@ impl Program {
     /// All commands.
     pub fn commands(self) -> impl Iterator<Item = &'static ty::Command> {
         let more = if self == Self::Machine { machine::COMMANDS } else { &[] };
-        commands::COMMANDS.iter().chain(more)
+        commands::COMMANDS.iter().chain(chardev::COMMANDS).chain(more)
     }
 
     /// All events.
