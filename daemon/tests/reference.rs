@@ -227,3 +227,8 @@ fn write_threshold() {
 fn chardevs() {
     compare("chardevs");
 }
+
+#[test]
+fn experimental() {
+    compare("experimental");
+}

@@ -6,6 +6,7 @@ pub mod bitmap;
 pub mod blockdev;
 pub mod chardev;
 pub mod create;
+pub mod experimental;
 pub mod export;
 pub mod internal_snapshot;
 pub mod iothread;
@@ -18,6 +19,7 @@ pub mod query;
 pub mod snapshot;
 pub mod statistics;
 pub mod transaction;
+pub mod types;
 
 use underlay_qmp::json::{Object, Value};
 use underlay_qmp::schema;
@@ -71,6 +73,14 @@ pub async fn execute(daemon: &Daemon, request: Request) -> CommandResult<Value> 
 fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<CommandResult<Value>> {
     Some(Ok(match command {
         "qom-list" => return Some(object::qom_list(daemon, &arguments.text("path"))),
+        "qom-list-types" => {
+            let implements = arguments.optional_text("implements");
+            types::list(daemon, implements.as_deref(), arguments.flag("abstract", false))
+        }
+        "qom-list-properties" => return Some(types::properties(daemon, &arguments.text("typename"))),
+        "device-list-properties" => {
+            return Some(types::device_properties(daemon, &arguments.text("typename")));
+        }
         "qom-get" => {
             let path = arguments.text("path");
             return Some(object::qom_get(daemon, &path, &arguments.text("property")));
@@ -115,6 +125,9 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
         "blockdev-reopen" => blockdev::reopen(daemon, arguments.objects("options")).await?,
         "blockdev-create" => create::blockdev_create(daemon, &mut arguments).await?,
+        "x-blockdev-amend" => experimental::amend(daemon, &mut arguments).await?,
+        "x-blockdev-change" => experimental::change(daemon, &mut arguments)?,
+        "x-blockdev-set-iothread" => experimental::set_iothread(daemon, &mut arguments)?,
         "blockdev-snapshot-sync" => {
             snapshot::snapshot_sync(daemon, SnapshotSync::new(&mut arguments)).await?
         }

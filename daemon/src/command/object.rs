@@ -246,22 +246,34 @@ pub fn is_iothread(daemon: &Daemon, path: &str) -> bool {
     Place::find(daemon, path).is_ok_and(|place| place.is_iothread())
 }
 
+fn property(name: &str, kind: &str) -> Value {
+    Value::Object(Object::new().with("name", name).with("type", kind))
+}
+
+/// The properties of objects of a type, if it is one that users make.
+pub fn properties(kind: &str) -> Option<Vec<Value>> {
+    match kind {
+        "throttle-group" => {
+            let kind = |name: &str| match name {
+                "type" => "string",
+                "limits" => "ThrottleLimits",
+                _ => "int",
+            };
+            Some(PROPERTIES.iter().map(|name| property(name, kind(name))).collect())
+        }
+        "iothread" => {
+            let numbers = Iothread::properties().map(|name| property(name, "int"));
+            Some(std::iter::once(property("type", "string")).chain(numbers).collect())
+        }
+        _ => None,
+    }
+}
+
 /// qom-list
 pub fn qom_list(daemon: &Daemon, path: &str) -> CommandResult<Value> {
     let place = Place::find(daemon, path)?;
-    let property =
-        |name: &str, kind: &str| Value::Object(Object::new().with("name", name).with("type", kind));
-    if let Place::Group(_) = place {
-        let kind = |name: &str| match name {
-            "type" => "string",
-            "limits" => "ThrottleLimits",
-            _ => "int",
-        };
-        return Ok(Value::List(PROPERTIES.iter().map(|name| property(name, kind(name))).collect()));
-    }
-    if let Place::Iothread(_) = place {
-        let numbers = Iothread::properties().map(|name| property(name, "int"));
-        return Ok(Value::List(std::iter::once(property("type", "string")).chain(numbers).collect()));
+    if let Some(known) = properties(place.kind()) {
+        return Ok(Value::List(known));
     }
     if let Place::Device(_, device) = &place {
         let drive = device.model.has_disk().then(|| property("drive", "str"));

@@ -19,9 +19,18 @@ pub type Creation = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 impl Jobs {
     /// Starts a job that awaits `creation`.
     pub async fn create(self: &Arc<Self>, id: String, creation: Creation) -> Result<Started, JobError> {
+        self.make(id, Kind::Create, creation).await
+    }
+
+    /// The same with a job that changes how an image is made: x-blockdev-amend.
+    pub async fn amend(self: &Arc<Self>, id: String, amendment: Creation) -> Result<Started, JobError> {
+        self.make(id, Kind::Amend, amendment).await
+    }
+
+    async fn make(self: &Arc<Self>, id: String, kind: Kind, creation: Creation) -> Result<Started, JobError> {
         let settings = Settings { id: Some(id), auto_dismiss: false, ..Settings::default() };
         let id = self.choose_id(&settings)?;
-        let job = self.draft(id, Kind::Create, &settings);
+        let job = self.draft(id, kind, &settings);
         self.launch(job, &settings, Box::new(Create { creation: Some(creation) })).await
     }
 }

@@ -16,6 +16,8 @@ pub enum Kind {
     Mirror,
     /// blockdev-create
     Create,
+    /// x-blockdev-amend
+    Amend,
     /// blockdev-backup, drive-backup
     Backup,
 }
@@ -28,13 +30,14 @@ impl Kind {
             Self::Commit => "commit",
             Self::Mirror => "mirror",
             Self::Create => "create",
+            Self::Amend => "amend",
             Self::Backup => "backup",
         }
     }
 
     /// Whether the block-job commands, queries and events are for it too: not for one that works on no node of the graph.
     pub fn is_block_job(self) -> bool {
-        self != Self::Create
+        !matches!(self, Self::Create | Self::Amend)
     }
 }
 

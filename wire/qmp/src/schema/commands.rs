@@ -8,6 +8,7 @@ use super::backup::*;
 use super::bitmaps::*;
 use super::create::*;
 use super::defs::*;
+use super::experimental::*;
 use super::jobs::*;
 use super::objects::*;
 use super::query::*;
@@ -34,12 +35,29 @@ pub static COMMANDS: &[Command] = &[
         arguments: &QOM_LIST_ARG,
         returns: Type::List(&Type::Object(&OBJECT_PROPERTY_INFO)),
     },
+    Command {
+        name: "qom-list-types",
+        arguments: &QOM_LIST_TYPES_ARG,
+        returns: Type::List(&Type::Object(&OBJECT_TYPE_INFO)),
+    },
+    Command {
+        name: "qom-list-properties",
+        arguments: &TYPENAME_ARG,
+        returns: Type::List(&Type::Object(&OBJECT_PROPERTY_INFO)),
+    },
     Command { name: "qom-get", arguments: &QOM_GET_ARG, returns: Type::Any },
     Command { name: "qom-set", arguments: &QOM_SET_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "quit", arguments: &NOTHING, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-add", arguments: &BLOCKDEV_OPTIONS, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-reopen", arguments: &BLOCKDEV_REOPEN_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-create", arguments: &BLOCKDEV_CREATE_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "x-blockdev-amend", arguments: &X_BLOCKDEV_AMEND_ARG, returns: Type::Object(&NOTHING) },
+    Command { name: "x-blockdev-change", arguments: &X_BLOCKDEV_CHANGE_ARG, returns: Type::Object(&NOTHING) },
+    Command {
+        name: "x-blockdev-set-iothread",
+        arguments: &X_BLOCKDEV_SET_IOTHREAD_ARG,
+        returns: Type::Object(&NOTHING),
+    },
     Command { name: "blockdev-del", arguments: &BLOCKDEV_DEL_ARG, returns: Type::Object(&NOTHING) },
     Command {
         name: "blockdev-snapshot-sync",

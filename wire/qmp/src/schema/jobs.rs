@@ -66,7 +66,8 @@ pub(super) static BLOCK_JOB_FINALIZE_ARG: Object =
 pub(super) static BLOCK_JOB_DISMISS_ARG: Object =
     Object { members: &[req("id", Type::Str)], tag: None, cases: &[] };
 
-pub(super) static JOB_TYPE: Enum = Enum { values: &["commit", "stream", "mirror", "backup", "create"] };
+pub(super) static JOB_TYPE: Enum =
+    Enum { values: &["commit", "stream", "mirror", "backup", "create", "amend"] };
 
 pub(super) static JOB_STATUS: Enum = Enum {
     values: &[

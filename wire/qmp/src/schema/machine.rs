@@ -1,6 +1,7 @@
 //! What a machine is told beside what a storage daemon is: it runs and stops, and it has devices with disks in them.
 
 use super::defs::NOTHING;
+use super::objects::{OBJECT_PROPERTY_INFO, TYPENAME_ARG};
 use super::ty::{Command, Enum, Event, Object, Type, opt, req};
 
 pub(super) static COMMANDS: &[Command] = &[
@@ -14,6 +15,11 @@ pub(super) static COMMANDS: &[Command] = &[
     Command { name: "query-uuid", arguments: &NOTHING, returns: Type::Object(&UUID_INFO) },
     Command { name: "query-target", arguments: &NOTHING, returns: Type::Object(&TARGET_INFO) },
     Command { name: "query-kvm", arguments: &NOTHING, returns: Type::Object(&KVM_INFO) },
+    Command {
+        name: "device-list-properties",
+        arguments: &TYPENAME_ARG,
+        returns: Type::List(&Type::Object(&OBJECT_PROPERTY_INFO)),
+    },
     Command { name: "device_add", arguments: &DEVICE_ADD_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "device_del", arguments: &ID_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-open-tray", arguments: &OPEN_TRAY_ARG, returns: Type::Object(&NOTHING) },

@@ -8,6 +8,7 @@ pub mod check;
 mod commands;
 mod create;
 mod defs;
+mod experimental;
 pub mod introspect;
 mod jobs;
 mod machine;

@@ -95,6 +95,18 @@ pub(super) static OBJECT_PROPERTY_INFO: Object = Object {
     cases: &[],
 };
 
+pub(super) static QOM_LIST_TYPES_ARG: Object =
+    Object { members: &[opt("implements", Type::Str), opt("abstract", Type::Bool)], tag: None, cases: &[] };
+
+pub(super) static OBJECT_TYPE_INFO: Object = Object {
+    members: &[req("name", Type::Str), opt("abstract", Type::Bool), opt("parent", Type::Str)],
+    tag: None,
+    cases: &[],
+};
+
+pub(super) static TYPENAME_ARG: Object =
+    Object { members: &[req("typename", Type::Str)], tag: None, cases: &[] };
+
 pub(super) static QOM_GET_ARG: Object =
     Object { members: &[req("path", Type::Str), req("property", Type::Str)], tag: None, cases: &[] };
 
