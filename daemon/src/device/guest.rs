@@ -3,11 +3,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use underlay_drivers::throttle::{Direction, Group, Member};
 use underlay_exports::{Guest, Operation, Took, Verdict};
 use underlay_graph::{Graph, IoError, Result, RootId};
+use underlay_io::monitor::{Accounts, Way};
 use underlay_jobs::{Action, IoStatus, OnError};
 use underlay_qmp::json::Object;
 
@@ -199,6 +201,24 @@ impl GuestIo {
             self.events.emit("STOP", Object::new());
         }
         verdict
+    }
+}
+
+impl Accounts for GuestIo {
+    fn done(&self, way: Way, bytes: u64, begun: Duration, ended: Duration, went_well: bool) {
+        self.stats.count(operation(way), bytes, Took { start: begun, end: ended }, went_well);
+    }
+
+    fn invalid(&self, way: Way) {
+        self.stats.count_invalid(operation(way));
+    }
+}
+
+fn operation(way: Way) -> Operation {
+    match way {
+        Way::Read => Operation::Read,
+        Way::Write => Operation::Write,
+        Way::Flush => Operation::Flush,
     }
 }
 

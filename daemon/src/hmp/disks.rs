@@ -1,10 +1,12 @@
 //! `qemu-io` and `commit`: what only the human monitor does with a machine's disks.
 
+use std::sync::Arc;
+
 use underlay_disk::{Disk, Modes};
 use underlay_graph::error::strerror;
 use underlay_graph::plan::NewRoot;
 use underlay_graph::{GraphError, IoError, Kind, NodeId, Perms, Plan, Role, RootId};
-use underlay_io::monitor::{self, Needs};
+use underlay_io::monitor::{self, Accounts, Needs};
 use underlay_jobs::commit_now::{Refusal, commit_now};
 
 use crate::command::blockdev::UNNAMED_USER;
@@ -25,6 +27,8 @@ struct Target {
     /// The root of the device that is there, if what it may do is enough.
     root: Option<RootId>,
     modes: Modes,
+    /// Those of the device.
+    accounts: Option<Arc<dyn Accounts>>,
 }
 
 impl Target {
@@ -36,7 +40,13 @@ impl Target {
             ..backend.modes
         };
         let writes = root.is_some_and(|root| root.required.has(Perms::WRITE));
-        Self { node: root.map(|root| root.node), root: backend.medium.filter(|_| writes), modes }
+        let accounts: Arc<dyn Accounts> = backend.io.clone();
+        Self {
+            node: root.map(|root| root.node),
+            root: backend.medium.filter(|_| writes),
+            modes,
+            accounts: Some(accounts),
+        }
     }
 
     fn find(plan: &Plan, machine: &Machine, name: &str, is_device: bool) -> CommandResult<Self> {
@@ -49,7 +59,7 @@ impl Target {
         if let Some(node) = plan.find(name) {
             // What a job watches is to be seen by it.
             let node = Some(above_implicit_filters(plan, node));
-            return Ok(Self { node, root: None, modes: Modes::default() });
+            return Ok(Self { node, root: None, modes: Modes::default(), accounts: None });
         }
         let missing = || CommandError::new(format!("Cannot find device='' nor node-name='{name}'"));
         Ok(Self::backend(plan, &machine.devices.behind(name).ok_or_else(missing)?))
@@ -65,7 +75,7 @@ pub async fn qemu_io(daemon: &Daemon, name: &str, is_device: bool, line: &str) -
         return Err(CommandError::new("The disk is still that of another machine"));
     }
     let Some(node) = target.node.filter(|_| needs != Needs::Nothing) else {
-        return Ok(monitor::execute(None, line).await);
+        return Ok(monitor::execute(None, None, line).await);
     };
     let own = match target.root {
         Some(root) => root,
@@ -78,7 +88,7 @@ pub async fn qemu_io(daemon: &Daemon, name: &str, is_device: bool, line: &str) -
     let disk = Disk::of_others(&daemon.graph, own, target.modes);
     let gone = || CommandError::new(format!("Device '{name}' has no medium"));
     let said = match disk.ok_or_else(gone) {
-        Ok(disk) => Ok(monitor::execute(Some(disk), line).await),
+        Ok(disk) => Ok(monitor::execute(Some(disk), target.accounts, line).await),
         Err(error) => Err(error),
     };
     if target.root.is_none() {

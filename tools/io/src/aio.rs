@@ -1,12 +1,14 @@
 //! aio_read, aio_write: requests that nobody waits for. They count as done once they are begun.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use underlay_graph::error::strerror;
 use underlay_graph::{WriteFlags, ZeroFlags};
 use underlay_sys::rt;
 
 use crate::data::{Expected, FILL, Payload, Telling, put, range, vector};
+use crate::monitor::{Accounts, Way};
 use crate::number;
 use crate::session::{Done, Fault, Session, options};
 
@@ -17,7 +19,7 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
     for (letter, value) in options {
         match letter {
             'C' => telling.for_programs = true,
-            'i' => return invalid(session, "read"),
+            'i' => return invalid(session, Way::Read),
             'P' => byte = Some(number::pattern(&value)?),
             'q' => telling.quiet = true,
             'v' => show = true,
@@ -30,8 +32,11 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
     let reader = session.disk()?.reader();
     let out = session.out.clone();
     let begun = Instant::now();
+    let bill = Bill::new(session, Way::Read, range.len());
     session.pending.push(rt::spawn(async move {
-        if let Err(error) = reader.read(range, into.clone()).await {
+        let result = reader.read(range, into.clone()).await;
+        pay(bill, result.is_ok());
+        if let Err(error) = result {
             return out.line(format_args!("readv failed: {}", strerror(error.errno())));
         }
         if let Some(byte) = byte {
@@ -54,7 +59,7 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
         match letter {
             'C' => telling.for_programs = true,
             'f' => durable = true,
-            'i' => return invalid(session, "write"),
+            'i' => return invalid(session, Way::Write),
             'P' => byte = number::pattern(&value)?,
             'q' => telling.quiet = true,
             'r' => registered = true,
@@ -94,8 +99,11 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
     let root = disk.root.clone();
     let out = session.out.clone();
     let begun = Instant::now();
+    let bill = if zeroes { None } else { Bill::new(session, Way::Write, range.len()) };
     session.pending.push(rt::spawn(async move {
-        match put(&root, range, payload, durable).await {
+        let result = put(&root, range, payload, durable).await;
+        pay(bill, result.is_ok());
+        match result {
             Ok(()) => telling.tell(&out, "wrote", range, begun),
             Err(error) => out.line(format_args!("aio_write failed: {}", strerror(error.errno()))),
         }
@@ -103,8 +111,45 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
     Ok(())
 }
 
-/// `-i`: a request that only counts in the statistics, which this program does not keep.
-fn invalid(session: &Session, kind: &str) -> Done {
+/// `-i`: a request that only counts in the statistics, which this program by itself does not keep.
+fn invalid(session: &Session, way: Way) -> Done {
+    let kind = if way == Way::Read { "read" } else { "write" };
     session.out.line(format_args!("injecting invalid {kind} request"));
+    if let Some(accounts) = &session.accounts {
+        accounts.invalid(way);
+    }
     Ok(())
+}
+
+/// aio_flush
+pub async fn flush(session: &mut Session) {
+    session.drain().await;
+    let bill = Bill::new(session, Way::Flush, 0);
+    let flushed = match (&bill, &session.disk) {
+        (Some(_), Some(disk)) => disk.root.flush().await,
+        // This is about requests that are under way.
+        _ => Ok(()),
+    };
+    pay(bill, flushed.is_ok());
+}
+
+/// A request that counts.
+struct Bill {
+    accounts: Arc<dyn Accounts>,
+    way: Way,
+    bytes: u64,
+    begun: Duration,
+}
+
+impl Bill {
+    fn new(session: &Session, way: Way, bytes: u64) -> Option<Self> {
+        let accounts = session.accounts.clone()?;
+        Some(Self { accounts, way, bytes, begun: rt::now() })
+    }
+}
+
+fn pay(bill: Option<Bill>, went_well: bool) {
+    if let Some(bill) = bill {
+        bill.accounts.done(bill.way, bill.bytes, bill.begun, rt::now(), went_well);
+    }
 }

@@ -2,6 +2,10 @@
 //!
 //! Requests that nobody waits for are over, too, when the text is there.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
 use underlay_disk::Disk;
 use underlay_graph::IoError;
 
@@ -9,6 +13,26 @@ use crate::report::Out;
 use crate::session::{self, Done, Fault, Session};
 pub use crate::table::Needs;
 use crate::table::find;
+
+/// In which way a disk is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Bytes are read.
+    Read,
+    /// Bytes are written.
+    Write,
+    /// What was written is made durable.
+    Flush,
+}
+
+/// The statistics of a device whose disk it is. As in the reference, the requests of aio_read, aio_write (of bytes, not of
+/// zeroes) and aio_flush count.
+pub trait Accounts: Debug + Send + Sync {
+    /// A request has ended; times are those of [`rt::now`](underlay_sys::rt::now).
+    fn done(&self, way: Way, bytes: u64, begun: Duration, ended: Duration, went_well: bool);
+    /// A request was only told of.
+    fn invalid(&self, way: Way);
+}
 
 /// What the command of a line needs to be there.
 pub fn needs(line: &str) -> Needs {
@@ -18,10 +42,16 @@ pub fn needs(line: &str) -> Needs {
 }
 
 /// Executes a line; what is to be said. Without a disk it is about a drive that has no medium.
-pub async fn execute(disk: Option<Disk>, line: &str) -> String {
+pub async fn execute(disk: Option<Disk>, accounts: Option<Arc<dyn Accounts>>, line: &str) -> String {
     let out = Out::monitor();
-    let mut session =
-        Session { out: out.clone(), program: String::new(), disk, misalign: false, pending: Vec::new() };
+    let mut session = Session {
+        out: out.clone(),
+        program: String::new(),
+        disk,
+        accounts,
+        misalign: false,
+        pending: Vec::new(),
+    };
     // What is to be known is in the text.
     let _ = session.execute(line).await;
     session.drain().await;

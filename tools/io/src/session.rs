@@ -1,9 +1,12 @@
 //! A run of commands on the disk that is open, if one is.
 
+use std::sync::Arc;
+
 use underlay_disk::Disk;
 use underlay_img::getopt::{Known, parse};
 use underlay_sys::rt;
 
+use crate::monitor::Accounts;
 use crate::report::Out;
 use crate::table::{self, Command, Needs};
 use crate::{aio, data, help, image, monitor};
@@ -54,6 +57,8 @@ pub struct Session {
     pub program: String,
     /// The open disk.
     pub disk: Option<Disk>,
+    /// Who counts requests.
+    pub accounts: Option<Arc<dyn Accounts>>,
     /// Buffers that are not aligned as direct I/O needs them (`-m`).
     pub misalign: bool,
     /// Requests that nobody has waited for.
@@ -85,7 +90,14 @@ pub fn words(line: &str) -> Vec<String> {
 impl Session {
     /// Of a program of that name, with no disk yet.
     pub fn of_program(name: &str, misalign: bool) -> Self {
-        Self { out: Out::Streams, program: name.to_owned(), disk: None, misalign, pending: Vec::new() }
+        Self {
+            out: Out::Streams,
+            program: name.to_owned(),
+            disk: None,
+            accounts: None,
+            misalign,
+            pending: Vec::new(),
+        }
     }
 
     /// Whether it is a monitor whose commands these are.
@@ -150,7 +162,7 @@ impl Session {
         match command.name {
             "abort" => std::process::abort(),
             "aio_flush" => {
-                self.drain().await;
+                aio::flush(self).await;
                 Ok(())
             }
             "aio_read" => aio::read(self, name, words),
