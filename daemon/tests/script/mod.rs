@@ -33,6 +33,8 @@ pub struct Heard {
     pub replies: Vec<String>,
     /// In their order.
     pub events: Vec<String>,
+    /// The last reply as it came.
+    pub last: String,
 }
 
 struct Client {
@@ -83,6 +85,7 @@ impl Client {
         while let Some((message, line)) = self.line() {
             if message.get("event").is_none() {
                 self.heard.replies.push(format!("{command}\n    {}", blanked(&line)));
+                self.heard.last = line;
                 return;
             }
             self.event(&message, &line);
