@@ -314,3 +314,8 @@ fn incoming() {
 fn statistics() {
     compare("statistics");
 }
+
+#[test]
+fn chain_statistics() {
+    compare("chain_statistics");
+}

@@ -105,13 +105,16 @@ fn image_info(wires: &Wires, id: NodeId, flat: bool) -> Value {
     below.unwrap_or(Value::Null)
 }
 
+/// What a filter filters.
+pub fn filtered(plan: &Plan, id: NodeId) -> Option<NodeId> {
+    let node = plan.node(id);
+    let child = || node.child(Role::File).or(node.child(Role::Backing));
+    (node.node.kind() == Kind::Filter).then(child).flatten()
+}
+
 /// The node itself and the images below it, and the filters between them that somebody knows of.
-fn plan_chain(plan: &Plan, id: NodeId) -> Vec<NodeId> {
-    let below = |id: NodeId| {
-        let node = plan.node(id);
-        let filtered = node.child(Role::File).filter(|_| node.node.kind() == Kind::Filter);
-        filtered.or(node.child(Role::Backing))
-    };
+pub fn plan_chain(plan: &Plan, id: NodeId) -> Vec<NodeId> {
+    let below = |id| filtered(plan, id).or(plan.node(id).child(Role::Backing));
     let known = |id: &NodeId| !plan.node(*id).implicit;
     std::iter::once(id).chain(std::iter::successors(below(id), |id| below(*id)).filter(known)).collect()
 }

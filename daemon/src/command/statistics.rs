@@ -4,7 +4,7 @@ use underlay_graph::{NodeId, Plan, Role};
 use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
-use super::query::shown_backends;
+use super::query::{filtered, plan_chain, shown_backends};
 use crate::device::latency::Histogram;
 use crate::device::stats::HISTOGRAMS;
 use crate::device::{Backend, plug};
@@ -38,8 +38,7 @@ fn backend_stats(plan: &Plan, backend: &Backend) -> Value {
 /// Statistics of an image with those of the images below it. Built from the bottom up: chains may be long.
 fn node_stats_with_backing(plan: &Plan, id: NodeId) -> Value {
     let mut below = None;
-    let chain: Vec<_> = plan.chain(id).take(MAX_STATS_DEPTH as usize).collect();
-    for id in chain.into_iter().rev() {
+    for id in plan_chain(plan, id).into_iter().take(MAX_STATS_DEPTH as usize).rev() {
         let mut stats = node_stats(plan, id, 0);
         if let (Value::Object(object), Some(below)) = (&mut stats, below.take()) {
             object.insert("backing", below);
@@ -63,7 +62,8 @@ fn node_stats(plan: &Plan, id: NodeId, depth: u32) -> Value {
         let specific = counts.into_iter().fold(driver, |object, (name, count)| object.with(name, count));
         object.insert("driver-specific", specific);
     }
-    if let Some(file) = node.child(Role::File).filter(|_| depth < MAX_STATS_DEPTH) {
+    let below = node.child(Role::File).or_else(|| filtered(plan, id));
+    if let Some(file) = below.filter(|_| depth < MAX_STATS_DEPTH) {
         object.insert("parent", node_stats(plan, file, depth + 1));
     }
     Value::Object(object)
