@@ -226,7 +226,10 @@ fn who_is_there_is_told() {
     let daemon = Daemon::start(
         "socket,path=s,server=on,wait=off --chardev socket,id=t,host=127.0.0.1,port=0,server=on,wait=off \
          --monitor t --chardev ringbuf,id=r,size=64k --monitor r --chardev pty,id=p",
-        |_| (),
+        |folder| {
+            let made = Command::new("mkfifo").arg(folder.join("fifo")).status();
+            assert!(made.expect("mkfifo").success());
+        },
     )
     .ready();
     let stream = UnixStream::connect(daemon.path("s")).expect("it listens");
@@ -269,6 +272,13 @@ fn who_is_there_is_told() {
     assert_eq!(fs::read_link(daemon.path("link")).expect("a link"), Path::new(name.expect(&added)));
     ask(stream, &mut lines, r#"{"execute": "chardev-remove", "arguments": {"id": "q"}}"#);
     assert!(!daemon.path("link").exists());
+    // Nobody waits for a reader.
+    for data in [r#""file", "data": {"out": "fifo"}"#, r#""null", "data": {"logfile": "fifo"}"#] {
+        let add = format!(
+            r#"{{"execute": "chardev-add", "arguments": {{"id": "f", "backend": {{"type": {data}}}}}}}"#
+        );
+        assert!(ask(stream, &mut lines, &add).contains("'fifo' is a named pipe"));
+    }
     // What cannot be opened takes nothing away.
     let change = r#"{"execute": "chardev-change", "arguments": {"id": "p", "backend": {"type": "pipe", "data": {"device": "nope"}}}}"#;
     assert!(ask(stream, &mut lines, change).contains("Could not open 'nope'"));

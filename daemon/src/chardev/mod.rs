@@ -55,8 +55,8 @@ pub struct Backend {
     pub shown: Arc<Shown>,
 }
 
-/// The kinds of character devices.
-pub const KINDS: [&str; 8] = ["pty", "file", "memory", "stdio", "socket", "ringbuf", "null", "pipe"];
+/// The kinds of character devices, in the order in which the reference's query-chardev-backends has them.
+pub const KINDS: [&str; 8] = ["pipe", "null", "ringbuf", "socket", "stdio", "memory", "file", "pty"];
 
 /// The answer to `--chardev help`.
 pub const HELP: &str = "Available chardev backend types: \n  pty\n  file\n  memory\n  stdio\n  socket\n  ringbuf\n  null\n  pipe\n";
@@ -134,7 +134,11 @@ impl Chardevs {
 
     async fn open_live(&self, id: &str, backend: Arguments) -> CommandResult<Device> {
         let opened = match wanted::Device::of_backend(backend) {
-            Ok(wanted) => self.open(id, wanted, &|text| tracing::info!("{text}")).await,
+            Ok(wanted) => match wanted.named_pipe() {
+                // To open one waits for a reader, and everybody with it.
+                Some(path) => Err(CommandError::new(format!("'{path}' is a named pipe"))),
+                None => self.open(id, wanted, &|text| tracing::info!("{text}")).await,
+            },
             Err(error) => Err(error),
         };
         opened.map_err(|error| CommandError {

@@ -1,5 +1,6 @@
 //! From the options of `--chardev` to what is wanted, before anything is opened.
 
+use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
 
 use underlay_drivers::options::parse_size;
@@ -98,6 +99,14 @@ impl Device {
         let log = options.text("logfile").map(|path| (path, append));
         let telnet = kind == "socket" && options.flag("telnet").unwrap_or(false);
         Ok(Self { kind: Kind::read(kind, options, address)?, log, telnet })
+    }
+
+    /// What would be written to as if it were a file, and is a named pipe.
+    pub fn named_pipe(&self) -> Option<&str> {
+        let output = if let Kind::File { path, .. } = &self.kind { Some(path) } else { None };
+        let log = self.log.as_ref().map(|(path, _)| path);
+        let is_pipe = |path: &&String| std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
+        output.into_iter().chain(log).find(is_pipe).map(String::as_str)
     }
 
     /// The `backend` of a command, whose names and types have been checked: the same options by other names, and with other

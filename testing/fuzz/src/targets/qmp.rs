@@ -42,6 +42,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "{\"execute\":\"qmp_capabilities\"}{\"execute\":\"block-commit\",\"arguments\":{\"device\":\"d\",\
          \"speed\":-9223372036854775808,\"job-id\":\"j\"},\"id\":18446744073709551615}",
         "{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}{'exec-oob':'quit','id':1}{'exec-oob':1,'execute':'x'}",
+        "{'execute':'qmp_capabilities'}{'execute':'chardev-add','arguments':{'id':'c','backend':{'type':'socket','data':\
+         {'addr':{'type':'inet','data':{'host':'','port':'0','to':9}},'wait':false,'reconnect':-1,'logfile':''}}}}",
+        "{'execute':'qmp_capabilities'}{'execute':'x-blockdev-amend','arguments':{'job-id':'j','node-name':'n','options':\
+         {'driver':'qcow2','encrypt':{'format':'luks','state':'active','keyslot':1}},'force':true}}",
         "{\"exec-oob\": \"qmp_capabilities\"} [] 1 \"\" null ] } { \u{ff} {\"execute\": 1e400}",
         "[[[[[[[[[[{\"a\":[{\"b\":[{}]}]}]]]]]]]]]]\r\n\t{}",
     ]
