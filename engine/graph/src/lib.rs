@@ -25,6 +25,7 @@ pub mod status;
 pub mod threshold;
 pub mod units;
 pub mod view;
+pub mod walk;
 
 #[cfg(test)]
 mod tests;

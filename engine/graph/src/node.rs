@@ -140,6 +140,9 @@ pub trait Node: Debug + Send + Sync {
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         Ok(Extent::new(Place::Data(range.start()), range.len()))
     }
+    /// For who goes through all of a node and was told what is just before `range`: appends to `more` what comes next, extent after
+    /// extent, as far as that is at hand.
+    fn map_ahead(&self, _cx: &Cx<'_>, _range: ByteRange, _more: &mut Vec<Extent>) {}
     /// Lets `to` share the storage of `range`, at `at` there, as if it were copied. An error is only that it cannot be:
     /// ENOTSUP, or EINVAL for just this range; what is there at `to` is not known then, and has to be written.
     async fn reflink_to(&self, _cx: &Cx<'_>, _range: ByteRange, _to: &Cx<'_>, _at: u64) -> Result<()> {

@@ -2,7 +2,7 @@
 //! and of every job that copies.
 
 use crate::error::Result;
-use crate::format::Place;
+use crate::format::{Extent, Place};
 use crate::node::Kind;
 use crate::plan::NodeId;
 use crate::units::ByteRange;
@@ -36,6 +36,31 @@ pub struct Status {
 /// What the first bytes of `range` are. Layers from `until` on downwards are not looked at: what only they could
 /// have is reported as not allocated. The range must lie inside the node and not be empty.
 pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Result<Status> {
+    ask(&mut Straight, cx, range, until).await
+}
+
+/// How nodes are asked where a range lives.
+pub(crate) trait Map: Send {
+    /// As [`Cx::map`].
+    fn map(&mut self, at: &Cx<'_>, range: ByteRange) -> impl Future<Output = Result<Extent>> + Send;
+}
+
+/// Each time anew.
+struct Straight;
+
+impl Map for Straight {
+    async fn map(&mut self, at: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        at.map(range).await
+    }
+}
+
+/// [`status`], by way of `map`.
+pub(crate) async fn ask(
+    map: &mut impl Map,
+    cx: &Cx<'_>,
+    range: ByteRange,
+    until: Option<NodeId>,
+) -> Result<Status> {
     let mut at = cx.skip_filters();
     let mut range = range;
     let mut depth = 0;
@@ -49,7 +74,7 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
             return Ok(Status { zero: true, allocated: true, past_end: true, offset, file, ..status });
         }
         range = range.before(length);
-        let extent = at.map(range).await?;
+        let extent = map.map(&at, range).await?;
         range = range.split(extent.len).0;
         let is_protocol = at.node().kind() == Kind::Protocol;
         let place = extent.kept.or((is_protocol && extent.place == Place::Zero).then_some(range.start()));
@@ -75,7 +100,7 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
             Place::Unknown => {
                 return Ok(Status { allocated: true, data: true, ..nothing(&at, depth, range.len()) });
             }
-            Place::Data(offset) => return data(&at, depth, range, offset, extent.recurse).await,
+            Place::Data(offset) => return data(map, &at, depth, range, (offset, extent.recurse)).await,
         }
     }
 }
@@ -109,12 +134,17 @@ fn file_of(at: &Cx<'_>) -> Option<NodeId> {
 
 /// Follows plain data down to the protocol node that holds it, to say where it is and whether it is a hole there. Of a
 /// format with an allocation of its own it is told where it is in that format's file, whatever that is.
-async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse: bool) -> Result<Status> {
+async fn data(
+    map: &mut impl Map,
+    layer: &Cx<'_>,
+    depth: u32,
+    range: ByteRange,
+    (offset, mut recurse): (u64, bool),
+) -> Result<Status> {
     let mut status = Status { allocated: true, data: true, ..nothing(layer, depth, range.len()) };
     (status.offset, status.file) = (Some(offset), file_of(layer));
     let mut at = *layer;
     let mut here = ByteRange::between(offset, offset.saturating_add(range.len()));
-    let mut recurse = recurse;
     // A format with an allocation of its own still says data for what is a hole in its file, as QEMU's does.
     let mut allocates = layer.node().supports_backing();
     while recurse && at.node().kind() != Kind::Protocol {
@@ -131,7 +161,7 @@ async fn data(layer: &Cx<'_>, depth: u32, range: ByteRange, offset: u64, recurse
             return Ok(status);
         }
         here = here.before(length);
-        let extent = at.map(here).await?;
+        let extent = map.map(&at, here).await?;
         here = here.split(extent.len).0;
         status.len = here.len();
         let place = match extent.place {

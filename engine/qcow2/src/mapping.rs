@@ -203,6 +203,21 @@ impl Qcow2 {
         Some(extent)
     }
 
+    /// The answers of [`Qcow2::map_fully_now`] for the slice of the first byte of `range`, one after another.
+    pub(crate) fn map_slice(&self, range: ByteRange, answers: &mut Vec<Extent>) {
+        let Some(recurse) = self.preallocated.get().copied().filter(|_| !range.is_empty()) else { return };
+        let mut rest = self.in_slice(range);
+        self.l2.view(self.layout.slice_of(range.start()), |words| {
+            while !rest.is_empty()
+                && let Some(mut extent) = extent_in(&self.layout, words, rest, true)
+            {
+                extent.recurse = recurse && matches!(extent.place, Place::Data(_));
+                rest = rest.split(extent.len).1;
+                answers.push(extent);
+            }
+        });
+    }
+
     /// Whether the image has far more clusters than its file has bytes on the medium: made with preallocated metadata.
     /// Found out once. The measure (a ninth more, and at least two) is QEMU's: found by filling the holes of such images one
     /// by one until `qemu-img map` says otherwise.

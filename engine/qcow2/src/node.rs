@@ -89,6 +89,10 @@ impl Node for Qcow2 {
         self.map_fully(cx, range).await
     }
 
+    fn map_ahead(&self, _cx: &Cx<'_>, range: ByteRange, more: &mut Vec<Extent>) {
+        self.map_slice(range, more);
+    }
+
     async fn populate(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
         self.begin_change(cx).await?;
         self.copy_up(cx, range).await

@@ -3,7 +3,8 @@
 use std::io::Write;
 
 use underlay_drivers::filename;
-use underlay_graph::status::{Status, status};
+use underlay_graph::status::Status;
+use underlay_graph::walk::Walk;
 use underlay_graph::{ByteRange, NodeId};
 
 use crate::getopt::Known;
@@ -68,8 +69,9 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let mut rest = ByteRange::between(start, end);
     let mut printer = if json { Printer::json() } else { Printer::human(image) };
     let mut last: Option<(u64, Status)> = None;
+    let mut walk = Walk::default();
     while !rest.is_empty() {
-        let found = match status(&cx, rest.split(STRIDE).0, None).await {
+        let found = match walk.status(&cx, rest.split(STRIDE).0).await {
             Ok(found) => as_shown(found),
             Err(error) => {
                 printer.flush()?;

@@ -103,3 +103,44 @@ fn a_slice_that_was_written_while_it_was_read_with_others_is_not_old_afterwards(
     while poll().is_pending() {}
     assert_eq!(setup.read(REACH + CLUSTER, 512), [2; 512]);
 }
+
+/// Nodes are asked for much at once; what they say is what they would have said one by one.
+#[test]
+fn a_walk_finds_what_single_questions_find() {
+    for (seed, extended) in (0..20).map(|seed| (seed, seed % 2 == 1)) {
+        let shape = Shape { bits: if extended { 14 } else { 12 }, extended, size: 3 * REACH, ..SHAPE };
+        let base = open(Disk::new(shape.image(false), seed).forget_cuts(), None, two_slices(), true);
+        let setup = open(
+            Disk::new(shape.image(true), seed).forget_cuts(),
+            Some(base.view.clone()),
+            two_slices(),
+            true,
+        );
+        let mut number = seed;
+        for step in 0..40 {
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let (at, len) = ((number >> 20) % (shape.size / 512) * 512, 512 << (number >> 50 & 7));
+            let range = ByteRange::between(at, shape.size.min(at + len));
+            let view = if step % 3 == 0 { &base.view } else { &setup.view };
+            match number >> 60 {
+                0..4 => run(view.cx().write_zeroes(range, Default::default())).unwrap(),
+                4..6 => run(view.cx().discard(range)).unwrap(),
+                _ => run(view.cx().write(range, Iov::filled(range.buffer_len(), 7), WriteFlags::default()))
+                    .unwrap(),
+            }
+        }
+        let cx = setup.view.cx();
+        let mut walk = underlay_graph::walk::Walk::default();
+        let mut rest = ByteRange::between(0, shape.size);
+        while !rest.is_empty() {
+            let found = run(walk.status(&cx, rest)).unwrap();
+            let single = run(underlay_graph::status::status(
+                &cx,
+                ByteRange::between(rest.start(), rest.start() + found.len),
+                None,
+            ));
+            assert_eq!(single.unwrap(), found, "seed {seed} at {:#x}", rest.start());
+            rest = rest.split(found.len).1;
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Block status of a disk from one end to the other, for tools that hold it: what nodes have once said holds until the end, and they
+//! are asked for much at once.
+
+use crate::error::Result;
+use crate::format::{Extent, Place};
+use crate::node::Kind;
+use crate::status::{Map, Status, ask};
+use crate::units::ByteRange;
+use crate::view::Cx;
+
+/// Most extents of a node that are remembered.
+const MOST: usize = 1 << 16;
+
+/// What was said so far.
+#[derive(Debug, Default)]
+pub struct Walk {
+    said: Vec<Said>,
+}
+
+/// What a node has said.
+#[derive(Debug)]
+struct Said {
+    /// Its address.
+    node: usize,
+    /// In order, each with where it begins.
+    extents: Vec<(u64, Extent)>,
+    /// The one that was needed last.
+    last: usize,
+}
+
+impl Walk {
+    /// As [`crate::status::status`].
+    pub async fn status(&mut self, cx: &Cx<'_>, range: ByteRange) -> Result<Status> {
+        ask(self, cx, range, None).await
+    }
+}
+
+impl Map for Walk {
+    async fn map(&mut self, at: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        let node = std::ptr::from_ref(at.node()).addr();
+        let index = match self.said.iter().position(|said| said.node == node) {
+            Some(index) => index,
+            None => {
+                self.said.push(Said { node, extents: Vec::new(), last: 0 });
+                self.said.len() - 1
+            }
+        };
+        let said = &mut self.said[index];
+        match said.find(range.start()) {
+            Some((start, extent)) => Ok(part(extent, range.start() - start, range.len())),
+            None => said.ask(at, range).await,
+        }
+    }
+}
+
+impl Said {
+    /// The extent that has the byte, and where it begins.
+    fn find(&mut self, byte: u64) -> Option<(u64, Extent)> {
+        let has =
+            |(start, extent): &&(u64, Extent)| byte.checked_sub(*start).is_some_and(|skip| skip < extent.len);
+        // Who goes forward needs the same one or the next.
+        for index in [self.last, self.last + 1] {
+            if let Some(found) = self.extents.get(index).filter(has) {
+                self.last = index;
+                return Some(*found);
+            }
+        }
+        let index = self.extents.partition_point(|(start, _)| *start <= byte).checked_sub(1)?;
+        self.last = index;
+        self.extents.get(index).filter(has).copied()
+    }
+
+    /// Asks the node for the first bytes of `range`, and remembers what it says.
+    async fn ask(&mut self, at: &Cx<'_>, range: ByteRange) -> Result<Extent> {
+        let is_protocol = at.node().kind() == Kind::Protocol;
+        // Somebody above asks for pieces, in any order.
+        let end = if is_protocol { at.length().max(range.end()) } else { range.end() };
+        let whole = ByteRange::between(range.start(), end);
+        if !is_protocol || self.extents.len() >= MOST {
+            self.extents.clear();
+        }
+        let first = at.map(whole).await?;
+        let mut new = vec![first];
+        at.node().map_ahead(at, whole.split(first.len).1, &mut new);
+        self.learn(range.start(), &new);
+        Ok(part(first, 0, range.len()))
+    }
+
+    /// Extents one after another from `start` on, which is in none that is known.
+    fn learn(&mut self, start: u64, new: &[Extent]) {
+        let mut end = start;
+        let mut placed = Vec::with_capacity(new.len());
+        for extent in new {
+            placed.push((end, *extent));
+            end += extent.len;
+        }
+        self.last = self.extents.partition_point(|(other, _)| *other < start);
+        // They may have been asked for from further on.
+        let old = self.extents[self.last..].iter().take_while(|(other, _)| *other < end).count();
+        self.extents.splice(self.last..self.last + old, placed);
+    }
+}
+
+/// Of an extent what is behind `skip` bytes, `most` bytes of it.
+fn part(extent: Extent, skip: u64, most: u64) -> Extent {
+    let place = match extent.place {
+        Place::Data(offset) => Place::Data(offset.saturating_add(skip)),
+        other => other,
+    };
+    let kept = extent.kept.map(|offset| offset.saturating_add(skip));
+    Extent { place, kept, len: (extent.len - skip).min(most), ..extent }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A protocol node that was asked in any order, and once more from before what it had said.
+    #[test]
+    fn what_was_said_is_found_from_wherever_it_is_asked() {
+        let mut said = Said { node: 0, extents: Vec::new(), last: 0 };
+        let data = |start, len| Extent::new(Place::Data(start), len);
+        said.learn(100, &[data(100, 50), Extent::new(Place::Zero, 10)]);
+        said.learn(20, &[data(20, 30)]);
+        assert_eq!(said.extents.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [20, 100, 150]);
+        for byte in 0..200 {
+            let found = said.find(byte).map(|(start, extent)| part(extent, byte - start, 5));
+            let wanted = match byte {
+                20..50 => Some(data(byte, 5.min(50 - byte))),
+                100..150 => Some(data(byte, 5.min(150 - byte))),
+                150..160 => Some(Extent::new(Place::Zero, 5.min(160 - byte))),
+                _ => None,
+            };
+            assert_eq!(found, wanted, "{byte}");
+        }
+        said.learn(60, &[data(60, 90)]);
+        assert_eq!(said.extents.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [20, 60, 150]);
+        assert_eq!(said.find(120), Some((60, data(60, 90))));
+    }
+}
