@@ -49,8 +49,13 @@ async fn exclusive(spec: &FileSpec) -> Result<Arc<View>, OpenError> {
     let could_not = |error: std::io::Error| {
         OpenError::Io(IoError::from(error).context(format!("Could not create '{name}'")))
     };
-    let open = OpenOptions { write: true, create: true, ..OpenOptions::default() };
-    drop(File::open(Path::new(name), open).map_err(could_not)?);
+    let (path, open) = (Path::new(name), OpenOptions { write: true, create: true, ..OpenOptions::default() });
+    let is_new = !path.exists();
+    drop(File::open(path, open).map_err(could_not)?);
+    // A guest may soon have nothing but this file. Who may not read the folder has to trust the file system.
+    if is_new && let Err(error) = File::sync_folder(path).await {
+        tracing::debug!(file = name, %error, "it is not certain that the new file will be found after a power cut");
+    }
     let options_of_node = NodeOptions { discard: true, ..NodeOptions::default() };
     let node = Arc::new(FileNode::open(spec, &options_of_node, false, false).await?);
     let view = View::detached(node, []);

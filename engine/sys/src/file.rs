@@ -369,6 +369,16 @@ impl File {
         self.plain(entry, |fd, _| unsafe { libc::fsync(fd) as isize }, [0; 2]).await
     }
 
+    /// Makes durable which files are in the folder of the file `name`.
+    pub async fn sync_folder(name: &Path) -> io::Result<()> {
+        let folder = match name.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            Some(_) => Path::new("."),
+            None => Path::new("/"),
+        };
+        Self::open(folder, OpenOptions::default())?.sync().await
+    }
+
     /// Makes durable what was written.
     pub async fn data_sync(&self) -> io::Result<()> {
         if self.memory {
@@ -591,6 +601,16 @@ mod tests {
             file.unlock(201).expect("ours");
             assert!(!other.is_locked_by_others(201).expect("asked"));
         });
+    }
+
+    #[test]
+    fn the_folder_of_any_name_can_be_synced() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in [folder.path().join("x").as_path(), Path::new("x"), Path::new("/x"), Path::new("/")] {
+            crate::thread::block_on(File::sync_folder(name)).unwrap();
+        }
+        let nowhere = folder.path().join("none/x");
+        assert!(crate::thread::block_on(File::sync_folder(&nowhere)).is_err());
     }
 
     #[test]

@@ -139,12 +139,6 @@ impl FileHome {
         self.witness.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes durable which files are in the folder.
-    async fn sync_folder(&self) -> Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("/"));
-        Ok(File::open(folder, OpenOptions::default())?.sync().await?)
-    }
-
     async fn node(&self, path: &Path, read_only: bool) -> Result<Arc<View>> {
         let filename = path.to_str().ok_or_else(|| IoError::EINVAL.with("The name is not UTF-8"))?.to_owned();
         let spec = FileSpec { driver: "file", filename, locking: Locking::On, aio: Aio::default() };
@@ -233,7 +227,7 @@ impl Home for FileHome {
             return Err(IoError::new(17).with(format!("'{}' exists already", self.name())));
         }
         std::fs::rename(self.unfinished(), &self.path)?;
-        self.sync_folder().await
+        Ok(File::sync_folder(&self.path).await?)
     }
 
     async fn remove(&self, beside: &View) -> Result<()> {
@@ -245,7 +239,7 @@ impl Home for FileHome {
                 std::fs::remove_file(&path)?;
             }
         }
-        self.sync_folder().await
+        Ok(File::sync_folder(&self.path).await?)
     }
 
     fn mark(&self) -> Result<Mark> {
