@@ -428,7 +428,11 @@ impl Qcow2 {
         let file = cx.below();
         let header = Header::read(&file).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
         let l1 = read_l1(&file, &header).await.map_err(|error| IoError::EIO.with(error.to_string()))?;
-        self.notice_snapshots(Known::read(&file, &header).await);
+        let snapshots = Known::read(&file, &header).await;
+        if let Some(error) = &snapshots.error {
+            return Err(IoError::EIO.with(error.to_string()));
+        }
+        self.notice_snapshots(snapshots);
         self.set_size(header.virtual_size());
         *self.header_mut() = header;
         *self.l1_mut() = l1;

@@ -152,6 +152,8 @@ impl Qcow2 {
 
     /// Everything on disk, and all tables in order.
     async fn get_ready(&self, cx: &Cx<'_>) -> Result<()> {
+        // The new table will have those of the old one that are known.
+        self.snapshots_error().map_or(Ok(()), Err)?;
         self.begin_change(cx).await?;
         self.check_own_l1(cx).await?;
         self.check_own_refcount_table(cx).await?;

@@ -10,6 +10,7 @@ mod depth;
 mod guests;
 mod home;
 mod incremental;
+mod internal;
 mod lab;
 mod mirror;
 mod target;
