@@ -303,6 +303,8 @@ impl State {
             }
         }
         self.versions.retain(|_, versions| !versions.is_empty());
+        // It may have got shorter; or longer since, and that be durable already.
+        self.durable.truncate(len.max(self.now.len()));
     }
 }
 

@@ -6,9 +6,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::{NewBitmap, PlanBitmap};
-use underlay_graph::{ByteRange, Graph, GraphError, Node, NodeId, Perms, Plan, View};
+use underlay_graph::graph::LastStep;
+use underlay_graph::plan::Wires;
+use underlay_graph::{ByteRange, Graph, GraphError, Node, NodeId, Perms, Plan, Preallocation, View};
 use underlay_qcow2::OpenOptions;
 use underlay_sim::{Disk, Model, Power, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
@@ -73,6 +76,19 @@ struct Lab {
     added: usize,
     /// The image is being closed.
     closing: bool,
+    /// It is getting another length, or was when the power went.
+    resizing: bool,
+}
+
+/// A disk gets another length.
+struct Resize(NodeId, u64);
+
+#[async_trait]
+impl LastStep for Resize {
+    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
+        let view = new.view(self.0);
+        Ok(view.node().resize(&view.cx(), self.1, Preallocation::Off).await?)
+    }
 }
 
 /// What became of an edit.
@@ -178,9 +194,24 @@ impl Lab {
         }
     }
 
+    /// The disk gets longer, or shorter again: never shorter than what the guests use.
+    async fn resize(&mut self, rng: &mut Rng) {
+        let size = (self.setup.sectors + rng.below(3000)) * SECTOR;
+        self.resizing = true;
+        let step: Box<dyn LastStep> = Box::new(Resize(self.node, size));
+        let edit = |plan: &mut Plan| {
+            plan.touch(self.node);
+            Ok(((), Some(step)))
+        };
+        let outcome = self.setup.graph.change_with(edit).await;
+        assert!(outcome.is_ok() || self.faulty || self.is_over(), "{outcome:?}");
+        self.resizing = self.setup.power.is_cut();
+    }
+
     async fn step(&mut self, rng: &mut Rng) {
         let count = self.bitmaps.len();
-        match rng.below(8) {
+        match rng.below(9) {
+            8 => self.resize(rng).await,
             0 | 1 => self.add(rng).await,
             2 if count > 0 => self.clear(rng.index(count)).await,
             3 if count > 0 => self.switch(rng.index(count)).await,
@@ -212,6 +243,10 @@ impl Lab {
         let lasts = left.home.is_some() || self.setup.cluster >= ROOMY;
         // Who was cut off while he closed an image without room for notes may have been done with the bitmaps, or not.
         let mut is_good = Some(end == End::Still || lasts).filter(|good| *good || !self.closing);
+        // A raw disk of another length is not the one that the bitmaps are of.
+        if self.resizing && left.home.is_some() {
+            is_good = None;
+        }
         for round in 0..2 {
             if let Some(home) = left.home.as_ref().filter(|_| rng.one_in(5)) {
                 home.somebody_writes().await;
@@ -262,7 +297,8 @@ async fn play(seed: u64, faulty: bool) {
     let guests = Guests::new(&setup, cut || faulty);
     let node = setup.layers[0].node;
     setup.graph.let_bitmaps_last();
-    let mut lab = Lab { setup, guests, node, bitmaps: Vec::new(), faulty, added: 0, closing: false };
+    let mut lab =
+        Lab { setup, guests, node, bitmaps: Vec::new(), faulty, added: 0, closing: false, resizing: false };
     let mut running = lab.guests.start(&mut rng, 2, 150);
     if cut {
         lab.setup.cut_after(Duration::from_micros(rng.below(60_000)), &lab.guests);
