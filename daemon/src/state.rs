@@ -113,6 +113,11 @@ impl Daemon {
         self.threads.iter().map(IoThread::spawner).collect()
     }
 
+    /// The system's number of an I/O thread; `at` counts on and on.
+    pub fn thread_number(&self, at: usize) -> i32 {
+        self.threads[at % self.threads.len()].number()
+    }
+
     /// An I/O thread for a job: the last one first, as clients begin with the first.
     pub fn job_thread(&self) -> Spawner {
         let at = self.next_job_thread.fetch_add(1, Ordering::Relaxed);

@@ -5,9 +5,10 @@
 //! name that exports can be given, with properties that are checked and remembered, and any export can have any of them.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use underlay_qmp::json::Value;
+use underlay_qmp::json::{Object, Value};
 
 use super::arguments::Arguments;
 use crate::error::{CommandError, CommandResult};
@@ -30,6 +31,8 @@ type Values = [i64; PROPERTIES.len()];
 #[derive(Debug)]
 pub struct Iothread {
     values: Mutex<Values>,
+    /// How many have been there before it.
+    at: usize,
 }
 
 impl Iothread {
@@ -40,7 +43,8 @@ impl Iothread {
             *value = in_range(name, given.number(name, default))?;
         }
         check(&values)?;
-        Ok(Self { values: Mutex::new(values) })
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        Ok(Self { values: Mutex::new(values), at: MADE.fetch_add(1, Ordering::Relaxed) })
     }
 
     /// The names of the properties but for `type`.
@@ -116,6 +120,19 @@ impl Iothreads {
         self.all().remove(id).is_some()
     }
 
+    /// query-iothreads. `thread` knows the thread that an iothread is told to be: several may be one, and each serves everything.
+    pub fn query(&self, thread: impl Fn(usize) -> i32) -> Value {
+        let info = |(id, iothread): (&String, &Arc<Iothread>)| {
+            let object = Object::new().with("id", id.as_str());
+            let object = object.with("thread-id", i64::from(thread(iothread.at)));
+            let shown = ["poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"];
+            let with =
+                |object: Object, name: &str| object.with(name, iothread.get(name).unwrap_or(Value::Null));
+            shown.into_iter().fold(object, with).into()
+        };
+        Value::List(self.all().iter().map(info).collect())
+    }
+
     /// All names.
     pub fn names(&self) -> Vec<String> {
         self.all().keys().cloned().collect()
@@ -124,8 +141,6 @@ impl Iothreads {
 
 #[cfg(test)]
 mod tests {
-    use underlay_qmp::json::Object;
-
     use super::*;
 
     #[test]

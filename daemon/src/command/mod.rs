@@ -99,6 +99,7 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
         "query-jobs" => job::query_jobs(daemon),
         "query-block-jobs" => job::query_block_jobs(daemon),
         "query-block-exports" => export::query(daemon),
+        "query-iothreads" => daemon.iothreads.query(|at| daemon.thread_number(at)),
         other => {
             let told = chardev::query(daemon, other);
             return told.or_else(|| machine::query(daemon.machine.as_ref()?, other)).map(Ok);

@@ -131,7 +131,8 @@ pub fn blanked(line: &str) -> String {
     let mut parts = out.split("/.tmp");
     let mut said = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        said.push_str("/.tmpN");
+        said.truncate(said.rfind("unix:").map_or(said.len(), |at| at + 5));
+        said.push_str("FOLDER");
         said.push_str(part.trim_start_matches(|c: char| c.is_ascii_alphanumeric()));
     }
     let out = said;
@@ -157,7 +158,7 @@ pub fn blanked(line: &str) -> String {
         }
         done
     });
-    let mut numbers = vec!["actual-size"];
+    let mut numbers = vec!["actual-size", "thread-id"];
     // The dates of snapshots that were taken just now; a script may have set others.
     if out.contains("\"date-sec\": 1") {
         numbers.extend(["date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"]);

@@ -11,6 +11,7 @@ use crate::exec::{self, Class, Core, Crew, Remote};
 /// A thread with an executor of its own. When it is dropped the thread ends.
 pub struct IoThread {
     remote: Arc<Remote>,
+    number: i32,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -41,7 +42,8 @@ impl IoThread {
                     return;
                 }
             };
-            let _ = sender.send(Ok(executor.remote()));
+            let number = rustix::thread::gettid().as_raw_nonzero().get();
+            let _ = sender.send(Ok((executor.remote(), number)));
             // A task that panics leaves its requests without an answer: better no daemon than one that hangs.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| executor.run_until_stopped()))
                 .is_err()
@@ -50,8 +52,14 @@ impl IoThread {
                 std::process::abort();
             }
         })?;
-        let remote = receiver.recv().map_err(|_| io::Error::other("the I/O thread did not start"))??;
-        Ok(Self { remote, thread: Some(thread) })
+        let (remote, number) =
+            receiver.recv().map_err(|_| io::Error::other("the I/O thread did not start"))??;
+        Ok(Self { remote, number, thread: Some(thread) })
+    }
+
+    /// Its number among the system's threads, for who wants to choose its processors.
+    pub fn number(&self) -> i32 {
+        self.number
     }
 
     /// A handle for giving the thread work.

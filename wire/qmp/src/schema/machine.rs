@@ -20,6 +20,11 @@ pub(super) static COMMANDS: &[Command] = &[
         arguments: &TYPENAME_ARG,
         returns: Type::List(&Type::Object(&OBJECT_PROPERTY_INFO)),
     },
+    Command {
+        name: "query-iothreads",
+        arguments: &NOTHING,
+        returns: Type::List(&Type::Object(&IOTHREAD_INFO)),
+    },
     Command { name: "device_add", arguments: &DEVICE_ADD_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "device_del", arguments: &ID_ARG, returns: Type::Object(&NOTHING) },
     Command { name: "blockdev-open-tray", arguments: &OPEN_TRAY_ARG, returns: Type::Object(&NOTHING) },
@@ -219,6 +224,19 @@ static LATENCY_HISTOGRAM_ARG: Object = Object {
         opt("boundaries-write", Type::List(&Type::U64)),
         opt("boundaries-zap", Type::List(&Type::U64)),
         opt("boundaries-flush", Type::List(&Type::U64)),
+    ],
+    tag: None,
+    cases: &[],
+};
+
+static IOTHREAD_INFO: Object = Object {
+    members: &[
+        req("id", Type::Str),
+        req("thread-id", Type::Int),
+        req("poll-max-ns", Type::Int),
+        req("poll-grow", Type::Int),
+        req("poll-shrink", Type::Int),
+        req("aio-max-batch", Type::Int),
     ],
     tag: None,
     cases: &[],
