@@ -176,8 +176,10 @@ impl State {
         if range.is_empty() {
             return;
         }
-        let end = range.end().div_ceil(granularity).min(self.bits.len());
-        self.bits.put_all(range.start() / granularity..end, dirty);
+        // For every write of a guest, and each of its bitmaps: no divisions.
+        let shift = granularity.trailing_zeros();
+        let end = (((range.end() - 1) >> shift) + 1).min(self.bits.len());
+        self.bits.put_all(range.start() >> shift..end, dirty);
     }
 
     fn run(&self, granularity: u64, from: u64, max: u64) -> Option<(std::ops::Range<u64>, ByteRange)> {

@@ -107,11 +107,15 @@ impl Bits {
         let chunk = slot.get_or_insert_with(|| Chunk { set: 0, words: Box::new([0; CHUNK_WORDS]) });
         let word = &mut chunk.words[word_of(bit)];
         let before = *word;
-        *word = if set { before | mask } else { before & !mask };
-        let (had, has) = (u64::from(before.count_ones()), u64::from(word.count_ones()));
+        let now = if set { before | mask } else { before & !mask };
+        if now == before {
+            return;
+        }
+        *word = now;
+        let (had, has) = (u64::from(before.count_ones()), u64::from(now.count_ones()));
         chunk.set = chunk.set + has - had;
         self.set = self.set + has - had;
-        self.changes += u64::from(before != *word);
+        self.changes += 1;
         if chunk.set == 0 {
             *slot = None;
         }
