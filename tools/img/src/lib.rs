@@ -11,6 +11,7 @@ mod dd;
 pub mod getopt;
 mod info;
 mod map;
+mod map_lines;
 mod measure;
 pub mod open;
 mod option_help;
