@@ -10,6 +10,7 @@ use underlay_sys::rt;
 use underlay_sys::signal::Ending;
 use underlay_sys::thread::block_on;
 
+use crate::chardev::terminal;
 use crate::monitor;
 use crate::state::{Daemon, Why};
 
@@ -38,7 +39,9 @@ where
         None
     };
     let daemon = start().map_err(|error| format!("cannot start the I/O threads: {error}"))?;
-    block_on(serve(daemon.clone(), set_up(daemon), ending, birth))
+    let done = block_on(serve(daemon.clone(), set_up(daemon), ending, birth));
+    terminal::give_back();
+    done
 }
 
 async fn serve(

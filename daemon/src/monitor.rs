@@ -14,7 +14,7 @@ use underlay_sys::net::{Address, Listener, Stream};
 use underlay_sys::rt;
 
 use crate::chardev::wire::{Carrier, Wire};
-use crate::chardev::{Backend, End, Shown};
+use crate::chardev::{Backend, End, Shown, terminal};
 use crate::command;
 use crate::error::CommandError;
 use crate::event::Outbox;
@@ -65,7 +65,12 @@ pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
                     client(&daemon, wire(Carrier::Pty(pty.clone())), mode).await;
                 }
             }
-            End::Fixed(carrier) => client(&daemon, wire(carrier), mode).await,
+            End::Fixed(carrier) => {
+                if mode == Mode::Human && matches!(carrier, Carrier::Stdio) {
+                    terminal::take(backend.signals);
+                }
+                client(&daemon, wire(carrier), mode).await;
+            }
         }
     });
 }

@@ -37,7 +37,17 @@ fn heard(heard: &Heard) -> Vec<String> {
     heard.replies.iter().cloned().chain(["EVENTS".to_owned()]).chain(heard.events.clone()).collect()
 }
 
+/// Replies and events.
 fn compare(name: &str) {
+    compare_what(name, heard);
+}
+
+/// Only replies: how often a job is held for a moment is nobody's business.
+fn compare_replies(name: &str) {
+    compare_what(name, |heard| heard.replies.clone());
+}
+
+fn compare_what(name: &str, heard: impl Fn(&Heard) -> Vec<String>) {
     let (script, arguments) = read(name);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     // Images are made by our own tool, whichever machine has them: nothing needs to be installed.
@@ -148,6 +158,61 @@ fn human_on_a_socket() {
     assert!(rest.is_empty() && machine.wait().expect("a machine").success());
 }
 
+/// What is no text, what has no end, and who does not wait for the answer: the next one is served as ever.
+#[test]
+fn human_in_bad_company() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut machine = Command::new(env!("CARGO_BIN_EXE_underlay"))
+        .args(["machine", "-S", "-monitor", "unix:m,server=on,wait=off"])
+        .args(COMMON)
+        .args(["-drive", "if=none,id=d0,driver=null-co", "-pidfile", "pid"])
+        .current_dir(&folder)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("a machine");
+    while !folder.path().join("pid").exists() {
+        assert!(matches!(machine.try_wait(), Ok(None)), "the machine ended");
+        std::thread::yield_now();
+    }
+    let come = || UnixStream::connect(folder.path().join("m")).expect("a monitor");
+    // Both sides of what is written and what is read meanwhile.
+    let talk = |stream: UnixStream, typed: Vec<u8>| {
+        let mut writer = stream.try_clone().expect("a handle");
+        let writer = std::thread::spawn(move || writer.write_all(&typed));
+        let mut reader = stream;
+        reader.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+        let (mut heard, mut bytes) = (Vec::new(), [0; 4096]);
+        while !heard.ends_with(b"paused (prelaunch)\r\n(qemu) ") {
+            let count = reader.read(&mut bytes).expect("an answer in time");
+            assert_ne!(count, 0, "the machine hung up");
+            heard.extend(&bytes[..count]);
+            heard.drain(..heard.len().saturating_sub(200));
+        }
+        writer.join().expect("a thread").expect("written");
+    };
+    let all_bytes: Vec<u8> = (0..=255).cycle().take(5000).collect();
+    for garbage in [
+        all_bytes,
+        b"\xff\xfe\x1b[999999999999;1;1~\x1b[\x1bO\x1b".to_vec(),
+        vec![b'x'; 20_000],
+        b"{\"execute\": \"qmp_capabilities\"}\r\nGET / HTTP/1.1\r\n\r\n\0\0".to_vec(),
+        b"qemu-io d0 \"read -v 0 \"\n\t\t\t\"\t\\\t".to_vec(),
+    ] {
+        // A key that ends what may have begun, and a line of its own.
+        talk(come(), [&garbage[..], b"x\x05\x15\ninfo status\n"].concat());
+    }
+    for number in 0..100 {
+        let mut stream = come();
+        stream
+            .write_all(&b"help\ninfo block -v\nqemu-io d0 \"read -v 0 64k\"\n".repeat(number % 7))
+            .expect("sent");
+        let _ = stream.read(&mut [0; 100]);
+    }
+    talk(come(), b"info status\n".to_vec());
+    come().write_all(b"quit\n").expect("sent");
+    assert!(machine.wait().expect("a machine").success());
+}
+
 #[test]
 fn human_blockdev() {
     compare("human_blockdev");
@@ -156,6 +221,16 @@ fn human_blockdev() {
 #[test]
 fn human() {
     compare("human");
+}
+
+#[test]
+fn human_words() {
+    compare("human_words");
+}
+
+#[test]
+fn busy() {
+    compare_replies("busy");
 }
 
 #[test]

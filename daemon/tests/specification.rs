@@ -266,6 +266,8 @@ impl Machine {
             }
         };
         // The reference tells of images that it makes on its standard output.
+        let folder = self.socket.parent().map(|folder| folder.to_string_lossy().into_owned());
+        let said = said.replace(&folder.unwrap_or_default(), "FOLDER");
         let lines = said.lines().filter(|line| !line.starts_with("Formatting "));
         lines.fold(String::new(), |text, line| text + "    " + blanked(line).trim_end() + "\n")
     }

@@ -1,4 +1,4 @@
-//! The shell on a terminal: a real pty, with an emulator that knows what is on its screen. Nothing here waits for a time:
+//! The shell, and the human monitor of a machine, on a terminal: a real pty, with an emulator that knows what is on its screen. Nothing here waits for a time:
 //! each step waits until the screen shows what it has to.
 
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use underlay_qmp::blocking::Monitor;
 use underlay_qmp::json::Object;
 
@@ -33,7 +33,7 @@ impl Drop for Running {
     }
 }
 
-/// A terminal with a shell on it.
+/// A terminal with a shell on it, or a machine.
 struct Terminal {
     keyboard: File,
     output: Receiver<Vec<u8>>,
@@ -45,6 +45,11 @@ struct Terminal {
 
 impl Terminal {
     fn start(folder: &Path, socket: &str, environment: &[(&str, &str)]) -> Self {
+        Self::with(folder, &["shell", socket], environment)
+    }
+
+    /// With our program and these arguments.
+    fn with(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pty");
         grantpt(&master).and_then(|()| unlockpt(&master)).expect("a pty");
         let name = OsString::from_vec(ptsname(&master, Vec::new()).expect("a name").into_bytes());
@@ -53,7 +58,7 @@ impl Terminal {
         let stream = || Stdio::from(slave.try_clone().expect("a handle"));
         // In a session of its own the terminal is its own, and it hears when the size changes.
         let mut command = Command::new("setsid");
-        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_underlay"), "shell", socket]);
+        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_underlay")]).args(arguments);
         command.current_dir(folder).stdin(stream()).stdout(stream()).stderr(stream());
         command.env("TERM", "xterm").env("XDG_STATE_HOME", folder.join("state")).env_remove("NO_COLOR");
         let shell = Running(command.envs(environment.iter().copied()).spawn().expect("the shell starts"));
@@ -222,6 +227,91 @@ fn lines_are_edited_completed_and_remembered() {
     terminal.type_in("\r");
     terminal.wait("an error", |terminal| terminal.above(1) == error);
     assert_eq!(terminal.colour(1), vt100::Color::Default);
+}
+
+/// Whether the terminal shows by itself what is typed.
+fn echoes(terminal: &Terminal) -> bool {
+    tcgetattr(&terminal.keyboard).expect("a terminal").local_modes.contains(LocalModes::ECHO)
+}
+
+#[test]
+fn the_human_monitor_of_a_machine() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in ["disk.img", "disk2.img"] {
+        std::fs::write(folder.path().join(name), [0; 512]).expect("a file");
+    }
+    let machine = "machine -nodefaults -display none -S -monitor stdio -device virtio-scsi \
+                   -drive if=none,id=d0,driver=null-co,size=1048576 -drive if=none,id=d1,driver=null-co \
+                   -drive if=none,id=cd,media=cdrom -device scsi-cd,drive=cd \
+                   -blockdev driver=null-co,node-name=node-A,read-zeroes=on";
+    let arguments: Vec<&str> = machine.split_whitespace().collect();
+    let mut terminal = Terminal::with(folder.path(), &arguments, &[]);
+    terminal.wait_for_row("(qemu) ");
+    assert!(terminal.above(1).starts_with("QEMU 10.0.2 monitor") && !echoes(&terminal));
+
+    // Each key is seen once, where the line is edited.
+    terminal.type_in("ifo stats\x1b[D\x1b[Du\x01\x1b[Cn");
+    terminal.wait_for_cursor("(qemu) info stauts", 9);
+    terminal.type_in("\x05\x1b[D\x1b[D\x7f\x1b[Cu");
+    terminal.wait_for_cursor("(qemu) info status", 17);
+    terminal.type_in("\r");
+    terminal.wait("an answer", |terminal| terminal.above(1) == "VM status: paused (prelaunch)");
+    terminal.type_in("\x1b[A");
+    terminal.wait_for_row("(qemu) info status");
+    terminal.type_in("\x15");
+    terminal.wait_for_row("(qemu) ");
+
+    terminal.type_in("comm\t\t");
+    terminal.wait("a list", |terminal| terminal.above(1).split_whitespace().eq(["cd", "d0", "d1", "node-A"]));
+    terminal.type_in("n\t");
+    terminal.wait_for_row("(qemu) commit node-A ");
+    terminal.type_in("\x15change cd di\t");
+    terminal.wait("a list", |terminal| terminal.above(1).split_whitespace().eq(["disk.img", "disk2.img"]));
+    terminal.wait_for_row("(qemu) change cd disk");
+    terminal.resize(60);
+    terminal.type_in("2\t");
+    terminal.wait_for_row("(qemu) change cd disk2.img ");
+    terminal.type_in("raw\r");
+    terminal.wait_for_row("(qemu) ");
+    terminal.resize(COLUMNS);
+
+    for (line, answer) in [
+        ("info block cd", "    Cache mode:       writeback"),
+        ("commit nope", "Device 'nope' not found"),
+        ("device_add virtio-blk,drive=d1,id=v1", ""),
+        ("device_add virtio-blk,drive=d1,id=v2", "Error: Drive 'd1' is already in use by another device"),
+        ("device_add virtio-blk,drive=node-A,id=v3", ""),
+        ("device_add virtio-blk,drive=node-A,id=v4", "as 'root' child)."),
+        ("drive_mirror d0 copy.img raw", "Formatting 'copy.img', fmt=raw size=1048576"),
+        ("drive_del d0", "Node 'd0' is busy: block device is in use by block job: mirror"),
+        ("block_stream d0", "Error: Node 'd0' is busy: block device is in use by block job: mirror"),
+        ("nonsense", "unknown command: 'nonsense'"),
+    ] {
+        terminal.type_in(&format!("{line}\r"));
+        terminal.wait(line, |terminal| {
+            let expected = if answer.is_empty() { line } else { answer };
+            terminal.above(1).ends_with(expected) && terminal.above(0) == "(qemu)"
+        });
+    }
+    // Ctrl-C ends the machine, and the terminal is as it was.
+    terminal.type_in("half a li\x03");
+    assert_eq!(terminal.end(), Some(0));
+    assert!(echoes(&terminal));
+}
+
+/// With signals off Ctrl-C is a key without a meaning, and `quit` gives the terminal back, too.
+#[test]
+fn a_terminal_without_signals() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let machine = "machine -nodefaults -display none -S -chardev stdio,id=c,signal=off -mon c";
+    let arguments: Vec<&str> = machine.split_whitespace().collect();
+    let mut terminal = Terminal::with(folder.path(), &arguments, &[]);
+    terminal.wait_for_row("(qemu) ");
+    terminal.type_in("qu\x03it");
+    terminal.wait_for_row("(qemu) quit");
+    terminal.type_in("\r");
+    assert_eq!(terminal.end(), Some(0));
+    assert!(echoes(&terminal));
 }
 
 #[test]

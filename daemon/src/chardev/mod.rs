@@ -4,6 +4,7 @@ mod options;
 pub mod ring;
 mod shown;
 mod telnet;
+pub mod terminal;
 mod wanted;
 pub mod wire;
 
@@ -49,6 +50,8 @@ pub struct Backend {
     pub end: End,
     /// Telnet is spoken.
     pub telnet: bool,
+    /// Keys of a terminal send signals.
+    pub signals: bool,
     /// Where a copy of what is written goes.
     pub log: Option<Arc<File>>,
     /// What it is called, and who is there.
@@ -184,7 +187,8 @@ impl Chardevs {
     async fn open(&self, id: &str, wanted: wanted::Device, remark: Remark<'_>) -> CommandResult<Device> {
         let wanted::Device { kind, log, telnet } = wanted;
         let log = log.map(open_log).transpose()?;
-        let is_stdio = matches!(kind, Kind::Stdio);
+        let is_stdio = matches!(kind, Kind::Stdio { .. });
+        let signals = !matches!(kind, Kind::Stdio { signals: false });
         if is_stdio && self.devices().iter().any(|device| device.is_stdio) {
             return Err(CommandError::new("cannot use stdio by multiple character devices"));
         }
@@ -195,7 +199,7 @@ impl Chardevs {
                 listen(&address, wait, telnet, remark).await?
             }
             Kind::Socket { address, pause, .. } => connect(address, pause).await?,
-            Kind::Stdio => fixed(Carrier::Stdio, "stdio"),
+            Kind::Stdio { .. } => fixed(Carrier::Stdio, "stdio"),
             Kind::Null => fixed(file("/dev/null", true)?, "null"),
             Kind::File { path, append } => fixed(file(&path, append)?, "file"),
             Kind::Pipe(path) => fixed(pipe(&path)?, "pipe"),
@@ -206,7 +210,7 @@ impl Chardevs {
             }
         };
         let shown = Arc::new(shown);
-        let backend = Backend { end, telnet, log, shown: shown.clone() };
+        let backend = Backend { end, telnet, signals, log, shown: shown.clone() };
         Ok(Device { id: id.to_owned(), shown, backend: Some(backend), ring, is_stdio })
     }
 

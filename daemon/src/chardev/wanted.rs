@@ -55,7 +55,10 @@ pub enum Kind {
         pause: Option<Duration>,
     },
     /// Standard input and output.
-    Stdio,
+    Stdio {
+        /// Keys of a terminal send signals.
+        signals: bool,
+    },
     /// Nothing.
     Null,
     /// A file for output.
@@ -150,11 +153,7 @@ impl Kind {
         };
         let kind = match name {
             "socket" => socket(&mut options, address)?,
-            "stdio" => {
-                // Whether a terminal's keys may send signals: we leave terminals as they are.
-                options.drop_defaults(&[("signal", true)]);
-                Self::Stdio
-            }
+            "stdio" => Self::Stdio { signals: options.flag("signal").unwrap_or(true) },
             "file" => {
                 let path = path("filename")?;
                 Self::File { path, append: options.flag("append").unwrap_or(false) }

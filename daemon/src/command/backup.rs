@@ -49,6 +49,7 @@ pub async fn draft(
 fn blockdev_args(daemon: &Daemon, trial: &mut Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
     let (names, device) = (Names::of(daemon), arguments.text("device"));
     let source = names.either(trial, &device)?;
+    names.free(trial, source, &device)?;
     let target = names.either(trial, &arguments.text("target"))?;
     let job_id = names.job_id(trial, &device, source);
     args(trial, arguments, source, BackupTarget::Existing(target), job_id)
@@ -62,6 +63,7 @@ async fn drive_args(
     let plan = daemon.graph.plan();
     let (names, device) = (Names::of(daemon), arguments.text("device"));
     let source = names.either(&plan, &device)?;
+    names.free(&plan, source, &device)?;
     underlay_jobs::commit::check_root(&plan, source)?;
     let job_id = names.job_id(&plan, &device, source);
     let file = arguments.text("target");

@@ -51,7 +51,7 @@ pub async fn del(daemon: &Daemon, node_name: &str) -> CommandResult<()> {
         if plan.parents(id).any(|(parent, role)| role == Role::Target && is_job(parent)) {
             return Err(GraphError::new(format!("Node {node_name} is in use")));
         }
-        names.not_busy(plan, id).map_err(|error| GraphError::new(error.desc))?;
+        names.not_busy(plan, id, node_name).map_err(|error| GraphError::new(error.desc))?;
         if !plan.node(id).monitor_owned {
             return Err(GraphError::NotMonitorOwned(node_name.to_owned()));
         }
@@ -125,8 +125,8 @@ pub async fn resize(
     let names = Names::of(daemon);
     let id = names.device_or_node(&plan, device, node_name)?;
     let size = u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
-    names.not_busy(&plan, id)?;
-    if size > MAX_LENGTH && !plan.node(id).read_only {
+    names.not_busy(&plan, id, device.or(node_name).unwrap_or_default())?;
+    if size > MAX_LENGTH {
         return Err(CommandError::new(format!("offset({size}) exceeds maximum({MAX_LENGTH})")));
     }
     drop(plan);

@@ -189,7 +189,7 @@ impl Spec {
     async fn add(self, daemon: &Daemon) -> CommandResult<()> {
         let Self { id, node_name, name, description, writable, writethrough, depth, bitmaps, iothread } =
             self;
-        if !underlay_graph::units::is_well_formed_id(&id) && name != id {
+        if !underlay_graph::units::is_well_formed_id(&id) {
             return Err(CommandError::new("Invalid block export id"));
         }
         if daemon.exports().iter().any(|export| export.id == id) {

@@ -97,7 +97,7 @@ fn disk(daemon: &Daemon, plan: &Plan, device: &str) -> CommandResult<NodeId> {
     if plan.parents(node).next().is_some() {
         return Err(CommandError::new("Need a root block node"));
     }
-    names.not_busy(plan, node)?;
+    names.not_busy(plan, node, device)?;
     Ok(plan.skip_filters(node))
 }
 

@@ -29,6 +29,7 @@ pub async fn stream(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     }
     let names_of = Names::of(daemon);
     let top = names_of.either(&plan, &device)?;
+    names_of.free(&plan, top, &device)?;
     let settings = settings(arguments, names_of.job_id(&plan, &device, top));
     let [base, base_node, bottom] = names;
     let end = if let Some(base) = base {

@@ -91,22 +91,36 @@ impl Names {
         backends.into_iter().find(|backend| !backend.name.is_empty() && backend.disk(plan) == Some(node))
     }
 
-    /// Refuses a node that something else is going on with: a job, or an overlay above it.
-    pub fn not_busy(&self, plan: &Plan, id: NodeId) -> CommandResult<()> {
-        let called = |id: NodeId| {
-            self.backend_of(plan, id).map_or_else(|| plan.node(id).name.to_string(), |backend| backend.name)
-        };
-        if let Some(job) = plan.node(id).busy {
-            let name = called(id);
-            let text = format!("Node '{name}' is busy: block device is in use by block job: {job}");
-            return Err(CommandError::new(text));
+    /// What a node is called that was asked for by the name `asked`: as the backend whose disk it is, if it was asked for or is
+    /// right above the node, else by its own name.
+    fn called(&self, plan: &Plan, id: NodeId, asked: &str) -> String {
+        let is_asked = |backend: &Backend| backend.disk(plan) == Some(id);
+        if self.backend(asked).as_ref().is_some_and(is_asked) {
+            return asked.to_owned();
         }
+        let backends = self.machine.iter().flat_map(|machine| machine.devices.backends());
+        let root = |backend: &Backend| Some(plan.root(backend.medium?)?.node);
+        let mut above = backends.filter(|backend| !backend.name.is_empty() && root(backend) == Some(id));
+        above.next().map_or_else(|| plan.node(id).name.to_string(), |backend| backend.name)
+    }
+
+    /// Refuses a node that a job works on; `asked` is the name by which it was found.
+    pub fn free(&self, plan: &Plan, id: NodeId, asked: &str) -> CommandResult<()> {
+        let Some(job) = plan.node(id).busy else { return Ok(()) };
+        let name = self.called(plan, id, asked);
+        let text = format!("Node '{name}' is busy: block device is in use by block job: {job}");
+        Err(CommandError::new(text))
+    }
+
+    /// Refuses a node that something else is going on with: a job, or an overlay above it.
+    pub fn not_busy(&self, plan: &Plan, id: NodeId, asked: &str) -> CommandResult<()> {
+        self.free(plan, id, asked)?;
         let overlay = plan
             .parents(id)
             .find(|(parent, role)| *role == Role::Backing && plan.node(*parent).node.kind() != Kind::Filter);
         match overlay {
             Some((overlay, _)) => {
-                let (name, overlay) = (called(id), called(overlay));
+                let (name, overlay) = (self.called(plan, id, asked), self.called(plan, overlay, asked));
                 Err(CommandError::new(format!(
                     "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
                 )))

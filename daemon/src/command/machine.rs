@@ -46,6 +46,7 @@ pub async fn change(
         "system_reset" => {
             let data = Object::new().with("guest", false).with("reason", "host-qmp-system-reset");
             daemon.events.emit("RESET", data);
+            machine.running.reset();
             Ok(())
         }
         "system_powerdown" => {
@@ -129,10 +130,7 @@ const LIMITS: [(&str, &str); 6] = [
 fn set_io_throttle(daemon: &Daemon, machine: &Machine, arguments: &mut Arguments) -> CommandResult<()> {
     let (backend, name) = tray::wanted(machine, arguments)?;
     if backend.medium.is_none() {
-        return Err(CommandError::new(match &*backend.name {
-            "" => "Device has no medium".to_owned(),
-            name => format!("Device '{name}' has no medium"),
-        }));
+        return Err(CommandError::new("Device has no medium"));
     }
     let mut limits = Limits::default();
     let mut set = |given: &str, name: &str| {

@@ -85,7 +85,8 @@ pub async fn prepare_sync(
     let (device, node_name) = (arguments.device.as_deref(), arguments.node_name.as_deref());
     let names = Names::of(daemon);
     let disk = names.device_or_node(&plan, device, node_name)?;
-    names.not_busy(&plan, disk)?;
+    let asked = device.or(node_name).unwrap_or_default().to_owned();
+    names.not_busy(&plan, disk, &asked)?;
     match &arguments.snapshot_node_name {
         None if arguments.node_name.is_some() => {
             return Err(CommandError::new("New overlay node-name missing"));
@@ -101,7 +102,7 @@ pub async fn prepare_sync(
     }
     let new = open_overlay(daemon, disk, &arguments, format).await?;
     let edit = move |plan: &mut Plan| {
-        still_free(&names, plan, disk)?;
+        still_free(&names, plan, disk, &asked)?;
         let overlay = plan.add(new)?;
         put_on_top(plan, disk, overlay)
     };
@@ -113,10 +114,11 @@ pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prep
     let plan = daemon.graph.plan();
     let names = Names::of(daemon);
     let disk = names.either(&plan, node)?;
-    names.not_busy(&plan, disk)?;
+    names.not_busy(&plan, disk, node)?;
     let overlay = names.either(&plan, overlay)?;
+    let asked = node.to_owned();
     let edit = move |plan: &mut Plan| {
-        still_free(&names, plan, disk)?;
+        still_free(&names, plan, disk, &asked)?;
         still_there(plan, overlay)?;
         put_on_top(plan, disk, overlay)
     };
@@ -124,9 +126,9 @@ pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prep
 }
 
 /// Nothing else goes on with the node, even after what came before in the same change.
-fn still_free(names: &Names, plan: &Plan, id: NodeId) -> Result<(), GraphError> {
+fn still_free(names: &Names, plan: &Plan, id: NodeId, asked: &str) -> Result<(), GraphError> {
     still_there(plan, id)?;
-    names.not_busy(plan, id).map_err(|error| GraphError::new(error.desc))
+    names.not_busy(plan, id, asked).map_err(|error| GraphError::new(error.desc))
 }
 
 fn still_there(plan: &Plan, id: NodeId) -> Result<(), GraphError> {
@@ -223,14 +225,15 @@ async fn open_overlay(
     format: &str,
 ) -> CommandResult<NewNode> {
     let plan = daemon.graph.plan();
-    let like =
-        plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?.options;
+    let below = plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?;
+    let like = below.options;
     let mut spec = NodeSpec::image(&arguments.snapshot_file, Some(format))?;
     spec.node_name = arguments.snapshot_node_name.clone();
     spec.cache_direct = Some(like.cache_direct);
     spec.cache_no_flush = Some(like.cache_no_flush);
     spec.discard = Some(like.discard);
-    spec.read_only = Some(false);
+    // Who could not write to the disk cannot write to its overlay either.
+    spec.read_only = Some(below.read_only);
     if let DriverSpec::Qcow2 { backing, .. } = &mut spec.driver {
         *backing = Backing::None;
     }

@@ -101,17 +101,19 @@ fn checked(name: &str, value: Value, ty: &str, input: Input) -> CommandResult<Va
         ("size", Value::Str(word)) => parse_size(&word).map(Value::from).ok_or_else(|| expects("size")),
         ("size" | "uint16" | "uint32" | "uint64" | "int32", Value::Int(number)) => in_range(name, number, ty),
         ("uint16" | "uint32" | "uint64" | "int32", Value::Str(word)) if input == Input::Words => {
-            let number = match word.strip_prefix("0x") {
-                Some(hex) => i64::from_str_radix(hex, 16).ok(),
-                None => word.parse().ok(),
-            };
-            in_range(name, number.ok_or_else(|| expects("integer"))?, ty)
+            let number = whole_number(&word).ok_or_else(|| expects("integer"))?;
+            match i64::try_from(number) {
+                Ok(number) => in_range(name, number, ty),
+                Err(_) if ty == "uint64" => Ok(Value::UInt(u64::try_from(number).unwrap_or(u64::MAX))),
+                Err(_) => Err(CommandError::new(format!("Parameter '{name}' expects {ty}_t"))),
+            }
         }
-        ("size", Value::UInt(number)) => Ok(Value::UInt(number)),
+        ("size" | "uint64", Value::UInt(number)) => Ok(Value::UInt(number)),
         ("size" | "uint16" | "uint32" | "uint64" | "int32", _) => Err(wrong_type(name, "integer")),
         (_, Value::Str(word)) => {
             let words: &[&str] = match ty {
                 "OnOffAuto" => &["auto", "on", "off"],
+                "BiosAtaTranslation" => &["auto", "none", "lba", "large", "rechs"],
                 "BlockdevOnError" => &["report", "ignore", "enospc", "stop", "auto"],
                 _ => return Ok(Value::Str(word)),
             };
@@ -122,6 +124,23 @@ fn checked(name: &str, value: Value, ty: &str, input: Input) -> CommandResult<Va
         }
         _ => Err(wrong_type(name, "string")),
     }
+}
+
+/// A number as C writes them: decimal, `0x…` or octal with a zero in front.
+fn whole_number(word: &str) -> Option<i128> {
+    let (sign, digits) = match word.strip_prefix('-') {
+        Some(digits) => (-1, digits),
+        None => (1, word.strip_prefix('+').unwrap_or(word)),
+    };
+    let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(hex) => (16, hex),
+        None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
+        None => (10, digits),
+    };
+    let is_one = |digit: char| digit.is_digit(radix);
+    let number =
+        u64::from_str_radix(Some(digits).filter(|digits| digits.chars().all(is_one))?, radix).ok()?;
+    Some(sign * i128::from(number))
 }
 
 fn in_range(name: &str, number: i64, ty: &str) -> CommandResult<Value> {
@@ -160,6 +179,10 @@ mod tests {
             ("logical_block_size", "4k", ""),
             ("werror", "foo", "Parameter 'werror' does not accept value 'foo'"),
             ("write-cache", "foo", "Parameter 'write-cache' does not accept value 'foo'"),
+            ("wwn", "0xffffffffffffffff", ""),
+            ("lun", "010", ""),
+            ("lun", "09", "Parameter 'lun' expects integer"),
+            ("lun", "99999999999999999999", "Parameter 'lun' expects integer"),
             ("nope", "1", "Property 'scsi-hd.nope' not found"),
         ] {
             assert_eq!(complaint("scsi-hd", name, value, Input::Words), text, "{name}={value}");

@@ -158,6 +158,11 @@ impl Model {
     }
 }
 
+/// The names of all models.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().flat_map(|model| [Some(model.name), model.alias]).flatten()
+}
+
 /// The answer to `-device help`.
 pub fn help() -> String {
     let mut text = String::new();

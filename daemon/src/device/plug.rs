@@ -139,7 +139,7 @@ async fn realize(
     device: &Device,
 ) -> CommandResult<BackendId> {
     let model = given.model;
-    let drive = match given.text("drive") {
+    let drive = match given.text("drive").filter(|name| !name.is_empty()) {
         None if model.kind == Kind::Disk => return Err(CommandError::new("drive property not set")),
         None => Drive::Nothing,
         Some(name) => behind(daemon, machine, model, name)?,
@@ -324,14 +324,19 @@ pub async fn unplug(daemon: &Daemon, machine: &Machine, id: &str) -> CommandResu
     if device.model.bus == Bus::Ide {
         return Err(no_hotplug(device.bus.as_deref().unwrap_or_default()));
     }
-    let name = device.id.clone().unwrap_or_else(|| device.path.clone());
-    let on_it = |other: &Device| {
-        let bus = other.bus.as_deref().unwrap_or_default();
-        bus == name || bus.rsplit_once('.').is_some_and(|(of, _)| of == name)
-    };
-    let carried: Vec<_> = machine.devices.devices().into_iter().filter(on_it).collect();
-    for device in carried.into_iter().chain([device]) {
-        remove(daemon, machine, &device).await?;
+    let name = |device: &Device| device.id.clone().unwrap_or_else(|| device.path.clone());
+    // What is plugged into what goes, too, and goes first.
+    let mut levels = vec![vec![device]];
+    while let Some(level) = levels.last().filter(|level| !level.is_empty()) {
+        let names: Vec<_> = level.iter().map(name).collect();
+        let on_one = |other: &Device| {
+            let bus = other.bus.as_deref().unwrap_or_default();
+            names.iter().any(|name| bus == name || bus.rsplit_once('.').is_some_and(|(of, _)| of == name))
+        };
+        levels.push(machine.devices.devices().into_iter().filter(on_one).collect());
+    }
+    for device in levels.iter().rev().flatten() {
+        remove(daemon, machine, device).await?;
     }
     Ok(())
 }

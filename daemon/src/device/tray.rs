@@ -50,7 +50,7 @@ fn check_unused(backend: &Backend) -> CommandResult<()> {
 
 fn not_busy(daemon: &Daemon, backend: &Backend) -> CommandResult<()> {
     let plan = daemon.graph.plan();
-    backend.disk(&plan).map_or(Ok(()), |disk| Names::of(daemon).not_busy(&plan, disk))
+    backend.disk(&plan).map_or(Ok(()), |disk| Names::of(daemon).not_busy(&plan, disk, &backend.name))
 }
 
 /// blockdev-open-tray, blockdev-close-tray: whoever has no tray has nothing to move.

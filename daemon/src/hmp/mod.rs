@@ -1,8 +1,9 @@
 //! The human monitor: lines in, text out.
 //!
-//! [`readline`] takes what is typed, [`parse`] reads a line by the descriptions in [`table`], [`run`] does what it says with the handlers of
+//! [`readline`] takes what is typed, [`complete`] says how it may go on, [`parse`] reads a line by the descriptions in [`table`], [`run`] does what it says with the handlers of
 //! QMP's commands, and [`show`] has the words for the answers.
 
+mod complete;
 mod disks;
 mod parse;
 mod readline;
@@ -19,14 +20,12 @@ use crate::state::Daemon;
 
 const HELLO: &str = "QEMU 10.0.2 monitor - type 'help' for more information\r\n";
 
-/// Talks to whoever is at the other end of `wire`, until they go.
+/// Talks to whoever is at the other end of `wire`, until they go. What they have typed is done, whether they still listen or not.
 pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
     daemon.ready.raised().await;
     let mut readline = Readline::default();
     let mut buffer = [0; 4096];
-    if wire.write(format!("{HELLO}{PROMPT}").as_bytes()).await.is_err() {
-        return;
-    }
+    let mut listens = wire.write(format!("{HELLO}{PROMPT}").as_bytes()).await.is_ok();
     loop {
         let bytes = match wire.read(&mut buffer).await {
             Ok(0) | Err(_) => return,
@@ -38,13 +37,11 @@ pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
                 Typed::Nothing => {}
                 Typed::Complete(typed) => {
                     let typed = String::from_utf8_lossy(&typed);
-                    let (words, len) = run::completions(daemon, &typed);
+                    let (words, len) = complete::completions(daemon, &typed);
                     readline.complete(words, len, &mut out);
                 }
                 Typed::Line(line) => {
-                    if wire.write(&out).await.is_err() {
-                        return;
-                    }
+                    listens = listens && wire.write(&out).await.is_ok();
                     let line = String::from_utf8_lossy(&line);
                     out = execute(daemon, &line, readline.history()).await.into_bytes();
                     if daemon.quit.is_raised() {
@@ -56,9 +53,7 @@ pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
                 }
             }
         }
-        if wire.write(&out).await.is_err() {
-            return;
-        }
+        listens = listens && wire.write(&out).await.is_ok();
     }
 }
 

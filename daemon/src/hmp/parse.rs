@@ -98,7 +98,7 @@ impl Text<'_> {
             "o" | "p" => self.size().map(Value::from).ok_or(Wrong::Text("invalid size".to_owned())),
             "l" => {
                 let mut sum = Expression(self.0);
-                let number = sum.sum(0).map_err(Wrong::Text)?;
+                let number = sum.bits(0).map_err(Wrong::Text)?;
                 self.0 = sum.0;
                 Ok(Value::from(number))
             }
@@ -136,8 +136,20 @@ impl Text<'_> {
         None
     }
 
-    /// A size, in MiB unless it has a suffix.
+    /// A size, in MiB unless it has a suffix; hexadecimal ones have none.
     fn size(&mut self) -> Option<i64> {
+        let typed = self.0.strip_prefix('+').unwrap_or(self.0);
+        if let Some(hex) = typed.strip_prefix("0x").or_else(|| typed.strip_prefix("0X")) {
+            let end = hex.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(hex.len());
+            let number = i64::from_str_radix(&hex[..end], 16).ok()?;
+            let size = number.checked_mul(1 << 20)?;
+            if hex[end..].starts_with(|c: char| !c.is_whitespace()) {
+                return None;
+            }
+            self.0 = &hex[end..];
+            return Some(size);
+        }
+        self.0 = typed;
         let digits = |text: &str| text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let whole = digits(self.0);
         let mut end = whole;
@@ -162,6 +174,8 @@ impl Text<'_> {
         let rest = &self.0[end + usize::from(unit.is_some())..];
         let size = match (exact, unit) {
             (Some(exact), Some(1.0)) if end == whole => exact,
+            // There is no part of a byte.
+            (_, Some(1.0)) if number.fract() != 0.0 => return None,
             _ => {
                 let bytes = number * unit.unwrap_or(MIB);
                 if bytes >= 9_223_372_036_854_775_808.0 {
@@ -190,6 +204,25 @@ impl Expression<'_> {
         let mut letters = self.0.chars();
         letters.next();
         self.0 = letters.as_str().trim_start();
+    }
+
+    /// What bits of sums make.
+    fn bits(&mut self, depth: usize) -> Result<i64, String> {
+        let mut value = self.sum(depth)?;
+        loop {
+            match self.next() {
+                Some(sign @ ('&' | '|' | '^')) => {
+                    self.take();
+                    let next = self.sum(depth)?;
+                    value = match sign {
+                        '&' => value & next,
+                        '|' => value | next,
+                        _ => value ^ next,
+                    };
+                }
+                _ => return Ok(value),
+            }
+        }
     }
 
     fn sum(&mut self, depth: usize) -> Result<i64, String> {
@@ -249,24 +282,40 @@ impl Expression<'_> {
             }
             Some('(') => {
                 self.take();
-                let value = self.sum(depth + 1)?;
+                let value = self.bits(depth + 1)?;
                 if self.next() != Some(')') {
                     return Err("')' expected".to_owned());
                 }
                 self.take();
                 Ok(value)
             }
+            Some('\'') => self.letter(),
+            // There is no processor that would have registers.
+            Some('$') => Err("unknown register".to_owned()),
             Some(digit) if digit.is_ascii_digit() => self.number(),
             Some(other) => Err(format!("invalid char '{other}' in expression")),
         }
     }
 
+    /// `'x'`: the letter's number.
+    fn letter(&mut self) -> Result<i64, String> {
+        let mut letters = self.0.chars().skip(1);
+        let letter = letters.next().ok_or("character constant expected")?;
+        let value = u8::try_from(letter).map_err(|_| "character constant expected")?;
+        if letters.next() != Some('\'') {
+            return Err("missing terminating ' character".to_owned());
+        }
+        self.0 = self.0[2 + letter.len_utf8()..].trim_start();
+        Ok(i64::from(value))
+    }
+
     fn number(&mut self) -> Result<i64, String> {
         let (radix, digits) = match self.0.strip_prefix("0x").or_else(|| self.0.strip_prefix("0X")) {
-            Some(digits) => (16, digits),
-            None if self.0.len() > 1 && self.0.starts_with('0') => (8, self.0),
-            None => (10, self.0),
+            Some(digits) if digits.starts_with(|c: char| c.is_ascii_hexdigit()) => (16, digits),
+            _ if self.0.len() > 1 && self.0.starts_with('0') => (8, self.0),
+            _ => (10, self.0),
         };
+        // A zero in front of what is no octal digit is a number by itself.
         let end = digits.find(|c: char| !c.is_digit(radix)).unwrap_or(digits.len());
         let number = u64::from_str_radix(&digits[..end], radix).map_err(|_| "number too large".to_owned())?;
         self.0 = digits[end..].trim_start();
@@ -313,6 +362,18 @@ mod tests {
         assert_eq!(parsed("device:B", "\"d0"), "cmd: block device name expected");
         assert_eq!(parsed("device:B", r#""a \"b\" c""#), r#"{"device": "a \"b\" c"}"#);
         assert_eq!(parsed("bps:l,iops:l", "1"), "unexpected end of expression");
+        assert_eq!(parsed("bps:l", "1&3|4^1"), r#"{"bps": 4}"#);
+        assert_eq!(parsed("bps:l", "'a'+1"), r#"{"bps": 98}"#);
+        assert_eq!(parsed("bps:l", "'ab'"), "missing terminating ' character");
+        assert_eq!(parsed("bps:l", "'"), "character constant expected");
+        assert_eq!(parsed("bps:l", "'\u{e4}'"), r#"{"bps": 228}"#);
+        assert_eq!(parsed("bps:l", "0x"), "cmd: extraneous characters at the end of line");
+        assert_eq!(parsed("bps:l", "$pc"), "unknown register");
+        assert_eq!(parsed("size:o", "0x10"), r#"{"size": 16777216}"#);
+        assert_eq!(parsed("size:o", "0x1k"), "invalid size");
+        assert_eq!(parsed("size:o", "0xffffffffffffffff"), "invalid size");
+        assert_eq!(parsed("size:o", "+2"), r#"{"size": 2097152}"#);
+        assert_eq!(parsed("size:o", "1.5b"), "invalid size");
         assert_eq!(parsed("bps:l", "a"), "invalid char 'a' in expression");
         assert_eq!(parsed("bps:l", "1+2*0x10 - -3"), r#"{"bps": 36}"#);
         assert_eq!(parsed("bps:l,iops:l", "(1+2)*3 4"), r#"{"bps": 9, "iops": 4}"#);

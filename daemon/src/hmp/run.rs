@@ -1,14 +1,16 @@
 //! What each line does: requests to the handlers of QMP's commands, and their answers as text.
 
 use underlay_drivers::options::nest;
+use underlay_graph::units::is_well_formed_id;
 use underlay_qmp::json::{Object, Value};
 use underlay_qmp::option_list;
 use underlay_qmp::session::Request;
 
 use super::table::{COMMANDS, INFO, Line};
 use super::{disks, parse, show};
-use crate::command;
+use crate::command::{self, object};
 use crate::device::given::Input;
+use crate::device::model::{self, Model};
 use crate::device::{self, plug};
 use crate::error::{CommandError, CommandResult};
 use crate::machine::{Machine, hot};
@@ -24,9 +26,9 @@ pub async fn execute(daemon: &Daemon, line: &str, history: &[Vec<u8>]) -> String
         return format!("unknown command: '{name}'\n");
     };
     if found.name() == "info" {
-        return info(daemon, rest, history).await;
+        return info(daemon, line, rest, history).await;
     }
-    let arguments = match read(found, "", rest) {
+    let arguments = match read(found, line, rest) {
         Ok(arguments) => arguments,
         Err(text) => return text,
     };
@@ -36,10 +38,12 @@ pub async fn execute(daemon: &Daemon, line: &str, history: &[Vec<u8>]) -> String
     }
 }
 
-fn read(found: &Line, prefix: &str, rest: &str) -> Result<Object, String> {
-    let name = found.name();
-    parse::arguments(name, found.arguments, rest)
-        .map_err(|wrong| format!("{wrong}\nTry \"help {prefix}{name}\" for more information\n"))
+/// Reads what follows a command in a line.
+fn read(found: &Line, line: &str, rest: &str) -> Result<Object, String> {
+    // What was typed for it.
+    let typed = &line[..line.len() - rest.len()];
+    parse::arguments(found.names, found.arguments, rest)
+        .map_err(|wrong| format!("{wrong}\nTry \"help {typed}\" for more information\n"))
 }
 
 /// What a part of a line says.
@@ -163,6 +167,21 @@ pub fn machine(daemon: &Daemon) -> CommandResult<&Machine> {
 async fn device_add(daemon: &Daemon, words: &str) -> CommandResult<String> {
     let machine = machine(daemon)?;
     let options = option_list::parse(words, Some("driver")).options;
+    let text = |name: &str| options.get(name).and_then(Value::as_str);
+    let asks = words.split(',').any(|word| matches!(word, "help" | "?"));
+    match text("driver") {
+        Some("help" | "?") => return Ok(model::help()),
+        Some(name) if asks => {
+            if let Some(model) = Model::find(name) {
+                return Ok(model.help());
+            }
+        }
+        _ => {}
+    }
+    if text("id").is_some_and(|id| !is_well_formed_id(id)) {
+        let error = object::bad_id().in_full();
+        return Ok(format!("Try \"help device_add\" for more information\n{error}\n"));
+    }
     let _turn = daemon.turn.lock().await;
     let device = device::given::Given::read(options, Input::Words)?;
     plug::plug(daemon, machine, device, &|text| eprintln!("{text}")).await?;
@@ -215,12 +234,10 @@ async fn nbd_server_start(daemon: &Daemon, given: &Given<'_>) -> CommandResult<S
     }
     let place = given.text("uri").unwrap_or_default();
     let address = match place.strip_prefix("unix:") {
+        Some("") => return Err(CommandError::new("invalid Unix socket address")),
         Some(path) => Object::new().with("type", "unix").with("data", Object::new().with("path", path)),
         None => {
-            let wrong = || CommandError::new(format!("error parsing address '{place}'"));
-            let (host, port) =
-                place.rsplit_once(':').filter(|(_, port)| !port.is_empty()).ok_or_else(wrong)?;
-            let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+            let (host, port) = host_and_port(place)?;
             let data = Object::new().with("host", host).with("port", port);
             Object::new().with("type", "inet").with("data", data)
         }
@@ -244,6 +261,23 @@ async fn nbd_server_start(daemon: &Daemon, given: &Given<'_>) -> CommandResult<S
     Ok(String::new())
 }
 
+/// `HOST:PORT`, `[HOST]:PORT`, `:PORT`
+fn host_and_port(place: &str) -> CommandResult<(&str, &str)> {
+    let (what, found) = if let Some(port) = place.strip_prefix(':') {
+        ("port in address", Some(("", port)))
+    } else if let Some(rest) = place.strip_prefix('[') {
+        ("IPv6 address", rest.split_once("]:"))
+    } else {
+        ("address", place.split_once(':').filter(|(host, _)| !host.is_empty()))
+    };
+    let found = found.filter(|(_, port)| !port.is_empty());
+    let (host, port) = found.ok_or_else(|| CommandError::new(format!("error parsing {what} '{place}'")))?;
+    match port.contains(',') {
+        true => Err(CommandError::new(format!("Options in the address '{place}' are not supported"))),
+        false => Ok((host, port)),
+    }
+}
+
 fn help(asked: &str) -> String {
     let (name, rest) = parse::word(asked);
     let (item, _) = parse::word(rest);
@@ -261,7 +295,7 @@ fn help(asked: &str) -> String {
     }
 }
 
-async fn info(daemon: &Daemon, rest: &str, history: &[Vec<u8>]) -> String {
+async fn info(daemon: &Daemon, line: &str, rest: &str, history: &[Vec<u8>]) -> String {
     let (item, rest) = parse::word(rest);
     if item.is_empty() {
         return help("info");
@@ -269,7 +303,7 @@ async fn info(daemon: &Daemon, rest: &str, history: &[Vec<u8>]) -> String {
     let Some(found) = INFO.iter().find(|line| line.is(item)) else {
         return format!("unknown command: 'info {item}'\n");
     };
-    let arguments = match read(found, "info ", rest) {
+    let arguments = match read(found, line, rest) {
         Ok(arguments) => arguments,
         Err(text) => return text,
     };
@@ -304,44 +338,4 @@ async fn told(daemon: &Daemon, item: &str, given: &Given<'_>, history: &[Vec<u8>
         "version" => show::version(&asked("query-version").await?),
         other => return Err(CommandError::new(format!("'info {other}' has no handler"))),
     })
-}
-
-/// The words with which a line may go on, and how many bytes of them have been typed.
-pub fn completions(daemon: &Daemon, typed: &str) -> (Vec<String>, usize) {
-    let last = typed.rsplit(char::is_whitespace).next().unwrap_or_default();
-    let before: Vec<&str> = typed[..typed.len() - last.len()].split_whitespace().collect();
-    let names = |lines: &[Line]| -> Vec<String> {
-        lines.iter().flat_map(|line| line.names.split('|')).map(str::to_owned).collect()
-    };
-    let words = match before.as_slice() {
-        [] | ["help" | "?"] => names(COMMANDS),
-        ["info"] | ["help" | "?", "info"] => names(INFO),
-        ["info", item, rest @ ..] => {
-            let line = INFO.iter().find(|line| line.is(item));
-            line.map_or_else(Vec::new, |line| argument(daemon, line, rest))
-        }
-        [name, rest @ ..] => {
-            let line = COMMANDS.iter().find(|line| line.is(name));
-            line.map_or_else(Vec::new, |line| argument(daemon, line, rest))
-        }
-    };
-    (words.into_iter().filter(|word| word.starts_with(last)).collect(), last.len())
-}
-
-/// What the next argument of a command may be, behind those that are there.
-fn argument(daemon: &Daemon, line: &Line, there: &[&str]) -> Vec<String> {
-    let mut kinds = line.arguments.split(',').filter_map(|argument| argument.split_once(':'));
-    let given = there.iter().filter(|word| !word.starts_with('-')).count();
-    let kind = kinds.by_ref().filter(|(_, kind)| !kind.starts_with('-')).nth(given);
-    if kind.is_none_or(|(_, kind)| !kind.starts_with('B')) {
-        return Vec::new();
-    }
-    let is_job = line.name().starts_with("block_job");
-    let jobs = daemon.jobs.query().into_iter().map(|job| job.id.to_string()).filter(|_| is_job);
-    let devices = daemon.machine.iter().flat_map(|machine| machine.devices.backends());
-    let devices = devices.map(|backend| backend.name.to_string()).filter(|name| !name.is_empty() && !is_job);
-    let plan = daemon.graph.plan();
-    let nodes = plan.nodes().map(|(_, node)| node.name.to_string());
-    let nodes: Vec<String> = nodes.filter(|name| !name.starts_with('#') && !is_job).collect();
-    jobs.chain(devices).chain(nodes).collect()
 }

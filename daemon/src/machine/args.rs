@@ -106,6 +106,15 @@ pub fn parse(words: &[String]) -> Result<Asked, String> {
     for word in &words {
         match options::find(word.name).map_or(Fate::Works, |(.., fate)| *fate) {
             Fate::Works => {}
+            // The monitor that comes on a serial line is worth having without the line.
+            Fate::NoEffect if word.name == "serial" && word.value.starts_with("mon:") => {
+                let added = setting.compat_monitor(&word.typed, word.value, "readline", false);
+                added.map_err(|error| format!("{}: {}", word.typed, error.in_full()))?;
+                continue;
+            }
+            Fate::NoEffect if word.name == "global" && is_of_disks(word.value) => {
+                return Err(format!("{}: not supported for devices of disks", word.typed));
+            }
             Fate::NoEffect => {
                 without_effect.push(format!("-{}", word.name));
                 continue;
@@ -340,6 +349,14 @@ impl Setting {
     }
 }
 
+/// Whether `-global` is about a model with a disk, whose properties count.
+fn is_of_disks(value: &str) -> bool {
+    let list = option_list::parse(value, None).options;
+    let named = list.get("driver").and_then(Value::as_str);
+    let model = named.or_else(|| value.split('.').next()).and_then(Model::find);
+    model.is_some_and(|model| model.properties().is_some())
+}
+
 fn text(error: impl std::fmt::Display) -> CommandError {
     CommandError::new(error.to_string())
 }
@@ -406,6 +423,12 @@ mod tests {
             ("-device virtio-blk,help", "virtio-blk-pci options:"),
             ("-machine help", "Supported machines are:"),
             ("-m 64 -M q35 -cpu host -nographic -nodefaults", ""),
+            ("-global PIIX4_PM.disable_s3=1 -global driver=cfi.pflash01,property=secure,value=on", ""),
+            (
+                "-global virtio-blk-pci.share-rw=on",
+                "-global virtio-blk-pci.share-rw=on: not supported for devices of disks",
+            ),
+            ("-daemonize -serial mon:stdio", "-serial mon:stdio: cannot use stdio with -daemonize"),
         ] {
             assert_eq!(complaint(words), text, "{words}");
         }

@@ -1,16 +1,12 @@
 //! `-drive`, `-hda`, `-cdrom`: disks with names, most of them in devices that come along.
 
-use std::path::PathBuf;
-
-use underlay_disk::{Modes, Request, Source, guessed_raw};
-use underlay_drivers::options::{Backing, Child, DriverSpec, FileSpec};
-use underlay_drivers::protocol::file::{Aio, Locking};
+use underlay_disk::{Modes, Request, Source, guessed_raw, temporary};
+use underlay_drivers::protocol::file::Aio;
 use underlay_drivers::throttle::Limits;
 use underlay_drivers::{BackingPolicy, NodeSpec};
+use underlay_graph::Plan;
 use underlay_graph::plan::{DetectZeroes, NewNode};
-use underlay_graph::{Plan, Role, Wiring};
 use underlay_jobs::OnError;
-use underlay_qcow2::CreateOptions;
 use underlay_qmp::json::{Object, Value};
 
 use super::Machine;
@@ -350,7 +346,8 @@ async fn fill(
         remark(&guessed_raw(file.as_deref().unwrap_or_default()));
     }
     if snapshot {
-        new = above(daemon, new, modes).await?;
+        let opener = daemon.opener(BackingPolicy::Ignore);
+        new = temporary::above(&daemon.graph, &opener, new, modes).await?;
     }
     put_in(daemon, machine, backend, new).await
 }
@@ -361,45 +358,6 @@ async fn format_of(daemon: &Daemon, file: &str) -> CommandResult<String> {
     (spec.read_only, spec.force_share) = (Some(true), Some(true));
     let image = daemon.opener(BackingPolicy::Ignore).open(spec).await?;
     Ok(image.node.driver().to_owned())
-}
-
-/// A new image above another one, in a file without a name that takes what is written.
-async fn above(daemon: &Daemon, below: NewNode, modes: Modes) -> CommandResult<NewNode> {
-    let path = temporary();
-    let name = path.to_string_lossy().into_owned();
-    let size = below.view(&daemon.graph.wires()).cx().length();
-    underlay_drivers::create::qcow2(&name, &CreateOptions::new(size)).await?;
-    let file = FileSpec {
-        driver: "file",
-        filename: name,
-        locking: Locking::default(),
-        aio: modes.aio.unwrap_or_default(),
-    };
-    let file = Child::Inline(Box::new(NodeSpec::with_driver(DriverSpec::File(file))));
-    let driver = DriverSpec::Qcow2 { file, backing: Backing::None, options: Box::default() };
-    let mut spec = NodeSpec::with_driver(driver);
-    (spec.cache_no_flush, spec.discard, spec.read_only) = (Some(true), Some(true), Some(false));
-    let opened = daemon.opener(BackingPolicy::Ignore).open(spec).await;
-    // Its name is not needed any more, whatever has become of it.
-    let _ = std::fs::remove_file(&path);
-    let mut new = opened?;
-    new.children.push((Role::Backing, Wiring::New(Box::new(below))));
-    Ok(new)
-}
-
-/// A name for a file that nobody has yet.
-fn temporary() -> PathBuf {
-    let folder = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-    let mut number = 0_u64;
-    loop {
-        let path = folder.join(format!("vl.{}.{number}", std::process::id()));
-        let mut how = std::fs::OpenOptions::new();
-        match how.write(true).create_new(true).open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
-            // What is wrong with the folder comes out when the image is made.
-            _ => return path,
-        }
-    }
 }
 
 async fn put_in(daemon: &Daemon, machine: &Machine, id: BackendId, new: NewNode) -> CommandResult<()> {

@@ -54,7 +54,7 @@ pub async fn del(daemon: &Daemon, machine: &Machine, name: &str) -> CommandResul
         };
     };
     if let Some(disk) = backend.disk(&plan) {
-        Names::of(daemon).not_busy(&plan, disk)?;
+        Names::of(daemon).not_busy(&plan, disk, name)?;
     }
     drop(plan);
     export::close_guests(daemon, backend.id).await?;

@@ -64,6 +64,14 @@ impl Running {
         self.changed.notify_waiters();
     }
 
+    /// A machine that does not run is at its beginning again.
+    pub fn reset(&self) {
+        let mut inside = self.inside();
+        if !matches!(inside.state, RunState::Running | RunState::InMigrate) {
+            inside.state = RunState::Prelaunch;
+        }
+    }
+
     /// Those that wait look again whether they still have to.
     pub fn wake(&self) {
         self.changed.notify_waiters();

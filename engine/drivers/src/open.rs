@@ -163,12 +163,19 @@ impl Opener {
         match backing {
             Backing::None => Ok(None),
             Backing::Child(child) => Ok(Some((child.clone(), inherited))),
-            Backing::FromImage if self.policy == BackingPolicy::Ignore => Ok(None),
-            Backing::FromImage => {
+            Backing::FromImage | Backing::FromImageWith(_) if self.policy == BackingPolicy::Ignore => {
+                Ok(None)
+            }
+            Backing::FromImage | Backing::FromImageWith(_) => {
                 let Some(named) = image.node.backing_ref() else { return Ok(None) };
                 let own = image.file.filename.as_deref().unwrap_or_default();
                 let name = names::resolve_backing(own, &named.file);
-                let spec = NodeSpec::image(&name, named.format.as_deref());
+                let spec = match backing {
+                    Backing::FromImageWith(options) => {
+                        NodeSpec::image_with(&name, named.format.as_deref(), options.clone())
+                    }
+                    _ => NodeSpec::image(&name, named.format.as_deref()),
+                };
                 let spec = spec.map_err(|error| OpenError::Backing(Box::new(error)))?;
                 Ok(Some((Child::Inline(Box::new(spec)), inherited)))
             }

@@ -151,6 +151,8 @@ pub enum Child {
 pub enum Backing {
     /// What the image says.
     FromImage,
+    /// The same, with these options beside.
+    FromImageWith(Object),
     /// Nothing, whatever the image says.
     None,
     /// This.
@@ -342,6 +344,25 @@ impl NodeSpec {
             DriverSpec::SnapshotAccess { .. } => "snapshot-access",
             DriverSpec::Probe { .. } => "",
         }
+    }
+
+    /// The same as [`Self::image`], with options for the image.
+    pub fn image_with(name: &str, format: Option<&str>, mut options: Object) -> Result<Self, OpenError> {
+        let plain = Self::image(name, format)?;
+        let DriverSpec::File(file) = (match &plain.driver {
+            DriverSpec::Raw { file: Child::Inline(file), .. }
+            | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
+            | DriverSpec::Probe { file: Child::Inline(file) } => &file.driver,
+            own => own,
+        }) else {
+            return Err(OpenError::text(format!("Options for '{name}' are not supported yet")));
+        };
+        let at = Object::new().with("driver", file.driver).with("filename", file.filename.as_str());
+        options.insert("file", at);
+        if let Some(format) = format {
+            options.insert("driver", format);
+        }
+        Self::parse(options)
     }
 
     /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, `null-co://`, or `json:{…}`; with its format, or
@@ -644,6 +665,11 @@ fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> 
         Some(Value::Str(name)) if name.is_empty() => {
             fields.take("backing");
             Backing::None
+        }
+        Some(Value::Object(with)) if with.get("driver").is_none() && with.get("file").is_none() => {
+            let with = with.clone();
+            fields.take("backing");
+            Backing::FromImageWith(with)
         }
         _ => fields.child("backing", depth)?.map_or(Backing::FromImage, Backing::Child),
     };

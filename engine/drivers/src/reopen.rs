@@ -258,7 +258,9 @@ impl<'a> Reopening<'a> {
             {
                 Ok(())
             }
-            Backing::FromImage => Err(text(format!("backing is missing for '{}'", node.name))),
+            Backing::FromImage | Backing::FromImageWith(_) => {
+                Err(text(format!("backing is missing for '{}'", node.name)))
+            }
         }
     }
 

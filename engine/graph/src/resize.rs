@@ -19,7 +19,7 @@ pub async fn resize(
     let edit = |plan: &mut Plan| {
         let node = plan.get(id).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
         if node.read_only {
-            return Err(GraphError::ReadOnly);
+            return Err(GraphError::new("Image is read-only"));
         }
         let root = plan.add_root(NewRoot {
             user: user.to_owned(),

@@ -62,6 +62,8 @@ impl Jobs {
     /// Starts a stream.
     pub async fn stream(self: &Arc<Self>, graph: &Arc<Graph>, args: StreamArgs) -> Result<Started, JobError> {
         let copied = copied_images(&graph.plan(), &args)?;
+        // What is named may be a filter of another job above the image.
+        chain::check_free(&graph.plan(), &[args.top])?;
         chain::check_free(&graph.plan(), &copied)?;
         if args.backing_file.is_some() && args.end == StreamEnd::Whole {
             return Err(wrong("backing file specified, but streaming the entire chain".into()));

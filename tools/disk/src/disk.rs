@@ -16,6 +16,7 @@ use underlay_qmp::json::{Object, Value};
 use underlay_sys::{Iov, rt};
 
 use crate::modes::Modes;
+use crate::temporary;
 
 /// Which disk.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,6 +40,8 @@ pub struct Request {
     pub offset: Option<u64>,
     /// For reading only.
     pub read_only: bool,
+    /// What is written goes to a temporary overlay; the image is only read.
+    pub temporary: bool,
     /// Share the image with whoever uses it.
     pub force_share: bool,
     /// What other users of the disk may do meanwhile.
@@ -96,6 +99,7 @@ impl Request {
             options: Object::new(),
             offset: None,
             read_only: false,
+            temporary: false,
             force_share: false,
             shared: Perms::ALL,
             modes: Modes { discard: true, ..Modes::default() },
@@ -127,7 +131,7 @@ impl Request {
             spec = NodeSpec::with_driver(DriverSpec::Raw { file, options });
         }
         let modes = self.modes;
-        spec.read_only.get_or_insert(self.read_only);
+        spec.read_only.get_or_insert(self.read_only || self.temporary);
         spec.force_share.get_or_insert(self.force_share);
         spec.discard.get_or_insert(modes.discard);
         spec.cache_direct.get_or_insert(modes.direct);
@@ -203,7 +207,14 @@ impl Disk {
         }
         let graph = Graph::new();
         graph.on_trouble(tell_trouble_on_stderr);
-        let opened = Opener::new(&graph, BackingPolicy::Follow, Some(tell_on_stderr())).open(spec).await;
+        let opener = |policy| Opener::new(&graph, policy, Some(tell_on_stderr()));
+        let opened = opener(BackingPolicy::Follow).open(spec).await;
+        let opened = match opened {
+            Ok(below) if request.temporary => {
+                temporary::above(&graph, &opener(BackingPolicy::Ignore), below, request.modes).await
+            }
+            opened => opened,
+        };
         let hint = |error: &underlay_drivers::OpenError| {
             error.cause().and_then(|cause| cause.hint().map(str::to_owned))
         };

@@ -4,6 +4,7 @@
 
 mod disk;
 mod modes;
+pub mod temporary;
 
 pub use disk::{Disk, Reader, Request, Source, guessed_raw};
 pub use modes::Modes;

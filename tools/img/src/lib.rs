@@ -22,6 +22,7 @@ pub mod sizes;
 mod snapshot;
 mod snapshot_list;
 
+pub use snapshot::Wanted as WantedSnapshot;
 pub use snapshot_list::lines as snapshot_lines;
 
 pub use info::format_lines as info_lines;

@@ -9,6 +9,7 @@ use crate::create::{self, Refused};
 use crate::getopt::Known;
 use crate::info::is_json;
 use crate::open::{How, Image, image};
+use crate::snapshot::Wanted;
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -32,7 +33,7 @@ struct Request {
     format: Option<String>,
     image_opts: bool,
     force_share: bool,
-    snapshot: bool,
+    snapshot: Option<Wanted>,
     target_format: Option<String>,
     options: Vec<(String, String)>,
     size: Option<u64>,
@@ -52,7 +53,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
-            "l" => request.snapshot = true,
+            "l" => request.snapshot = Some(Wanted::parse(&value)?),
             "o" => request.options.extend(create::option_list(&value)?),
             "O" => request.target_format = Some(value),
             "U" => request.force_share = true,
@@ -61,7 +62,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "size" => request.size = Some(sizes::argument(&value, "image size")?),
             "h" => {
                 println!(
-                    "Usage: qemu-img measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-U] FILENAME | \
+                    "Usage: qemu-img measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-l SNAPSHOT] [-U] FILENAME | \
                      --size SIZE"
                 );
                 return Ok(());
@@ -73,11 +74,8 @@ pub async fn run(words: &[String]) -> Outcome {
         return Err(Failure::new("At most one filename argument is allowed."));
     }
     let name = others.first();
-    if name.is_none() && (request.image_opts || request.format.is_some() || request.snapshot) {
+    if name.is_none() && (request.image_opts || request.format.is_some() || request.snapshot.is_some()) {
         return Err(Failure::new("--image-opts, -f, and -l require a filename argument."));
-    }
-    if request.snapshot {
-        return Err(crate::unsupported("l"));
     }
     match (name, request.size) {
         (None, None) => Err(Failure::new("Either --size N or one filename must be specified.")),
@@ -89,11 +87,19 @@ pub async fn run(words: &[String]) -> Outcome {
         (Some(name), None) => {
             let (format, image_opts) = (request.format.as_deref(), request.image_opts);
             let force_share = request.force_share;
-            let opened = image(name, How { format, image_opts, force_share, ..How::default() }).await?;
-            let measured = match opened.length().await {
-                Ok(size) => of_target(size, Some(&opened), &request).await,
-                Err(failure) => Err(failure),
+            // A snapshot is looked at where nobody writes.
+            let no_share = request.snapshot.is_some() && !force_share;
+            let how = How { format, image_opts, force_share, no_share, ..How::default() };
+            let opened = image(name, how).await?;
+            let measured = async {
+                if let Some(wanted) = &request.snapshot {
+                    let failed = |error: IoError| Failure::new(error.to_string());
+                    let inside = opened.root.enter().await.map_err(failed)?;
+                    wanted.show(&inside.cx()).await.map_err(Failure::new)?;
+                }
+                of_target(opened.length().await?, Some(&opened), &request).await
             };
+            let measured = measured.await;
             opened.close().await?;
             show(&measured?, request.json);
             Ok(())

@@ -66,7 +66,7 @@ fn more(name: &str) -> Option<&'static str> {
             "\
  Opens a disk for the commands that follow: 'open -r -o driver=qcow2 disk.img'.
  -r, -- for reading only
- -s, -- with a temporary snapshot (not supported yet)
+ -s, -- with a temporary snapshot: what is written is gone at the end
  -C, -- what is read from below the image is copied into it
  -n, -- past the page cache, as -t none
  -U, -- share the image with whoever uses it

@@ -59,7 +59,7 @@ pub async fn open(session: &mut Session, name: &str, words: &[String]) -> Done {
     for (letter, value) in options {
         match letter {
             'r' => request.read_only = true,
-            's' => return Err(Fault::Disk(not_yet("a temporary snapshot"))),
+            's' => request.temporary = true,
             'C' => request.modes.copy_on_read = true,
             'n' => drop(request.modes.set_cache("none")),
             'k' => drop(request.modes.set_aio("native")),

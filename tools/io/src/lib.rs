@@ -58,11 +58,12 @@ Reads and writes in a disk image.
   -k, --native-aio      as -i native
   -m, --misalign        use buffers that are not aligned as direct I/O needs them
   -C, --copy-on-read    copy into the image what is read from below it
+  -s, --snapshot        write to a temporary overlay, which is gone at the end
   -U, --force-share     share the image with whoever uses it
   -h, --help            this help
   -V, --version         the version
 
-Not supported yet: -s (--snapshot), -T (--trace), --object.
+Not supported yet: -T (--trace), --object.
 
 'qemu-io -c help' lists the commands.
 ";
@@ -154,7 +155,7 @@ fn understand(words: &[String], warn: &mut dyn FnMut(&str)) -> Result<Wish, Refu
                     env!("CARGO_PKG_VERSION")
                 )));
             }
-            "s" => return Err(image::not_yet("-s (--snapshot)").into()),
+            "s" => request.temporary = true,
             "C" => request.modes.copy_on_read = true,
             "T" => return Err(image::not_yet("-T (--trace)").into()),
             "object" => return Err(image::not_yet("--object").into()),

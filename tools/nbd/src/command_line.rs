@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use underlay_disk::{Modes, Request, Source, parse_options};
 use underlay_graph::Perms;
+use underlay_img::WantedSnapshot as Wanted;
 use underlay_img::getopt::{Known, parse};
 use underlay_nbd::MAX_NAME;
 use underlay_sys::net::{Address, Inet};
@@ -74,6 +75,8 @@ pub struct Serving {
     pub pid_file: Option<PathBuf>,
     /// Say where it listens.
     pub verbose: bool,
+    /// An internal snapshot rather than the disk.
+    pub snapshot: Option<Wanted>,
 }
 
 /// Which options say where to listen.
@@ -129,13 +132,11 @@ const KNOWN: Known = Known {
 };
 
 /// What is there in the reference and not yet here: option, and how it is named.
-const LATER: [(&str, &str); 10] = [
+const LATER: [(&str, &str); 8] = [
     ("T", "-T (--trace)"),
     ("c", "-c (--connect), the client in the Linux kernel,"),
     ("d", "-d (--disconnect), the client in the Linux kernel,"),
-    ("l", "-l (--load-snapshot)"),
     ("object", "--object"),
-    ("s", "-s (--snapshot)"),
     ("selinux-label", "--selinux-label"),
     ("tls-authz", "--tls-authz"),
     ("tls-creds", "--tls-creds"),
@@ -168,6 +169,9 @@ What:
   -f, --format=FORMAT       the image's format (raw, qcow2); probed when absent
       --image-opts          FILE is a list of options: driver=qcow2,file.filename=disk.img
   -r, --read-only           clients cannot write
+  -s, --snapshot            what clients write goes to a temporary overlay, which is gone at the end
+  -l, --load-snapshot=SNAP  an internal snapshot of the image, by id or name, or snapshot.id=…,snapshot.name=…;
+                            for reading only
   -o, --offset=OFFSET       leave out so many bytes at the beginning
   -A, --allocation-depth    offer the meta context qemu:allocation-depth
   -B, --bitmap=NAME         offer the meta context qemu:dirty-bitmap:NAME; more than once for more bitmaps
@@ -182,7 +186,7 @@ Running:
       --pid-file=PATH       keep the process number in this file
   -v, --verbose             say where it listens
 
-Not supported yet: -s (--snapshot), -l (--load-snapshot), -c (--connect), -d (--disconnect), -T (--trace),
+Not supported yet: -c (--connect), -d (--disconnect), -T (--trace),
 --object, --tls-creds, --tls-authz, --tls-hostname, --selinux-label.
 ";
 
@@ -226,6 +230,7 @@ impl Said {
             fork: false,
             pid_file: None,
             verbose: false,
+            snapshot: None,
         };
         Self {
             request,
@@ -246,6 +251,7 @@ impl Said {
     fn plain(&mut self, option: &str) {
         match option {
             "r" => self.request.read_only = true,
+            "s" => (self.request.temporary, self.per_device) = (true, true),
             "t" => self.serving.persistent = true,
             "v" => self.serving.verbose = true,
             "fork" => self.serving.fork = true,
@@ -288,6 +294,15 @@ impl Said {
                 (self.request.offset, self.per_device) = (Some(offset).filter(|o| *o > 0), true);
             }
             "f" => (self.request.format, self.per_device) = (Some(value), true),
+            "l" => {
+                let wanted = Wanted::parse(&value).map_err(|failure| {
+                    let why = failure.message.unwrap_or_default();
+                    let why = why.lines().next().unwrap_or_default();
+                    format!("{why}\nqemu-nbd: Failed in parsing snapshot param `{value}'")
+                });
+                self.serving.snapshot = Some(wanted?);
+                (self.request.read_only, self.per_device) = (true, true);
+            }
             "pid-file" => self.serving.pid_file = Some(value.into()),
             mode => self.mode(mode, &value)?,
         }
@@ -373,7 +388,7 @@ pub fn understand(words: &[String], warn: &mut dyn FnMut(&str)) -> Result<Wish, 
                     env!("CARGO_PKG_VERSION")
                 )));
             }
-            "r" | "t" | "v" | "fork" | "image-opts" | "A" | "L" => said.plain(&option),
+            "r" | "s" | "t" | "v" | "fork" | "image-opts" | "A" | "L" => said.plain(&option),
             option => said.valued(option, value)?,
         }
     }

@@ -121,6 +121,16 @@ async fn open(serving: &Serving) -> Result<Disk, String> {
     if disk.is_guessed_raw() {
         crate::complain(&guessed_raw(&serving.file));
     }
+    if let Some(wanted) = &serving.snapshot {
+        let shown = match disk.root.enter().await {
+            Ok(inside) => wanted.show(&inside.cx()).await,
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = shown {
+            disk.close().await?;
+            return Err(error);
+        }
+    }
     Ok(disk)
 }
 

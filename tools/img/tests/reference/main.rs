@@ -149,7 +149,6 @@ fn refused_options() {
         ("rebase --object secret,id=a,data=b x", 1, "--object"),
         ("commit --object secret,id=a,data=b x", 1, "--object"),
         ("snapshot --object secret,id=a,data=b x", 1, "--object"),
-        ("measure -l snapshot.id=1 x", 1, "-l"),
         ("measure --object secret,id=a,data=b x", 1, "--object"),
         ("dd --object secret,id=a,data=b if=x of=y", 1, "--object"),
         ("bitmap --add --object secret,id=a,data=b x y", 1, "--object"),
