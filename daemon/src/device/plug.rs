@@ -333,7 +333,11 @@ pub async fn unplug(daemon: &Daemon, machine: &Machine, id: &str) -> CommandResu
             let bus = other.bus.as_deref().unwrap_or_default();
             names.iter().any(|name| bus == name || bus.rsplit_once('.').is_some_and(|(of, _)| of == name))
         };
-        levels.push(machine.devices.devices().into_iter().filter(on_one).collect());
+        // A device that has no effect may be said to be on a bus of its own.
+        let is_new = |other: &Device| levels.iter().flatten().all(|known| known.path != other.path);
+        let next = machine.devices.devices().into_iter().filter(|other| on_one(other) && is_new(other));
+        let next = next.collect();
+        levels.push(next);
     }
     for device in levels.iter().rev().flatten() {
         remove(daemon, machine, device).await?;

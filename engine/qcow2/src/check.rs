@@ -64,6 +64,9 @@ pub struct Outcome {
     pub corruptions_fixed: u64,
     /// Leaks repaired.
     pub leaks_fixed: u64,
+    /// Entries of the snapshot table that lack something, with [`Fix::All`]: [`crate::Qcow2::complete_snapshots`] is to be called
+    /// when nothing else is wrong, and they count as repaired then.
+    pub incomplete_snapshots: u64,
     /// Behind the last cluster in use, in bytes.
     pub image_end_offset: u64,
     /// Clusters of the disk.

@@ -117,6 +117,15 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes the snapshot table anew, with everything that version 3 asks for in each entry.
+    pub async fn complete_snapshots(&self, cx: &Cx<'_>) -> Result<()> {
+        let _turn = self.resizing.lock().await;
+        self.get_ready(cx).await?;
+        let outcome = self.try_complete(cx).await;
+        self.told(cx, outcome).await?.discard(self, cx).await;
+        Ok(())
+    }
+
     /// From now on the image, which nobody may be writing to, reads as it was when the snapshot at this place was taken.
     pub async fn show_snapshot(&self, cx: &Cx<'_>, place: usize) -> Result<()> {
         if self.is_writable() {
@@ -213,6 +222,14 @@ impl Qcow2 {
         put_table(&mut shadow, &table).await?;
         shadow.finish(&l1).await?;
         Ok(id)
+    }
+
+    async fn try_complete(&self, cx: &Cx<'_>) -> Result<Freed, Bad> {
+        let mut shadow = Shadow::begin(self, cx).await?;
+        let table = self.known_snapshots().table.clone();
+        put_table(&mut shadow, &table).await?;
+        let l1 = self.l1().entries.clone();
+        shadow.finish(&l1).await
     }
 
     async fn try_delete(&self, cx: &Cx<'_>, place: usize) -> Result<Freed, Bad> {

@@ -37,7 +37,13 @@ impl Checker<'_, '_> {
     pub(crate) async fn count_all(&mut self, snapshots: &Table) -> Result<(), CheckError> {
         for (i, snapshot) in snapshots.snapshots.iter().enumerate() {
             if snapshot.incomplete {
-                self.wrong(format!("ERROR snapshot table entry {i} is incomplete"));
+                // The table is written anew by who has asked for it, once everything else is right.
+                if self.fix == Fix::All {
+                    self.say(format!("Repairing snapshot table entry {i} is incomplete"));
+                    self.outcome.incomplete_snapshots += 1;
+                } else {
+                    self.wrong(format!("ERROR snapshot table entry {i} is incomplete"));
+                }
             }
         }
         let cluster = self.header.cluster_size();

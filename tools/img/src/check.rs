@@ -1,7 +1,7 @@
 //! `check`: whether an image's own tables agree.
 
-use underlay_graph::{Role, View};
-use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, check};
+use underlay_graph::{IoError, Role, View};
+use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, Qcow2, check};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
@@ -86,13 +86,55 @@ async fn repair(name: &str, how: How<'_>, fix: Fix, json: bool, quiet: bool) -> 
     let how = How { protocol: true, write: true, resize: true, ..how };
     let opened = image(name, how).await?;
     let file = opened.wires().view(opened.node()).clone();
-    let status = checked(name, &file, fix, json, quiet).await;
+    let found = once(&file, fix).await;
+    if !found.as_ref().is_ok_and(|found| found.incomplete_snapshots > 0) {
+        let status = match found {
+            Ok(found) => told(name, &file, found, json, quiet).await,
+            Err(failure) => Err(failure),
+        };
+        drop(file);
+        return close_after(status, opened).await;
+    }
+    drop(file);
+    let mut found = close_after(found, opened).await?;
+    complete_snapshots(name, how, &mut found).await;
+    let opened = image(name, how).await?;
+    let file = opened.wires().view(opened.node()).clone();
+    let status = told(name, &file, found, json, quiet).await;
     drop(file);
     close_after(status, opened).await
 }
 
+/// Writes the snapshot table anew if nothing else is wrong. Otherwise, or when that fails, its entries stay what they are.
+async fn complete_snapshots(name: &str, how: How<'_>, found: &mut Found) {
+    let entries = std::mem::take(&mut found.incomplete_snapshots);
+    let done = async {
+        if found.corruptions > 0 || found.check_errors > 0 {
+            return Err(Failure::new("the image has other errors"));
+        }
+        let opened = image(name, How { protocol: false, resize: false, ..how }).await?;
+        let done = async {
+            let failed = |error: IoError| Failure::new(error.to_string());
+            let inside = opened.root.enter().await.map_err(failed)?;
+            let cx = inside.cx();
+            let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
+            qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?.complete_snapshots(&cx).await.map_err(failed)
+        };
+        let done = done.await;
+        close_after(done, opened).await
+    };
+    match done.await {
+        Ok(()) => found.corruptions_fixed += entries,
+        Err(failure) => {
+            let why = failure.message.unwrap_or_default();
+            eprintln!("qemu-img: ERROR failed to update snapshot table: {why}");
+            found.corruptions += entries;
+        }
+    }
+}
+
 /// Closes an image also after a check that failed: what was repaired until then is flushed. That error is the one to tell.
-async fn close_after(status: Result<i32, Failure>, opened: Image) -> Result<i32, Failure> {
+async fn close_after<T>(status: Result<T, Failure>, opened: Image) -> Result<T, Failure> {
     let closed = opened.close().await;
     let status = status?;
     closed.map(|()| status)
@@ -110,7 +152,12 @@ async fn once(file: &View, fix: Fix) -> Result<Found, Failure> {
 }
 
 async fn checked(name: &str, file: &View, fix: Fix, json: bool, quiet: bool) -> Result<i32, Failure> {
-    let mut found = once(file, fix).await?;
+    told(name, file, once(file, fix).await?, json, quiet).await
+}
+
+/// Tells what was found, and after repairs what is still there.
+async fn told(name: &str, file: &View, found: Found, json: bool, quiet: bool) -> Result<i32, Failure> {
+    let mut found = found;
     let fixed = (found.leaks_fixed, found.corruptions_fixed);
     if fixed != (0, 0) {
         if !json && !quiet {
