@@ -6,19 +6,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::{NewBitmap, PlanBitmap};
-use underlay_graph::graph::LastStep;
-use underlay_graph::plan::Wires;
-use underlay_graph::{ByteRange, Graph, GraphError, Node, NodeId, Perms, Plan, Preallocation, View};
+use underlay_graph::{ByteRange, Graph, GraphError, Node, NodeId, Perms, Plan, View};
 use underlay_qcow2::OpenOptions;
 use underlay_sim::{Disk, Model, Power, Rng, SECTOR, run_seeds};
 use underlay_sys::{Iov, rt};
 
 use crate::guests::Guests;
 use crate::home::{End, SimHome};
-use crate::lab::{Layer, Setup, add_node, add_user, build, mend, new_node, open_image, open_raw};
+use crate::lab::{Layer, Setup, add_node, add_user, build, mend, new_node, open_image, open_raw, resize};
 
 /// Bytes of the disk: a few regions of those that are noted for a crash.
 const SIZE: u64 = 5 << 18;
@@ -78,17 +75,6 @@ struct Lab {
     closing: bool,
     /// It is getting another length, or was when the power went.
     resizing: bool,
-}
-
-/// A disk gets another length.
-struct Resize(NodeId, u64);
-
-#[async_trait]
-impl LastStep for Resize {
-    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        let view = new.view(self.0);
-        Ok(view.node().resize(&view.cx(), self.1, Preallocation::Off).await?)
-    }
 }
 
 /// What became of an edit.
@@ -198,12 +184,7 @@ impl Lab {
     async fn resize(&mut self, rng: &mut Rng) {
         let size = (self.setup.sectors + rng.below(3000)) * SECTOR;
         self.resizing = true;
-        let step: Box<dyn LastStep> = Box::new(Resize(self.node, size));
-        let edit = |plan: &mut Plan| {
-            plan.touch(self.node);
-            Ok(((), Some(step)))
-        };
-        let outcome = self.setup.graph.change_with(edit).await;
+        let outcome = resize(&self.setup.graph, self.node, size).await;
         assert!(outcome.is_ok() || self.faulty || self.is_over(), "{outcome:?}");
         self.resizing = self.setup.power.is_cut();
     }

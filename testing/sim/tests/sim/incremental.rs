@@ -6,14 +6,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use underlay_drivers::filter::copy_before_write::{CbwOptions, OnCbwError};
 use underlay_graph::bitmaps::NewBitmap;
-use underlay_graph::graph::LastStep;
-use underlay_graph::plan::Wires;
 use underlay_graph::{
-    ByteRange, Graph, GraphError, IoError, NewNode, Node, NodeId, Perms, Plan, Preallocation, Root, View,
-    WriteFlags,
+    ByteRange, Graph, GraphError, IoError, NewNode, Node, NodeId, Perms, Plan, Root, View, WriteFlags,
 };
 use underlay_jobs::{
     BackupArgs, BackupBitmap, BackupSync, BackupTarget, BitmapMode, Jobs, OnError, Settings,
@@ -26,7 +22,7 @@ use crate::backup::{attend, settings};
 use crate::bitmaps::{Left, ROOMY};
 use crate::guests::Guests;
 use crate::home::End;
-use crate::lab::{Setup, add_node, add_user, build, create_options, new_node, open_image};
+use crate::lab::{Setup, add_node, add_user, build, create_options, new_node, open_image, resize};
 use crate::target::Record;
 
 /// Bytes of the disk: what is copied at once has at least 64 KiB.
@@ -144,17 +140,6 @@ struct Life {
     bytes: u64,
 }
 
-#[derive(Debug)]
-struct Resize(NodeId, u64);
-
-#[async_trait]
-impl LastStep for Resize {
-    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        let view = new.view(self.0);
-        Ok(view.node().resize(&view.cx(), self.1, Preallocation::Off).await?)
-    }
-}
-
 impl Life {
     async fn begin(rng: &mut Rng, cut: bool) -> Self {
         let setup = build(rng, 1, SIZE).await;
@@ -208,12 +193,7 @@ impl Life {
     async fn grow(&mut self, rng: &mut Rng) {
         let bytes = self.bytes + (1 + rng.below(200)) * SECTOR;
         self.is_resizing = true;
-        let step: Box<dyn LastStep> = Box::new(Resize(self.source, bytes));
-        let edit = |plan: &mut Plan| {
-            plan.touch(self.source);
-            Ok(((), Some(step)))
-        };
-        let done = self.setup.graph.change_with(edit).await;
+        let done = resize(&self.setup.graph, self.source, bytes).await;
         if !self.setup.power.is_cut() {
             done.unwrap();
             (self.bytes, self.is_resizing) = (bytes, false);

@@ -4,13 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use underlay_drivers::beside::Beside;
 use underlay_drivers::format::raw::{Raw, RawOptions};
+use underlay_graph::graph::LastStep;
 use underlay_graph::perm::Access;
-use underlay_graph::plan::{NewRoot, NodeOptions};
+use underlay_graph::plan::{NewRoot, NodeOptions, Wires};
 use underlay_graph::{
-    BackingRef, ByteRange, Graph, IoError, Kind, NewNode, Node, NodeId, NodeName, Perms, Role, Root, View,
-    Wiring, WriteFlags,
+    BackingRef, ByteRange, Graph, GraphError, IoError, Kind, NewNode, Node, NodeId, NodeName, Perms, Plan,
+    Preallocation, Role, Root, View, Wiring, WriteFlags,
 };
 use underlay_qcow2::{CreateOptions, Fix, OpenOptions, Qcow2, check, create};
 use underlay_sim::model::stamp;
@@ -150,6 +152,27 @@ pub async fn add_user(graph: &Graph, node: NodeId, required: Perms) -> Root {
     let root = NewRoot { user, role, node, required, shared, pinned: false, drained: None };
     let id = graph.change(|plan| Ok(plan.add_root(root))).await.unwrap();
     graph.root(id).unwrap()
+}
+
+/// A node gets another length.
+struct Resize(NodeId, u64);
+
+#[async_trait]
+impl LastStep for Resize {
+    async fn run(self: Box<Self>, _old: &Wires, new: &Wires) -> Result<(), GraphError> {
+        let view = new.view(self.0);
+        Ok(view.node().resize(&view.cx(), self.1, Preallocation::Off).await?)
+    }
+}
+
+/// Makes a node `size` bytes long, whatever its users say.
+pub async fn resize(graph: &Graph, node: NodeId, size: u64) -> Result<(), GraphError> {
+    let step: Box<dyn LastStep> = Box::new(Resize(node, size));
+    let edit = |plan: &mut Plan| {
+        plan.touch(node);
+        Ok(((), Some(step)))
+    };
+    graph.change_with(edit).await
 }
 
 /// A chain of `length` images, with something in each, and a guest on top. The lowest may be raw, and each may be longer
