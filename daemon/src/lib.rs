@@ -11,5 +11,6 @@ mod hmp;
 mod life;
 pub mod machine;
 mod monitor;
+mod number;
 mod state;
 pub mod storage_daemon;

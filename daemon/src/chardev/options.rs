@@ -1,11 +1,10 @@
 //! The options of `--chardev`: words that are known and read as what they should be.
 
-use std::num::IntErrorKind;
-
 use underlay_qmp::json::{Object, Value};
 
 use crate::command::object::bad_id;
 use crate::error::{CommandError, CommandResult};
+use crate::number;
 
 /// What options take on or off, whatever the kind of device.
 const FLAGS: [&str; 17] = [
@@ -69,13 +68,10 @@ impl Options {
             let word = value.as_str().unwrap_or_default();
             let expected = match name {
                 flag if FLAGS.contains(&flag) => read_flag(word).is_none().then_some("'on' or 'off'"),
-                number if NUMBERS.contains(&number) => match read_number(word) {
-                    Err(IntErrorKind::PosOverflow) => {
-                        let text = format!("Value '{word}' is too large for parameter '{name}'");
-                        return Err(CommandError::new(text));
-                    }
-                    read => read.is_err().then_some("a number"),
-                },
+                number if NUMBERS.contains(&number) => {
+                    number::of_option(name, word)?;
+                    None
+                }
                 text if TEXTS.contains(&text) => None,
                 _ => return Err(CommandError::new(format!("Invalid parameter '{name}'"))),
             };
@@ -104,9 +100,11 @@ impl Options {
         self.text(name).and_then(|word| read_flag(&word))
     }
 
-    /// A number, if it is given.
+    /// A number, if it is given; what is beyond `i64` counts as its largest.
     pub fn number(&mut self, name: &str) -> Option<i64> {
-        self.text(name).and_then(|word| read_number(&word).ok())
+        let (minus, size) = self.text(name).and_then(|word| number::read(&word).ok())?;
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        Some(if minus { -size } else { size })
     }
 
     /// Whether a flag is given with that value.
@@ -145,24 +143,4 @@ fn read_flag(word: &str) -> Option<bool> {
         "off" | "no" | "false" | "n" => Some(false),
         _ => None,
     }
-}
-
-/// A number as the reference reads it: in decimal, octal (0…) or hexadecimal (0x…), of 64 bits; what is beyond `i64` counts
-/// as its largest.
-fn read_number(word: &str) -> Result<i64, IntErrorKind> {
-    let (minus, digits) = match word.strip_prefix('-') {
-        Some(digits) => (true, digits),
-        None => (false, word),
-    };
-    let (digits, radix) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-        Some(digits) => (digits, 16),
-        None if digits.len() > 1 && digits.starts_with('0') => (&digits[1..], 8),
-        None => (digits, 10),
-    };
-    if digits.starts_with('+') {
-        return Err(IntErrorKind::InvalidDigit);
-    }
-    let size = u64::from_str_radix(digits, radix).map_err(|error| *error.kind())?;
-    let number = i64::try_from(size).unwrap_or(i64::MAX);
-    Ok(if minus { -number } else { number })
 }

@@ -15,6 +15,7 @@ use super::intervals;
 use crate::device::guest::{Policies, on_error};
 use crate::device::{BackendId, plug};
 use crate::error::{CommandError, CommandResult};
+use crate::number;
 use crate::state::Daemon;
 
 /// Where the device of a disk goes that comes along with it.
@@ -241,8 +242,7 @@ fn limits(words: &mut Words) -> CommandResult<Limits> {
         let long = format!("throttling.{name}");
         let given = words.text(&long).or_else(|| words.text(&old(&name)?));
         let Some(given) = given else { continue };
-        let wrong = || CommandError::new(format!("Parameter '{long}' expects a number"));
-        let value = given.parse::<u64>().map_err(|_| wrong())?;
+        let value = number::of_option(&long, &given)?;
         if let Some(number) = limits.number_mut(&name) {
             *number = value;
         }
