@@ -277,6 +277,8 @@ fn the_human_monitor_of_a_machine() {
 
     for (line, answer) in [
         ("info block cd", "    Cache mode:       writeback"),
+        ("info named-block-nodes node-A", "    Cache mode:       writeback"),
+        ("info named-block-nodes -v nope", "info named-block-nodes -v nope"),
         ("commit nope", "Device 'nope' not found"),
         ("device_add virtio-blk,drive=d1,id=v1", ""),
         ("device_add virtio-blk,drive=d1,id=v2", "Error: Drive 'd1' is already in use by another device"),

@@ -332,6 +332,10 @@ async fn told(daemon: &Daemon, item: &str, given: &Given<'_>, history: &[Vec<u8>
             .map(|(number, line)| format!("{number}: '{}'\n", String::from_utf8_lossy(line)))
             .collect(),
         "name" => member(asked("query-name").await?, "name"),
+        "named-block-nodes" => {
+            let nodes = asked("query-named-block-nodes").await?;
+            show::block(&Value::Null, &nodes, given.text("node"), true, given.flag("verbose"))
+        }
         "snapshots" => show::snapshots(&asked("query-block").await?),
         "status" => show::status(&asked("query-status").await?),
         "uuid" => member(asked("query-uuid").await?, "UUID"),

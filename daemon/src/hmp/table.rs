@@ -222,6 +222,12 @@ pub static INFO: &[Line] = &[
     line("blockstats", "", "", "show block device statistics"),
     line("history", "", "", "show the command line history"),
     line("name", "", "", "show the current VM name"),
+    line(
+        "named-block-nodes",
+        "verbose:-v,node:B?",
+        "[-v] [node]",
+        "show one named node or all named nodes (-v: show details)",
+    ),
     line("snapshots", "", "", "show the currently saved VM snapshots"),
     line("status", "", "", "show the current VM status (running|paused)"),
     line("uuid", "", "", "show the current VM UUID"),
