@@ -69,6 +69,11 @@ fn transaction() {
 }
 
 #[test]
+fn transaction_chains() {
+    compare("transaction_chains");
+}
+
+#[test]
 fn drive_mirror() {
     compare("drive_mirror");
 }

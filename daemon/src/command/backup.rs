@@ -14,63 +14,54 @@ use crate::state::Daemon;
 
 /// blockdev-backup
 pub async fn blockdev_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let mut trial = Plan::clone(&daemon.graph.plan());
-    let args = blockdev_args(daemon, &mut trial, arguments)?;
+    let args = blockdev_args(daemon, &daemon.graph.plan(), arguments)?;
     job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
     Ok(())
 }
 
 /// drive-backup: the target is a file, made for it unless the mode is `existing`.
 pub async fn drive_backup(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let mut trial = Plan::clone(&daemon.graph.plan());
-    let args = drive_args(daemon, &mut trial, arguments).await?;
+    let args = drive_args(daemon, &daemon.graph.plan(), arguments).await?;
     job::start(daemon, daemon.jobs.backup(&daemon.graph, args).await?);
     Ok(())
 }
 
-/// Either command as an action of a transaction, shown but not started. `taken` are the targets of those before it, and `trial`
-/// has the bitmaps as they leave them; from now on this one's is held there.
+/// Either command as an action of a transaction: wired in the draft and shown, but not started.
 pub async fn draft(
     daemon: &Daemon,
-    trial: &mut Plan,
+    plan: &mut Plan,
     kind: &str,
     arguments: &mut Arguments,
-    taken: &[NodeId],
 ) -> CommandResult<BackupDraft> {
     let args = match kind {
-        "drive-backup" => drive_args(daemon, trial, arguments).await?,
-        _ => blockdev_args(daemon, trial, arguments)?,
+        "drive-backup" => drive_args(daemon, plan, arguments).await?,
+        _ => blockdev_args(daemon, plan, arguments)?,
     };
-    let draft = daemon.jobs.draft_backup(&daemon.graph, args, taken)?;
+    let draft = daemon.jobs.draft_backup(&daemon.graph, plan, args)?;
     draft.enlist()?;
     Ok(draft)
 }
 
-fn blockdev_args(daemon: &Daemon, trial: &mut Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
+fn blockdev_args(daemon: &Daemon, plan: &Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
     let (names, device) = (Names::of(daemon), arguments.text("device"));
-    let source = names.either(trial, &device)?;
-    names.free(trial, source, &device)?;
-    let target = names.either(trial, &arguments.text("target"))?;
-    let job_id = names.job_id(trial, &device, source);
-    args(trial, arguments, source, BackupTarget::Existing(target), job_id)
+    let source = names.either(plan, &device)?;
+    let target = names.either(plan, &arguments.text("target"))?;
+    let job_id = names.job_id(plan, &device, source);
+    let args = args(plan, arguments, source, BackupTarget::Existing(target), job_id)?;
+    names.free(plan, source, &device)?;
+    Ok(args)
 }
 
-async fn drive_args(
-    daemon: &Daemon,
-    trial: &mut Plan,
-    arguments: &mut Arguments,
-) -> CommandResult<BackupArgs> {
-    let plan = daemon.graph.plan();
+async fn drive_args(daemon: &Daemon, plan: &Plan, arguments: &mut Arguments) -> CommandResult<BackupArgs> {
     let (names, device) = (Names::of(daemon), arguments.text("device"));
-    let source = names.either(&plan, &device)?;
-    names.free(&plan, source, &device)?;
-    underlay_jobs::commit::check_root(&plan, source)?;
-    let job_id = names.job_id(&plan, &device, source);
+    let source = names.either(plan, &device)?;
+    names.free(plan, source, &device)?;
+    let job_id = names.job_id(plan, &device, source);
     let file = arguments.text("target");
     let existing = arguments.optional_text("mode").as_deref() == Some("existing");
     let format = arguments.optional_text("format");
-    let mut args = args(trial, arguments, source, BackupTarget::Existing(source), job_id)?;
-    let wires = daemon.graph.wires();
+    let mut args = args(plan, arguments, source, BackupTarget::Existing(source), job_id)?;
+    let wires = plan.wires();
     let own = plan.skip_filters(source);
     let format = format.or_else(|| (!existing).then(|| wires.view(own).node().driver().to_owned()));
     if args.sync == BackupSync::Top && plan.backing(own).is_none() {
@@ -88,7 +79,7 @@ async fn drive_args(
         snapshot::create_image(&file, format, size, view.as_deref()).await?;
     }
     let based_on = (args.sync == BackupSync::None).then_some(source);
-    let target = open_target(daemon, source, &file, format.as_deref(), based_on).await?;
+    let target = open_target(daemon, plan, source, &file, format.as_deref(), based_on).await?;
     args.target = BackupTarget::New(Box::new(target));
     Ok(args)
 }
@@ -96,12 +87,12 @@ async fn drive_args(
 /// Opens the target, over `based_on` if that is given: then it shows the disk as it was all the time.
 async fn open_target(
     daemon: &Daemon,
+    plan: &Plan,
     source: NodeId,
     file: &str,
     format: Option<&str>,
     based_on: Option<NodeId>,
 ) -> CommandResult<NewNode> {
-    let plan = daemon.graph.plan();
     let like = plan.get(source).map(|node| node.options).unwrap_or_default();
     let mut spec = NodeSpec::image(file, format)?;
     spec.cache_direct = Some(like.cache_direct);
@@ -110,7 +101,7 @@ async fn open_target(
     spec.detect_zeroes = DetectZeroes::Unmap;
     spec.read_only = Some(false);
     let policy = if based_on.is_some() { BackingPolicy::Ignore } else { BackingPolicy::Follow };
-    let mut target = Opener::new(&daemon.graph, policy, Some(daemon.on_corrupt())).open(spec).await?;
+    let mut target = Opener::over(plan.wires(), policy, Some(daemon.on_corrupt())).open(spec).await?;
     if let Some(source) = based_on.filter(|_| target.node.supports_backing()) {
         target.children.push((Role::Backing, Wiring::Existing(source)));
     }
@@ -119,13 +110,13 @@ async fn open_target(
 
 /// What both commands say alike.
 fn args(
-    trial: &mut Plan,
+    plan: &Plan,
     arguments: &mut Arguments,
     source: NodeId,
     target: BackupTarget,
     job_id: String,
 ) -> CommandResult<BackupArgs> {
-    let (sync, bitmap) = sync_mode(trial, arguments, source)?;
+    let (sync, bitmap) = sync_mode(plan, arguments, source)?;
     let mut perf = arguments.object("x-perf").unwrap_or_else(|| Arguments::new(Default::default()));
     let workers = perf.number("max-workers", 64);
     let workers = i32::try_from(workers).ok().filter(|workers| *workers > 0);
@@ -157,9 +148,9 @@ fn args(
     })
 }
 
-/// What is to be copied, and the bitmap, which is held in `trial`.
+/// What is to be copied, and the bitmap.
 fn sync_mode(
-    trial: &mut Plan,
+    plan: &Plan,
     arguments: &mut Arguments,
     source: NodeId,
 ) -> CommandResult<(BackupSync, Option<BackupBitmap>)> {
@@ -184,7 +175,7 @@ fn sync_mode(
         let text = "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
         return refused(text.to_owned());
     }
-    if trial.bitmap(source, &name).is_err() {
+    if plan.bitmap(source, &name).is_err() {
         return refused(format!("Bitmap '{name}' could not be found"));
     }
     let mode = match mode.as_deref() {
@@ -204,6 +195,6 @@ fn sync_mode(
         ));
     }
     let bitmap = BackupBitmap { name, mode };
-    bitmap.hold(trial, source)?;
+    bitmap.check(plan, source)?;
     Ok((copied, Some(bitmap)))
 }

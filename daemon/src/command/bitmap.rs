@@ -15,8 +15,7 @@ use crate::state::Daemon;
 /// What to do with a bitmap of a node.
 #[derive(Debug)]
 pub struct Action {
-    /// The name of the node.
-    pub node: String,
+    node: String,
     name: String,
     verb: Verb,
 }
@@ -65,19 +64,23 @@ impl Action {
         })
     }
 
-    /// Does it to a draft.
-    pub fn apply(&self, names: &Names, plan: &mut Plan) -> Result<(), GraphError> {
+    /// Does it to a draft. A bitmap that it gives up is to be let go of after all other actions.
+    pub fn apply(&self, names: &Names, plan: &mut Plan) -> Result<Option<GivenUp>, GraphError> {
         let (name, node) = (&*self.name, find(names, plan, &self.node)?);
         if let Verb::Add { granularity, persistent, enabled } = self.verb {
             let node = node.ok_or_else(|| GraphError::NeitherDeviceNorNode(self.node.clone()))?;
-            return plan.add_bitmap(node, &NewBitmap { name, granularity, persistent, enabled });
+            plan.add_bitmap(node, &NewBitmap { name, granularity, persistent, enabled })?;
+            return Ok(None);
         }
         let node = node.ok_or_else(|| not_found(&self.node))?;
         match &self.verb {
-            Verb::Add { .. } => Ok(()),
-            Verb::Remove => plan.give_up_bitmap(node, name),
-            Verb::Clear => plan.clear_bitmap(node, name),
-            Verb::Enable(enabled) => plan.enable_bitmap(node, name, *enabled),
+            Verb::Add { .. } => {}
+            Verb::Remove => {
+                plan.give_up_bitmap(node, name)?;
+                return Ok(Some(GivenUp { node, name: name.to_owned() }));
+            }
+            Verb::Clear => plan.clear_bitmap(node, name)?,
+            Verb::Enable(enabled) => plan.enable_bitmap(node, name, *enabled)?,
             Verb::Merge(sources) => {
                 // What is wrong with the target comes first.
                 plan.merge_bitmaps(node, name, &[])?;
@@ -85,32 +88,32 @@ impl Action {
                     |source: &Source| find(names, plan, &source.node)?.ok_or_else(|| not_found(&source.node));
                 let nodes = sources.iter().map(find).collect::<Result<Vec<_>, _>>()?;
                 let names = sources.iter().map(|source| &*source.name);
-                plan.merge_bitmaps(node, name, &nodes.into_iter().zip(names).collect::<Vec<_>>())
+                plan.merge_bitmaps(node, name, &nodes.into_iter().zip(names).collect::<Vec<_>>())?;
             }
         }
-    }
-
-    /// After all actions were done: lets go what this one gives up.
-    fn finish(&self, names: &Names, plan: &mut Plan) -> Option<(NodeId, String)> {
-        let removes = matches!(self.verb, Verb::Remove);
-        let node = find(names, plan, &self.node).ok().flatten().filter(|_| removes)?;
-        let stored = plan.bitmap(node, &self.name).ok()?.persistent;
-        plan.drop_bitmap(node, &self.name);
-        stored.then(|| {
-            plan.touch(node);
-            (node, self.name.clone())
-        })
+        Ok(None)
     }
 }
 
+/// A bitmap that nobody may use any more.
+#[derive(Debug)]
+pub struct GivenUp {
+    node: NodeId,
+    name: String,
+}
+
 /// After all actions were done to a draft: lets go of bitmaps that are given up. Images that keep them forget them in the step.
-pub fn finish<'a>(
-    names: &Names,
-    plan: &mut Plan,
-    actions: impl Iterator<Item = &'a Action>,
-) -> Option<Box<dyn LastStep>> {
-    let gone: Vec<_> = actions.filter_map(|action| action.finish(names, plan)).collect();
-    if gone.is_empty() { None } else { Some(Box::new(Forget(gone))) }
+pub fn let_go(plan: &mut Plan, given_up: Vec<GivenUp>) -> Option<Box<dyn LastStep>> {
+    let mut stored = Vec::new();
+    for GivenUp { node, name } in given_up {
+        let is_stored = plan.bitmap(node, &name).is_ok_and(|bitmap| bitmap.persistent);
+        plan.drop_bitmap(node, &name);
+        if is_stored {
+            plan.touch(node);
+            stored.push((node, name));
+        }
+    }
+    if stored.is_empty() { None } else { Some(Box::new(Forget(stored))) }
 }
 
 fn find(names: &Names, plan: &Plan, name: &str) -> Result<Option<NodeId>, GraphError> {
@@ -132,16 +135,6 @@ fn sources(arguments: &mut Arguments, node: &str) -> Vec<Source> {
         _ => None,
     };
     list.into_iter().filter_map(source).collect()
-}
-
-/// A command of its own.
-pub async fn change(daemon: &Daemon, action: Action) -> CommandResult<()> {
-    let names = Names::of(daemon);
-    let edit = |plan: &mut Plan| {
-        action.apply(&names, plan)?;
-        Ok(((), finish(&names, plan, std::iter::once(&action))))
-    };
-    Ok(daemon.graph.change_with(edit).await?)
 }
 
 /// x-debug-block-dirty-bitmap-sha256

@@ -31,18 +31,25 @@ pub struct Take {
 }
 
 impl Take {
-    /// From the arguments of blockdev-snapshot-internal-sync, if it can be taken as things are.
-    pub fn new(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<Self> {
-        let plan = &daemon.graph.plan();
+    /// From the arguments of blockdev-snapshot-internal-sync, done to a draft that closes the gates for it. `earlier` are those that
+    /// will be taken before it.
+    pub fn new(
+        daemon: &Daemon,
+        plan: &mut Plan,
+        arguments: &mut Arguments,
+        earlier: &[Self],
+    ) -> CommandResult<Self> {
         let (device, name) = (arguments.text("device"), arguments.text("name"));
         let has_machine = daemon.machine.is_some();
         let take = Self { node: disk(daemon, plan, &device)?, device, name, has_machine };
-        take.check(plan)?;
+        if plan.node(take.node).read_only {
+            return Err(CommandError::new(format!("Device '{}' is read only", take.device)));
+        }
         if take.name.is_empty() {
             return Err(CommandError::new("Name is empty"));
         }
         match qcow2(&*plan.node(take.node).node) {
-            Some(image) => take.check_name(image)?,
+            Some(image) => take.check_name(image, earlier)?,
             None => {
                 let (driver, device) = (plan.node(take.node).node.driver(), &take.device);
                 return Err(CommandError::new(format!(
@@ -50,30 +57,17 @@ impl Take {
                 )));
             }
         }
+        plan.touch(take.node);
         Ok(take)
     }
 
-    fn check(&self, plan: &Plan) -> Result<(), GraphError> {
-        match plan.get(self.node) {
-            Some(node) if !node.read_only => Ok(()),
-            Some(_) => Err(GraphError::new(format!("Device '{}' is read only", self.device))),
-            None => Err(GraphError::new("The node was removed in the meantime")),
-        }
-    }
-
-    fn check_name(&self, image: &Qcow2) -> Result<(), GraphError> {
-        let Self { device, name, .. } = self;
-        if image.snapshots().iter().any(|snapshot| snapshot.name == *name) {
+    fn check_name(&self, image: &Qcow2, earlier: &[Self]) -> Result<(), GraphError> {
+        let Self { device, name, node, .. } = self;
+        let is_there = image.snapshots().iter().any(|snapshot| snapshot.name == *name);
+        if is_there || earlier.iter().any(|other| other.node == *node && other.name == *name) {
             let text = format!("Snapshot with name '{name}' already exists on device '{device}'");
             return Err(GraphError::new(text));
         }
-        Ok(())
-    }
-
-    /// Has the gates closed for it.
-    pub fn apply(&self, plan: &mut Plan) -> Result<(), GraphError> {
-        self.check(plan)?;
-        plan.touch(self.node);
         Ok(())
     }
 
@@ -81,7 +75,6 @@ impl Take {
     async fn take(&self, wires: &Wires) -> Result<String, GraphError> {
         let view = wires.view(self.node);
         let image = qcow2(&**view.node()).ok_or_else(|| GraphError::new("Device has no medium"))?;
-        self.check_name(image)?;
         let Self { device, name, .. } = self;
         let taken = image.take_snapshot(&view.cx(), &now(name, self.has_machine)).await;
         taken.map_err(|error| {
@@ -94,10 +87,7 @@ impl Take {
 fn disk(daemon: &Daemon, plan: &Plan, device: &str) -> CommandResult<NodeId> {
     let names = Names::of(daemon);
     let node = names.either(plan, device)?;
-    if plan.parents(node).next().is_some() {
-        return Err(CommandError::new("Need a root block node"));
-    }
-    names.not_busy(plan, node, device)?;
+    underlay_jobs::commit::check_root(plan, node)?;
     Ok(plan.skip_filters(node))
 }
 
@@ -162,17 +152,6 @@ async fn delete_id(cx: &Cx<'_>, id: &str) -> underlay_graph::Result<()> {
         Some(place) => image.delete_snapshot(cx, place).await,
         None => Ok(()),
     }
-}
-
-/// blockdev-snapshot-internal-sync
-pub async fn take(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
-    let take = Take::new(daemon, arguments)?;
-    let edit = |plan: &mut Plan| {
-        take.apply(plan)?;
-        let step: Box<dyn LastStep> = Box::new(AtTheMoment { takes: vec![take], rest: None });
-        Ok(((), Some(step)))
-    };
-    Ok(daemon.graph.change_with(edit).await?)
 }
 
 /// Deletes a snapshot while no request is inside.

@@ -120,7 +120,7 @@ impl Names {
             .find(|(parent, role)| *role == Role::Backing && plan.node(*parent).node.kind() != Kind::Filter);
         match overlay {
             Some((overlay, _)) => {
-                let (name, overlay) = (self.called(plan, id, asked), self.called(plan, overlay, asked));
+                let (name, overlay) = (self.called(plan, id, asked), &plan.node(overlay).name);
                 Err(CommandError::new(format!(
                     "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
                 )))

@@ -29,7 +29,6 @@ use crate::error::{CommandError, CommandResult};
 use crate::hmp;
 use crate::state::{Daemon, Why};
 use arguments::Arguments;
-use snapshot::SnapshotSync;
 
 /// The version of QEMU whose interface this is, and our own.
 pub fn version() -> Value {
@@ -108,8 +107,8 @@ fn query(daemon: &Daemon, command: &str, arguments: &mut Arguments) -> Option<Co
 }
 
 async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> CommandResult<()> {
-    if let Some(action) = bitmap::Action::new(command, &mut arguments) {
-        return bitmap::change(daemon, action).await;
+    if let Some(done) = transaction::alone(daemon, command, &mut arguments).await {
+        return done;
     }
     if let Some(machine) = &daemon.machine
         && let Some(done) = machine::change(daemon, machine, command, &mut arguments).await
@@ -129,13 +128,6 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         "x-blockdev-amend" => experimental::amend(daemon, &mut arguments).await?,
         "x-blockdev-change" => experimental::change(daemon, &mut arguments)?,
         "x-blockdev-set-iothread" => experimental::set_iothread(daemon, &mut arguments)?,
-        "blockdev-snapshot-sync" => {
-            snapshot::snapshot_sync(daemon, SnapshotSync::new(&mut arguments)).await?
-        }
-        "blockdev-snapshot" => {
-            snapshot::snapshot(daemon, &arguments.text("node"), &arguments.text("overlay")).await?;
-        }
-        "blockdev-snapshot-internal-sync" => internal_snapshot::take(daemon, &mut arguments).await?,
         "transaction" => transaction::transaction(daemon, &mut arguments).await?,
         "block-set-write-threshold" => {
             let node_name = arguments.text("node-name");

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
-use underlay_drivers::{BackingPolicy, NodeSpec, filename};
+use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
 use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Preallocation, Role, View};
 
 use underlay_qcow2::CreateOptions;
@@ -45,94 +45,37 @@ impl SnapshotSync {
     }
 }
 
-/// What is left to do for a prepared snapshot.
-type Edit = Box<dyn FnOnce(&mut Plan) -> Result<(), GraphError> + Send>;
-
-/// A snapshot that is prepared: what is left to do is one edit of the plan, which others may come before or after.
-pub struct Prepared {
-    /// The name of the node that it brings along.
-    pub brings: Option<String>,
-    edit: Edit,
-}
-
-impl Prepared {
-    /// Does it to a draft.
-    pub fn apply(self, plan: &mut Plan) -> Result<(), GraphError> {
-        (self.edit)(plan)
-    }
-}
-
-/// blockdev-snapshot-sync
-pub async fn snapshot_sync(daemon: &Daemon, arguments: SnapshotSync) -> CommandResult<()> {
-    let prepared = prepare_sync(daemon, arguments, &[]).await?;
-    Ok(daemon.graph.change(|plan| prepared.apply(plan)).await?)
-}
-
-/// blockdev-snapshot: with an overlay that blockdev-add has opened.
-pub async fn snapshot(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<()> {
-    let prepared = prepare(daemon, node, overlay)?;
-    Ok(daemon.graph.change(|plan| prepared.apply(plan)).await?)
-}
-
-/// blockdev-snapshot-sync up to the change of the graph: the overlay is made and open. `taken` are names that others will
-/// have by then.
-pub async fn prepare_sync(
-    daemon: &Daemon,
-    arguments: SnapshotSync,
-    taken: &[String],
-) -> CommandResult<Prepared> {
-    let plan = daemon.graph.plan();
+/// blockdev-snapshot-sync, done to a draft: the overlay is made and open.
+pub async fn snapshot_sync(daemon: &Daemon, plan: &mut Plan, arguments: SnapshotSync) -> CommandResult<()> {
     let (device, node_name) = (arguments.device.as_deref(), arguments.node_name.as_deref());
     let names = Names::of(daemon);
-    let disk = names.device_or_node(&plan, device, node_name)?;
-    let asked = device.or(node_name).unwrap_or_default().to_owned();
-    names.not_busy(&plan, disk, &asked)?;
+    let disk = names.device_or_node(plan, device, node_name)?;
+    names.not_busy(plan, disk, device.or(node_name).unwrap_or_default())?;
     match &arguments.snapshot_node_name {
         None if arguments.node_name.is_some() => {
             return Err(CommandError::new("New overlay node-name missing"));
         }
-        Some(name) if plan.find(name).is_some() || taken.contains(name) => {
+        Some(name) if plan.find(name).is_some() => {
             return Err(CommandError::new("New overlay node-name already in use"));
         }
         _ => {}
     }
     let format = arguments.format.as_deref().unwrap_or("qcow2");
     if !arguments.existing {
-        create_overlay(daemon, disk, &arguments.snapshot_file, format).await?;
+        create_overlay(plan, disk, &arguments.snapshot_file, format).await?;
     }
-    let new = open_overlay(daemon, disk, &arguments, format).await?;
-    let edit = move |plan: &mut Plan| {
-        still_free(&names, plan, disk, &asked)?;
-        let overlay = plan.add(new)?;
-        put_on_top(plan, disk, overlay)
-    };
-    Ok(Prepared { brings: arguments.snapshot_node_name, edit: Box::new(edit) })
+    let new = open_overlay(daemon, plan, disk, &arguments, format).await?;
+    let overlay = plan.add(new)?;
+    Ok(put_on_top(plan, disk, overlay)?)
 }
 
-/// blockdev-snapshot up to the change of the graph.
-pub fn prepare(daemon: &Daemon, node: &str, overlay: &str) -> CommandResult<Prepared> {
-    let plan = daemon.graph.plan();
+/// blockdev-snapshot, done to a draft: with an overlay that blockdev-add has opened.
+pub fn snapshot(daemon: &Daemon, plan: &mut Plan, node: &str, overlay: &str) -> CommandResult<()> {
     let names = Names::of(daemon);
-    let disk = names.either(&plan, node)?;
-    names.not_busy(&plan, disk, node)?;
-    let overlay = names.either(&plan, overlay)?;
-    let asked = node.to_owned();
-    let edit = move |plan: &mut Plan| {
-        still_free(&names, plan, disk, &asked)?;
-        still_there(plan, overlay)?;
-        put_on_top(plan, disk, overlay)
-    };
-    Ok(Prepared { brings: None, edit: Box::new(edit) })
-}
-
-/// Nothing else goes on with the node, even after what came before in the same change.
-fn still_free(names: &Names, plan: &Plan, id: NodeId, asked: &str) -> Result<(), GraphError> {
-    still_there(plan, id)?;
-    names.not_busy(plan, id, asked).map_err(|error| GraphError::new(error.desc))
-}
-
-fn still_there(plan: &Plan, id: NodeId) -> Result<(), GraphError> {
-    plan.get(id).map(|_| ()).ok_or_else(|| GraphError::new("The node was removed in the meantime"))
+    let disk = names.either(plan, node)?;
+    names.not_busy(plan, disk, node)?;
+    let overlay = names.either(plan, overlay)?;
+    Ok(put_on_top(plan, disk, overlay)?)
 }
 
 /// Wires `overlay` between `disk` and its users; `disk` is only read from then on.
@@ -164,9 +107,8 @@ fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), Grap
 }
 
 /// Makes the overlay's file, naming the disk as what is below it.
-async fn create_overlay(daemon: &Daemon, disk: NodeId, file: &str, format: &str) -> CommandResult<()> {
-    let wires = daemon.graph.wires();
-    let view = wires.view(wires.plan().skip_filters(disk));
+async fn create_overlay(plan: &Plan, disk: NodeId, file: &str, format: &str) -> CommandResult<()> {
+    let view = plan.wires().view(plan.skip_filters(disk));
     create_image(file, format, view.cx().length(), Some(&view)).await
 }
 
@@ -220,12 +162,12 @@ pub fn name_from(from: &str, to: &str) -> String {
 
 async fn open_overlay(
     daemon: &Daemon,
+    plan: &Plan,
     disk: NodeId,
     arguments: &SnapshotSync,
     format: &str,
 ) -> CommandResult<NewNode> {
-    let plan = daemon.graph.plan();
-    let below = plan.get(disk).ok_or_else(|| CommandError::new("The node was removed in the meantime"))?;
+    let below = plan.node(disk);
     let like = below.options;
     let mut spec = NodeSpec::image(&arguments.snapshot_file, Some(format))?;
     spec.node_name = arguments.snapshot_node_name.clone();
@@ -238,8 +180,8 @@ async fn open_overlay(
         *backing = Backing::None;
     }
     debug_assert!(!matches!(&spec.driver, DriverSpec::Qcow2 { file: Child::Reference(_), .. }));
-    let opener = daemon.opener(BackingPolicy::Ignore);
-    Ok(opener.open(spec).await?)
+    let opener = Opener::over(plan.wires(), BackingPolicy::Ignore, Some(daemon.on_corrupt()));
+    Ok(opener.with_groups(&daemon.groups).open(spec).await?)
 }
 
 #[cfg(test)]

@@ -95,7 +95,12 @@ struct Unbacked {
 impl Opener {
     /// For nodes that may refer to those of `graph`.
     pub fn new(graph: &Graph, policy: BackingPolicy, on_corrupt: Option<OnCorrupt>) -> Self {
-        Self { wires: graph.wires(), policy, on_corrupt, groups: Arc::default() }
+        Self::over(graph.wires(), policy, on_corrupt)
+    }
+
+    /// The same for nodes of a plan that may not be in force yet.
+    pub fn over(wires: Wires, policy: BackingPolicy, on_corrupt: Option<OnCorrupt>) -> Self {
+        Self { wires, policy, on_corrupt, groups: Arc::default() }
     }
 
     /// With the throttle groups that there are.

@@ -156,7 +156,8 @@ impl Plan {
         Ok(bitmaps.find(|bitmap| *bitmap.name == *name).expect("was just found"))
     }
 
-    fn bitmap_for(
+    /// A bitmap for somebody who wants to do something with it, if he may.
+    pub fn bitmap_for(
         &self,
         node: NodeId,
         name: &str,

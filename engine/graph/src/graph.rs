@@ -152,23 +152,46 @@ impl Graph {
         self.change_with(|plan| Ok((edit(plan)?, None))).await
     }
 
+    /// Rewires the graph in one step: `edit` changes a [`Draft`], which is put into force then. On error nothing has happened.
+    pub async fn change_with<R: Send>(
+        &self,
+        edit: impl FnOnce(&mut Plan) -> Result<(R, Option<Box<dyn LastStep>>), GraphError> + Send,
+    ) -> Result<R, GraphError> {
+        let mut draft = self.draft().await;
+        let (result, last_step) = edit(&mut draft.plan)?;
+        draft.put_in_force(last_step).await?;
+        Ok(result)
+    }
+
+    /// Begins a change of the graph. No other gets its turn until the draft is put into force or dropped.
+    pub async fn draft(&self) -> Draft<'_> {
+        let turn = self.turn.lock().await;
+        Draft { graph: self, _turn: turn, plan: Plan::clone(&self.plan()) }
+    }
+}
+
+/// A change in the making. To drop it is to leave everything as it was.
+#[derive(Debug)]
+pub struct Draft<'a> {
+    graph: &'a Graph,
+    _turn: tokio::sync::MutexGuard<'a, ()>,
+    /// The wiring as it will be.
+    pub plan: Plan,
+}
+
+impl Draft<'_> {
     /// Rewires the graph in one step that no request sees half done:
     ///
-    /// 1. `edit` changes a draft; on error nothing has happened. The draft is checked as a whole.
+    /// 1. The draft is checked as a whole.
     /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry, and
     ///    what they left behind ([`crate::Node::settle`]).
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
     /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
-    pub async fn change_with<R: Send>(
-        &self,
-        edit: impl FnOnce(&mut Plan) -> Result<(R, Option<Box<dyn LastStep>>), GraphError> + Send,
-    ) -> Result<R, GraphError> {
-        let _turn = self.turn.lock().await;
-        let old = Wires::new(self.plan());
-        let old_access = self.now().access.clone();
-        let mut plan = old.plan().clone();
-        let (result, last_step) = edit(&mut plan)?;
+    pub async fn put_in_force(self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+        let Self { graph, _turn, mut plan } = self;
+        let old = Wires::new(graph.plan());
+        let old_access = graph.now().access.clone();
         plan.collect();
         let moment = plan.take_moment();
         let new_access = plan.check()?;
@@ -187,9 +210,9 @@ impl Graph {
         for node in &on_the_way {
             node.settle().await;
         }
-        let trouble = &self.trouble;
-        let lasts = self.lasts.load(Ordering::Relaxed);
-        let (lags, old_access, new_access) = (&self.lags, &old_access, &new_access);
+        let trouble = &graph.trouble;
+        let lasts = graph.lasts.load(Ordering::Relaxed);
+        let (lags, old_access, new_access) = (&graph.lags, &old_access, &new_access);
         let step = Step { old: &old, new: &new, old_access, new_access, trouble, lasts, lags };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
@@ -201,7 +224,7 @@ impl Graph {
             }
             let plan = Arc::new(new.plan().clone());
             let access = Arc::new(new_access.clone());
-            *self.now() = InForce { plan, access };
+            *graph.now() = InForce { plan, access };
         }
         drop(gates);
         on_the_way.iter().for_each(|node| node.hurry(false));
@@ -211,7 +234,7 @@ impl Graph {
         if outcome.is_ok() {
             step.give_up().await;
         }
-        outcome.map(|()| result)
+        outcome
     }
 }
 

@@ -32,7 +32,7 @@ mod tests;
 
 pub use error::{Class, GraphError, IoError, Result};
 pub use format::{Extent, Format, Place};
-pub use graph::Graph;
+pub use graph::{Draft, Graph};
 pub use info::{FormatInfo, InfoValue};
 pub use node::{BackingRef, Discard, Kind, Limits, Node, Preallocation, WriteFlags, ZeroFlags};
 pub use perm::{Access, Perms};

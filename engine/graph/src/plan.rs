@@ -330,7 +330,8 @@ impl Plan {
         if let Some(target) = node.child(Role::Target).filter(|_| node.node.serialises_target()) {
             // Who reads there now leaves before the new node is in force.
             self.touch(target);
-            self.node(target).blocks.serialise();
+            let blocks = self.node(target).blocks.clone();
+            self.at_the_moment(move || _ = blocks.serialise());
         }
         self.nodes.insert(id, node);
         for (role, wiring) in backing {
@@ -479,6 +480,11 @@ impl Plan {
         std::mem::take(&mut self.moment)
     }
 
+    /// Its views, for looking at what is not in force yet.
+    pub fn wires(&self) -> Wires {
+        Wires::new(Arc::new(self.clone()))
+    }
+
     /// A node as it is wired here, for looking at.
     pub(crate) fn view(&self, id: NodeId) -> Arc<View> {
         view_of(self, &mut HashMap::new(), id)
@@ -512,7 +518,7 @@ impl Plan {
 
     /// Checks the whole: no loops, every format over a file, permissions that get on. Returns what each node's
     /// users ask of it.
-    pub(crate) fn check(&self) -> Result<BTreeMap<NodeId, Access>, GraphError> {
+    pub fn check(&self) -> Result<BTreeMap<NodeId, Access>, GraphError> {
         let order = self.parents_first()?;
         let mut uses: BTreeMap<NodeId, Vec<Use>> = BTreeMap::new();
         for root in self.roots.values() {

@@ -76,18 +76,14 @@ pub struct BackupArgs {
     pub filter_node_name: Option<String>,
 }
 
-/// A backup that is checked and may start: in a transaction several start at the same moment.
+/// A backup that is wired in a draft of the graph: in a transaction several start at the same moment.
 ///
-/// In this order: [`BackupDraft::enlist`], [`BackupDraft::wire`] in the change of the graph that is the moment,
-/// [`start_all`]; or [`BackupDraft::withdraw`] after the first if it comes to nothing.
+/// In this order: [`Jobs::draft_backup`], [`BackupDraft::enlist`], the draft is put into force (the moment), [`start_all`];
+/// or [`BackupDraft::withdraw`] once it is shown and comes to nothing.
 pub struct BackupDraft {
     jobs: Arc<Jobs>,
     job: Arc<Job>,
     settings: Settings,
-    source: NodeId,
-    target: Option<BackupTarget>,
-    filter_node_name: Option<String>,
-    filter: Arc<CopyBeforeWrite>,
     work: Backup,
 }
 
@@ -100,29 +96,27 @@ impl std::fmt::Debug for BackupDraft {
 impl Jobs {
     /// Starts a backup.
     pub async fn backup(self: &Arc<Self>, graph: &Arc<Graph>, args: BackupArgs) -> Result<Started, JobError> {
-        let mut draft = self.draft_backup(graph, args, &[])?;
-        if let Err(why) = graph.change(|plan| draft.wire(plan)).await {
-            return Err(self.refused(&draft.job, &draft.settings, why));
-        }
-        if let Err(error) = draft.enlist() {
-            let job = draft.job.clone();
-            draft.work.begun = false;
-            draft.work.abandon(&job).await;
+        let mut draft = graph.draft().await;
+        let mut backup = self.draft_backup(graph, &mut draft.plan, args)?;
+        draft.put_in_force(None).await?;
+        if let Err(error) = backup.enlist() {
+            let job = backup.job.clone();
+            backup.work.begun = false;
+            backup.work.abandon(&job).await;
             return Err(error);
         }
-        let mut started = start_all(vec![draft], false);
+        let mut started = start_all(vec![backup], false);
         started.pop().ok_or_else(|| wrong("No job".to_owned()))
     }
 
-    /// Checks a backup. `taken` are the targets of backups that will start with it.
+    /// Checks a backup, and puts its filter into the plan: when it is in force the moment has come.
     pub fn draft_backup(
         self: &Arc<Self>,
         graph: &Arc<Graph>,
+        plan: &mut Plan,
         args: BackupArgs,
-        taken: &[NodeId],
     ) -> Result<BackupDraft, JobError> {
-        let plan = graph.plan();
-        let filter = check(graph, &plan, &args, taken)?;
+        let filter = check(plan, &args)?;
         let id = match (&args.settings.id, args.settings.default_id.is_empty()) {
             // What the reference says here is not what it says for other jobs.
             (None, true) => return Err(JobError::InvalidId(String::new())),
@@ -133,27 +127,26 @@ impl Jobs {
         job.set_total(filter.copies().left());
         let BackupArgs { settings, source, target, sync, bitmap, most_in_flight, filter_node_name, .. } =
             args;
-        let copies = filter.copies().clone();
         let doubts = match &target {
-            BackupTarget::Existing(node) => graph.wires().view(*node).cx().doubts(),
+            BackupTarget::Existing(node) => plan.wires().view(*node).cx().doubts(),
             BackupTarget::New(_) => 0,
         };
-        let graph = graph.clone();
-        let work =
+        let (graph, copies) = (graph.clone(), filter.copies().clone());
+        let mut work =
             Backup { graph, sync, bitmap, most_in_flight, copies, source, wiring: None, begun: true, doubts };
-        let (jobs, target) = (self.clone(), Some(target));
-        Ok(BackupDraft { jobs, job, settings, source, target, filter_node_name, filter, work })
+        let mut wired = work.wire(plan, &job, target, filter, filter_node_name.as_deref());
+        // What users do not get on is for each backup to say, and not for the draft as a whole.
+        wired = wired.and_then(|()| plan.check().map(|_| ()));
+        match wired {
+            Ok(()) => Ok(BackupDraft { jobs: self.clone(), job, settings, work }),
+            Err(why) => Err(self.refused(&job, &settings, why)),
+        }
     }
 }
 
 /// What is wrong with the arguments, or else the filter.
-fn check(
-    graph: &Graph,
-    plan: &Plan,
-    args: &BackupArgs,
-    taken: &[NodeId],
-) -> Result<Arc<CopyBeforeWrite>, JobError> {
-    let wires = graph.wires();
+fn check(plan: &Plan, args: &BackupArgs) -> Result<Arc<CopyBeforeWrite>, JobError> {
+    let wires = plan.wires();
     if plan.get(args.source).is_none() {
         return Err(wrong("The node was removed in the meantime".into()));
     }
@@ -163,10 +156,6 @@ fn check(
         }
         BackupTarget::Existing(node) => {
             chain::check_free(plan, &[*node])?;
-            if taken.contains(node) {
-                let (node, job) = (plan.node(*node).name.to_string(), Kind::Backup.as_str());
-                return Err(GraphError::Busy { node, job }.into());
-            }
             if plan.node(*node).read_only {
                 return Err(wrong(format!("Could not create node: {}", GraphError::ReadOnly)));
             }
@@ -182,7 +171,9 @@ fn check(
         // The reference names a drive here, which no node has.
         return Err(wrong("Compression is not supported for this drive ".into()));
     }
-    if args.how.discard_source && graph.access(args.source).required.has(Perms::WRITE) {
+    let is_written_to =
+        || Ok(plan.check()?.get(&args.source).is_some_and(|is| is.required.has(Perms::WRITE)));
+    if args.how.discard_source && is_written_to().map_err(JobError::Graph)? {
         return Err(wrong("discard-source would destroy the disk of those who write to it".into()));
     }
     let source = wires.view(args.source);
@@ -205,56 +196,6 @@ impl BackupDraft {
     /// Shows the job.
     pub fn enlist(&self) -> Result<(), JobError> {
         self.jobs.enlist(&self.job, &self.settings)
-    }
-
-    /// The target, if it is in the graph already.
-    pub fn target(&self) -> Option<NodeId> {
-        match &self.target {
-            Some(BackupTarget::Existing(node)) => Some(*node),
-            _ => None,
-        }
-    }
-
-    /// Puts the filter into the plan: when it is in force the moment has come.
-    pub fn wire(&mut self, plan: &mut Plan) -> Result<(), GraphError> {
-        let target = match self.target.take() {
-            Some(BackupTarget::Existing(node)) => node,
-            Some(BackupTarget::New(node)) => plan.add(*node)?,
-            None => return Err(GraphError::new("A backup has one target")),
-        };
-        plan.get(self.source).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
-        chain::check_free(plan, &[self.source, target])?;
-        if let Some(bitmap) = &self.work.bitmap {
-            let bits = bitmap.hold(plan, self.source)?;
-            let (copies, job) = (self.work.copies.clone(), self.job.clone());
-            if self.work.sync == BackupSync::Bitmap {
-                plan.at_the_moment(move || {
-                    copies.limit_to(&bits);
-                    job.set_total(copies.left());
-                });
-            }
-        }
-        let children = [(Role::File, self.source), (Role::Target, target)];
-        // A target that is based on the source goes on showing the source itself.
-        let of_target = plan.reachable(target);
-        let name = self.filter_node_name.as_deref();
-        let keep = |parent| of_target.contains(&parent);
-        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
-        let filter = filter::insert(plan, self.filter.clone(), &children, name, failed, keep)?;
-        // New users of the source's node get to the source itself, as with QEMU: to write there is refused.
-        plan.node_mut(filter).implicit = false;
-        let claim = Claim::take(plan, Kind::Backup, vec![filter, target], Vec::new())?;
-        let mut root = |role, node, drained| {
-            let user = chain::user(Kind::Backup, self.job.id());
-            let (required, shared) = (Perms::NONE, Perms::ALL);
-            plan.add_root(NewRoot { user, role, node, required, shared, pinned: true, drained })
-        };
-        let main = root("main node", filter, Some(Arc::new(HeldBack(self.job.clone()))));
-        let roots = [main, root("target", target, None)];
-        let (graph, source) = (self.work.graph.clone(), self.source);
-        self.job.set_last_resort(move || chain::give_up(&graph.plan(), source, target));
-        self.work.wiring = Some(Wiring { claim, target, filter, roots });
-        Ok(())
     }
 
     /// A job that was shown does not start after all.
@@ -310,6 +251,51 @@ struct Backup {
 }
 
 impl Backup {
+    /// Puts the filter into the plan.
+    fn wire(
+        &mut self,
+        plan: &mut Plan,
+        job: &Arc<Job>,
+        target: BackupTarget,
+        filter: Arc<CopyBeforeWrite>,
+        name: Option<&str>,
+    ) -> Result<(), GraphError> {
+        let target = match target {
+            BackupTarget::Existing(node) => node,
+            BackupTarget::New(node) => plan.add(*node)?,
+        };
+        if let Some(bitmap) = &self.bitmap {
+            let bits = bitmap.hold(plan, self.source)?;
+            let (copies, job) = (self.copies.clone(), job.clone());
+            if self.sync == BackupSync::Bitmap {
+                plan.at_the_moment(move || {
+                    copies.limit_to(&bits);
+                    job.set_total(copies.left());
+                });
+            }
+        }
+        let children = [(Role::File, self.source), (Role::Target, target)];
+        // A target that is based on the source goes on showing the source itself.
+        let of_target = plan.reachable(target);
+        let keep = |parent| of_target.contains(&parent);
+        let failed = |error: GraphError| GraphError::new(format!("Could not create node: {error}"));
+        let filter = filter::insert(plan, filter, &children, name, failed, keep)?;
+        // New users of the source's node get to the source itself, as with QEMU: to write there is refused.
+        plan.node_mut(filter).implicit = false;
+        let claim = Claim::take(plan, Kind::Backup, vec![filter, target], Vec::new())?;
+        let mut root = |role, node, drained| {
+            let user = chain::user(Kind::Backup, job.id());
+            let (required, shared) = (Perms::NONE, Perms::ALL);
+            plan.add_root(NewRoot { user, role, node, required, shared, pinned: true, drained })
+        };
+        let main = root("main node", filter, Some(Arc::new(HeldBack(job.clone()))));
+        let roots = [main, root("target", target, None)];
+        let (graph, source) = (self.graph.clone(), self.source);
+        job.set_last_resort(move || chain::give_up(&graph.plan(), source, target));
+        self.wiring = Some(Wiring { claim, target, filter, roots });
+        Ok(())
+    }
+
     fn root(&self) -> Result<Root, Stop> {
         let main = self.wiring.as_ref().map(|wiring| wiring.roots[0]);
         main.and_then(|main| self.graph.root(main)).ok_or(Stop::Cancelled)

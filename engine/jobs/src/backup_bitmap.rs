@@ -35,13 +35,21 @@ pub struct BackupBitmap {
 }
 
 impl BackupBitmap {
-    /// Takes it for a job that copies `source`: what it says.
-    pub fn hold(&self, plan: &mut Plan, source: NodeId) -> Result<Arc<DirtyBitmap>, GraphError> {
-        let purpose = match self.mode {
+    fn purpose(&self) -> Purpose {
+        match self.mode {
             BitmapMode::Never => Purpose::Rely,
             BitmapMode::OnSuccess | BitmapMode::Always => Purpose::Change,
-        };
-        plan.hold_bitmap(source, &self.name, purpose)
+        }
+    }
+
+    /// Refuses what a job that copies `source` could not take.
+    pub fn check(&self, plan: &Plan, source: NodeId) -> Result<(), GraphError> {
+        plan.bitmap_for(source, &self.name, self.purpose()).map(|_| ())
+    }
+
+    /// Takes it for such a job: what it says.
+    pub(crate) fn hold(&self, plan: &mut Plan, source: NodeId) -> Result<Arc<DirtyBitmap>, GraphError> {
+        plan.hold_bitmap(source, &self.name, self.purpose())
     }
 
     /// What becomes of it after a backup that succeeded.

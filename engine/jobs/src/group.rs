@@ -3,9 +3,12 @@
 //! they tell in turn, newest first. Source: `design/qemu-surface.md` 5.3, and QEMU 10.0.2's events.
 //!
 //! ```text
-//!   all done:    waiting …   pending, pending   PENDING, PENDING   (finalize)   prepare, prepare   concluded, concluded
+//!   all done:    waiting …   pending PENDING, pending PENDING   (finalize)   prepare, prepare   concluded, concluded
 //!   one fails:   aborting (the one)   aborting, aborting   concluded, concluded
 //! ```
+//!
+//! Those that have come as far as waiting when one fails, or are held back, are aborting only when it is their turn to be
+//! concluded; the newest is at once.
 //!
 //! Every arrow of such a line is a number of turns taken; who waits for a turn waits for the number.
 
@@ -95,14 +98,11 @@ impl Group {
         self.until(job, |state| state.up == place).await?;
         job.becomes_pending();
         self.change(|state| state.up += 1);
-        self.until(job, |state| state.up == all + place).await?;
-        job.tell_pending();
-        self.change(|state| state.up += 1);
-        self.until(job, |state| state.up >= 2 * all).await?;
+        self.until(job, |state| state.up >= all).await?;
         self.decide(job).await?;
         // When one has failed, some of the others may not have come as far as this, and will not.
         let failing = |state: &State| state.outcome == Some(false);
-        self.turn(job, |state| failing(state) || state.up == 2 * all + place).await;
+        self.turn(job, |state| failing(state) || state.up == all + place).await;
         let prepared = if self.is_failing() { Err(Stop::Cancelled) } else { work.prepare(job).await };
         self.change(|state| {
             state.up += 1;
@@ -110,9 +110,9 @@ impl Group {
                 (state.outcome, state.culprit) = (Some(false), Some(place));
             }
         });
-        self.turn(job, |state| failing(state) || state.up >= 3 * all).await;
+        self.turn(job, |state| failing(state) || state.up >= 2 * all).await;
         if !self.is_failing() {
-            self.turn(job, |state| state.up == 3 * all + place).await;
+            self.turn(job, |state| state.up == 2 * all + place).await;
             work.commit(job).await;
         }
         prepared
@@ -156,10 +156,11 @@ impl Group {
     /// One of the group failed or was cancelled.
     async fn down(&self, job: &Arc<Job>, place: usize, work: &mut dyn Work, stop: &Stop) {
         let all = self.members.len();
+        let late = place > 0 && job.rests();
         let first = self.change(|state| {
             state.outcome = Some(false);
             let first = *state.culprit.get_or_insert(place) == place;
-            if first {
+            if first && !late {
                 // Before the others can hear of it.
                 job.abort(stop);
             }
@@ -170,11 +171,14 @@ impl Group {
             others.for_each(|member| member.cancel_with_group());
         }
         self.turn(job, |state| state.down == place).await;
-        if !first {
+        if !first && !late {
             job.abort(stop);
         }
         self.change(|state| state.down += 1);
         work.abandon(job).await;
         self.turn(job, |state| state.down == all + place).await;
+        if late {
+            job.abort(stop);
+        }
     }
 }

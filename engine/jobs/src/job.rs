@@ -305,13 +305,7 @@ impl Job {
 
     // ---- what the graph does ----
 
-    /// Held back, or not any more, as a change of the graph shows it. For every job there is one on the way to
-    /// the end of a daemon, which shows as a pause too.
-    pub(crate) fn blink(&self) {
-        self.drained_begin();
-        self.drained_end();
-    }
-
+    /// Held back by a change of the graph, or by the end of the daemon; it shows as a pause.
     pub(crate) fn drained_begin(&self) {
         let mut state = self.state();
         state.drained += 1;
@@ -320,6 +314,7 @@ impl Job {
         }
     }
 
+    /// Not any more.
     pub(crate) fn drained_end(&self) {
         let mut state = self.state();
         state.drained -= 1;
@@ -350,6 +345,8 @@ impl Job {
         }
         let held = state.user_paused || state.drained > 0;
         let next = match (state.status, held) {
+            // It is on its way to its end.
+            (_, true) if state.cancel == Some(Cancel::Hard) => return,
             (Status::Running, true) => Status::Paused,
             (Status::Ready, true) => Status::Standby,
             (Status::Paused, false) => Status::Running,
@@ -591,9 +588,18 @@ impl Job {
         self.move_on(Status::Waiting, |_| {}).await
     }
 
-    /// All of the group are done.
+    /// Whether it works no more: it waits for the others of its group or for its end, or is held back.
+    pub(crate) fn rests(&self) -> bool {
+        let state = self.state();
+        state.drained > 0 || matches!(state.status, Status::Waiting | Status::Pending)
+    }
+
+    /// All of the group are done. It says so, if somebody is to ask for its end.
     pub(crate) fn becomes_pending(&self) {
         self.enter(&mut self.state(), Status::Pending);
+        if !self.auto_finalize {
+            self.sink.emit(JobEvent::Pending { id: self.id.clone(), kind: self.kind });
+        }
     }
 
     /// Whether it vanishes once concluded, without being dismissed.
@@ -609,13 +615,6 @@ impl Job {
     /// Whether somebody has asked for it.
     pub(crate) fn is_finalized(&self) -> bool {
         self.state().finalize
-    }
-
-    /// Says that it is pending, if somebody is to ask for its end.
-    pub(crate) fn tell_pending(&self) {
-        if !self.auto_finalize {
-            self.sink.emit(JobEvent::Pending { id: self.id.clone(), kind: self.kind });
-        }
     }
 
     /// Something has changed that it may wait for in [`Job::until_group`].

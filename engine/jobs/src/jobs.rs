@@ -102,23 +102,22 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends all jobs, at the end of a daemon: cancels them by force and waits until they are over. Who does not get there
-    /// because a target does not answer gives it up. Their tasks must be running. Those that it has ended.
+    /// Ends all jobs, at the end of a daemon: holds them back, then cancels them by force one after the other, newest first, and
+    /// waits until each is over. Who does not get there because a target does not answer gives it up. Their tasks must be
+    /// running. Those that it has ended.
     pub async fn cancel_all(&self) -> Vec<Arc<Job>> {
         let jobs = self.list().clone();
+        jobs.iter().for_each(|job| job.drained_begin());
+        let until = rt::now() + GRACE;
         for job in jobs.iter().rev() {
-            job.blink();
+            job.drained_end();
             // Refused by a job that is ending already, which is as good.
             let _ = job.cancel();
-        }
-        let until = rt::now() + GRACE;
-        for job in &jobs {
+            let until = until.max(rt::now() + GRACE / 10);
             if rt::by(Some(until), job.concluded()).await.is_none() {
                 job.give_up();
+                job.concluded().await;
             }
-        }
-        for job in &jobs {
-            job.concluded().await;
             if !job.vanishes_by_itself() {
                 // Refused only for one that somebody else has just dismissed.
                 let _ = self.dismiss(job).await;

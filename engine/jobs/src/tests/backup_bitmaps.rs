@@ -246,10 +246,10 @@ async fn play_two(seed: u64) {
     let mut story = Story::begin(seed, &mut lot).await;
     let mut guests = Guests::start(&story.lab, seed, true).await;
     let mut drafts = Vec::new();
-    let mut targets = Vec::new();
+    let targets = [story.target(false, &mut lot).await.1, story.target(false, &mut lot).await.1];
+    let mut moment = story.lab.graph.draft().await;
     for (number, name) in ["b", "all"].into_iter().enumerate() {
-        let (_, target) = story.target(false, &mut lot).await;
-        targets.push(target);
+        let target = targets[number];
         let args = BackupArgs {
             settings: Settings { id: Some(format!("j{number}")), ..Settings::default() },
             source: story.lab.nodes[3],
@@ -260,11 +260,11 @@ async fn play_two(seed: u64) {
             most_in_flight: 64,
             filter_node_name: None,
         };
-        drafts.push(story.lab.jobs.draft_backup(&story.lab.graph, args, &targets[..number]).unwrap());
+        let draft = story.lab.jobs.draft_backup(&story.lab.graph, &mut moment.plan, args).unwrap();
+        draft.enlist().unwrap();
+        drafts.push(draft);
     }
-    drafts.iter().for_each(|draft| draft.enlist().unwrap());
-    let wire = story.lab.graph.change(|plan| drafts.iter_mut().try_for_each(|draft| draft.wire(plan)));
-    wire.await.unwrap();
+    moment.put_in_force(None).await.unwrap();
     let tasks = start_all(drafts, lot.one_in(2)).into_iter().map(|started| rt::spawn(started.task));
     for task in tasks.collect::<Vec<_>>() {
         task.await;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use underlay_drivers::filter::copy_before_write::CbwOptions;
 use underlay_graph::bitmaps::NewBitmap;
 use underlay_graph::plan::NodeOptions;
-use underlay_graph::{ByteRange, NewNode, NodeName};
+use underlay_graph::{ByteRange, NewNode, NodeName, Plan};
 use underlay_sys::rt;
 
 use super::disk::{Faults, Image};
@@ -21,7 +21,7 @@ fn dirty() -> ByteRange {
     ByteRange::between(SIZE / 3, SIZE / 2)
 }
 
-fn draft(lab: &Lab, lot: &mut Lot, number: usize) -> (Arc<Image>, BackupDraft) {
+fn draft(lab: &Lab, plan: &mut Plan, lot: &mut Lot, number: usize) -> (Arc<Image>, BackupDraft) {
     let image = Arc::new(Image::new(SIZE, None, lot.below(u64::MAX)));
     if lot.one_in(6) {
         image.state().faults = Faults { writes: 1, ..Faults::default() };
@@ -45,7 +45,7 @@ fn draft(lab: &Lab, lot: &mut Lot, number: usize) -> (Arc<Image>, BackupDraft) {
         most_in_flight: 64,
         filter_node_name: None,
     };
-    let draft = lab.jobs.draft_backup(&lab.graph, args, &[]).unwrap();
+    let draft = lab.jobs.draft_backup(&lab.graph, plan, args).unwrap();
     draft.enlist().unwrap();
     (image, draft)
 }
@@ -81,10 +81,12 @@ async fn play(seed: u64) {
     let lab = Lab::new(seed, &[SIZE; 4]).await;
     let mut guests = Guests::start(&lab, seed, true).await;
     add_bitmaps(&lab).await;
-    let (images, mut drafts): (Vec<_>, Vec<_>) = (0..3).map(|number| draft(&lab, &mut lot, number)).unzip();
+    let mut moment = lab.graph.draft().await;
+    let (images, drafts): (Vec<_>, Vec<_>) =
+        (0..3).map(|number| draft(&lab, &mut moment.plan, &mut lot, number)).unzip();
     // A target may fail when all have done their work.
     let mut fails_late = lot.one_in(3);
-    lab.graph.change(|plan| drafts.iter_mut().try_for_each(|draft| draft.wire(plan))).await.unwrap();
+    moment.put_in_force(None).await.unwrap();
     let started = start_all(drafts, true);
     let jobs: Vec<_> = started.iter().map(|started| started.job.clone()).collect();
     let tasks: Vec<_> = started.into_iter().map(|started| rt::spawn(started.task)).collect();
