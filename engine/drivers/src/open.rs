@@ -160,7 +160,8 @@ impl Opener {
         let inherited = Inherited {
             read_only: true,
             auto_read_only: false,
-            discard: false,
+            // So that a commit gives back what the image below has no use for any more.
+            discard: image.options.discard,
             cache_direct: image.options.cache_direct,
             cache_no_flush: image.options.cache_no_flush,
             force_share: image.options.force_share,

@@ -245,7 +245,7 @@ impl Fields {
             Some(Value::Str(reference)) => Ok(Some(Child::Reference(reference))),
             Some(Value::Object(object)) => {
                 let prefix = format!("{}{name}.", self.prefix);
-                Ok(Some(Child::Inline(Box::new(NodeSpec::parse_at(object, prefix, depth + 1)?))))
+                Ok(Some(Child::Inline(Box::new(NodeSpec::parse_at(object, prefix, depth + 1, true)?))))
             }
             Some(_) => Err(self.wrong_type(name, "string or object")),
         }
@@ -368,12 +368,17 @@ impl NodeSpec {
     /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, `null-co://`, or `json:{…}`; with its format, or
     /// probed without. The format counts even if `json:{…}` says another, as in QEMU.
     pub fn image(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
+        Self::image_as(name, format, false)
+    }
+
+    /// The same where what is discarded is given back, or is not, if the options in `json:{…}` do not say.
+    pub fn image_as(name: &str, format: Option<&str>, unmap: bool) -> Result<Self, OpenError> {
         if let Some(json) = name.strip_prefix("json:") {
             let mut object = json_options(json)?;
             if let Some(format) = format {
                 object.insert("driver", format);
             }
-            return Self::parse(nest(object));
+            return Self::parse_as(nest(object), unmap);
         }
         let is_export = spec::is_name(name);
         let scheme = name.split(':').next().filter(|_| crate::names::has_protocol(name));
@@ -400,10 +405,16 @@ impl NodeSpec {
 
     /// From options with nested children (see [`nest`] for dotted ones).
     pub fn parse(object: Object) -> Result<Self, OpenError> {
-        Self::parse_at(object, String::new(), 0)
+        Self::parse_as(object, false)
     }
 
-    fn parse_at(object: Object, prefix: String, depth: u32) -> Result<Self, OpenError> {
+    /// The same where what is discarded is given back, or is not, if the options do not say.
+    pub fn parse_as(object: Object, unmap: bool) -> Result<Self, OpenError> {
+        Self::parse_at(object, String::new(), 0, unmap)
+    }
+
+    /// What is below a format gives back what is discarded unless it is told not to.
+    fn parse_at(object: Object, prefix: String, depth: u32, unmap: bool) -> Result<Self, OpenError> {
         if depth > MAX_NESTING {
             return Err(OpenError::text("Block node options are nested too deep".to_owned()));
         }
@@ -419,7 +430,7 @@ impl NodeSpec {
                 &[("off", DetectZeroes::Off), ("on", DetectZeroes::On), ("unmap", DetectZeroes::Unmap)],
             )?
             .unwrap_or_default();
-        if detect_zeroes == DetectZeroes::Unmap && discard != Some(true) {
+        if detect_zeroes == DetectZeroes::Unmap && !discard.unwrap_or(unmap) {
             return Err(OpenError::text(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
                     .to_owned(),

@@ -107,14 +107,20 @@ impl Qcow2 {
 
     /// Makes the disk what it was when the snapshot at this place of the list was taken, its size included.
     pub async fn apply_snapshot(&self, cx: &Cx<'_>, place: usize) -> Result<()> {
-        if !self.stored().directory().is_empty() {
-            return Err(IoError::new(16).with("Device has active dirty bitmaps"));
-        }
+        self.check_no_bitmaps()?;
         let _turn = self.resizing.lock().await;
         self.get_ready(cx).await?;
         let outcome = self.try_apply(cx, place).await;
         self.told(cx, outcome).await?.discard(self, cx).await;
         Ok(())
+    }
+
+    /// Fails if bitmaps say what was written since some moment: they would not know of a disk from another time.
+    pub fn check_no_bitmaps(&self) -> Result<()> {
+        match self.stored().directory().is_empty() {
+            true => Ok(()),
+            false => Err(IoError::new(16).with("Device has active dirty bitmaps")),
+        }
     }
 
     /// Writes the snapshot table anew, with everything that version 3 asks for in each entry.

@@ -111,7 +111,7 @@ impl Request {
         let text = |error: underlay_drivers::OpenError| error.to_string();
         let mut spec = match &self.source {
             Source::Name(name) if self.options.is_empty() => {
-                NodeSpec::image(name, self.format.as_deref()).map_err(text)?
+                NodeSpec::image_as(name, self.format.as_deref(), self.modes.discard).map_err(text)?
             }
             Source::Name(name) => self.with_options(name)?,
             Source::Options(options) => {
@@ -121,7 +121,7 @@ impl Request {
                 if nested.get("driver").is_none() && nested.get("file").is_none() {
                     return Err("Must specify either driver or file".to_owned());
                 }
-                NodeSpec::parse(nested).map_err(text)?
+                NodeSpec::parse_as(nested, self.modes.discard).map_err(text)?
             }
         };
         if let Some(offset) = self.offset {
@@ -173,7 +173,7 @@ impl Request {
         if object.get("file.driver").is_none() {
             object.insert("file.driver", driver);
         }
-        NodeSpec::parse(nest(object)).map_err(|error| error.to_string())
+        NodeSpec::parse_as(nest(object), self.modes.discard).map_err(|error| error.to_string())
     }
 }
 

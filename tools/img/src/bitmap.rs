@@ -91,12 +91,6 @@ pub async fn run(words: &[String]) -> Outcome {
             other => return Err(crate::unsupported(other)),
         }
     }
-    let [name, bitmap] = others.as_slice() else {
-        return Err(Failure::new(match actions.is_empty() {
-            true => NO_ACTION,
-            false => "Expecting filename and bitmap name",
-        }));
-    };
     if actions.is_empty() {
         return Err(Failure::new(NO_ACTION));
     }
@@ -109,7 +103,11 @@ pub async fn run(words: &[String]) -> Outcome {
     if source_format.is_some() && source.is_none() {
         return Err(Failure::new("-F only supported with -b"));
     }
-    let how = How { format: format.as_deref(), image_opts, write: true, ..How::default() };
+    let [name, bitmap] = others.as_slice() else {
+        return Err(Failure::new("Expecting filename and bitmap name"));
+    };
+    // What is below has nothing to say about bitmaps.
+    let how = How { format: format.as_deref(), image_opts, write: true, no_backing: true, ..How::default() };
     let opened = image(name, how).await?;
     let done = on(&opened, source.as_deref(), source_format.as_deref(), bitmap, granularity, &actions).await;
     // What was done before an error stays.
@@ -132,7 +130,7 @@ async fn on(
     let other = match source {
         None => None,
         Some(source) => {
-            let how = How { format: source_format, ..How::default() };
+            let how = How { format: source_format, no_backing: true, ..How::default() };
             Some(image_in(graph.clone(), source, how).await?)
         }
     };

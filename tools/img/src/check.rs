@@ -61,6 +61,9 @@ pub async fn run(words: &[String]) -> Outcome {
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
     let how = How { format: format.as_deref(), image_opts, force_share, ..How::default() };
     let opened = image(name, how).await?;
+    if fix != Fix::None {
+        opened.warn_if_guessed();
+    }
     let driver = opened.wires().view(opened.node()).node().driver();
     if driver != "qcow2" {
         opened.close().await?;

@@ -1,6 +1,5 @@
 //! `commit`: copies what an image has into one below it, then empties the image.
 
-use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use underlay_sys::rt;
 
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
+use crate::progress::Progress;
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -78,12 +78,14 @@ pub async fn run(words: &[String]) -> Outcome {
     cache.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
     request.progress &= !request.quiet;
     let (format, image_opts) = (request.format.as_deref(), request.image_opts);
-    let how = How { format, image_opts, write: true, ..How::default() };
+    let how = How { format, image_opts, write: true, unmap: true, ..How::default() };
     let mut opened = image(name, how).await?;
     opened.warn_if_guessed();
+    let progress = Arc::new(Progress::start(request.progress));
     let base = find_base(&opened, name, request.base.as_deref())?;
-    let done = commit_and_empty(&mut opened, base, &request).await;
+    let done = commit_and_empty(&mut opened, base, &request, &progress).await;
     let closed = opened.close().await;
+    drop(progress);
     done.and(closed)?;
     if !request.quiet {
         println!("Image committed.");
@@ -133,16 +135,21 @@ impl Heard {
 }
 
 /// Nobody else can write to the image between the two.
-async fn commit_and_empty(opened: &mut Image, base: NodeId, request: &Request) -> Outcome {
+async fn commit_and_empty(
+    opened: &mut Image,
+    base: NodeId,
+    request: &Request,
+    progress: &Arc<Progress>,
+) -> Outcome {
     if request.drop {
-        return commit(opened, base, request).await;
+        return commit(opened, base, request, progress).await;
     }
     opened.keep().await?;
-    commit(opened, base, request).await?;
+    commit(opened, base, request, progress).await?;
     empty(opened).await
 }
 
-async fn commit(opened: &Image, base: NodeId, request: &Request) -> Outcome {
+async fn commit(opened: &Image, base: NodeId, request: &Request, progress: &Arc<Progress>) -> Outcome {
     let heard = Arc::<Heard>::default();
     let args = CommitArgs {
         settings: Settings { id: Some("commit".into()), speed: request.rate, ..Settings::default() },
@@ -159,7 +166,7 @@ async fn commit(opened: &Image, base: NodeId, request: &Request) -> Outcome {
     let started = started.map_err(|error| Failure::new(error.to_string()))?;
     let job = started.job;
     rt::spawn_background(0, started.task);
-    let shown = request.progress.then(|| rt::spawn(show(job.clone(), heard.clone())));
+    let shown = request.progress.then(|| rt::spawn(show(job.clone(), heard.clone(), progress.clone())));
     heard.ready.notified().await;
     // An error has ended it before it was ready, or it is to end now.
     let _ = job.complete();
@@ -168,22 +175,26 @@ async fn commit(opened: &Image, base: NodeId, request: &Request) -> Outcome {
         shown.await;
     }
     match heard.end() {
-        Some(Some(error)) => Err(Failure::new(error)),
+        Some(Some(error)) => Err(Failure::new(format!("Block job failed: {error}"))),
         _ => Ok(()),
     }
 }
 
 /// The progress, until the end.
-async fn show(job: Arc<Job>, heard: Arc<Heard>) {
+async fn show(job: Arc<Job>, heard: Arc<Heard>, progress: Arc<Progress>) {
     loop {
-        let over = heard.end().is_some();
+        let end = heard.end();
+        if matches!(end, Some(Some(_))) {
+            return;
+        }
+        let over = end.is_some();
         let info = job.info();
         let percent = if over { 100.0 } else { info.current as f64 * 100.0 / info.total.max(1) as f64 };
-        print!("    ({percent:.2}/100%)\r");
-        // Where it cannot be shown there is nobody to see it.
-        let _ = std::io::stdout().flush();
+        // That nothing is done yet has been said.
+        if percent > 0.0 {
+            progress.show(percent);
+        }
         if over {
-            println!();
             return;
         }
         rt::sleep(TICK).await;

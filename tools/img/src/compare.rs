@@ -60,11 +60,12 @@ pub async fn run(words: &[String]) -> Outcome {
     };
     let names = [first.as_str(), second.as_str()];
     let trouble = |failure: Failure| Failure { status: failure.status.max(2), ..failure };
+    let progress = Progress::new(progress && !quiet);
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache")).map_err(trouble)?;
     let how = |at: usize| How { format: formats[at].as_deref(), image_opts, force_share, ..How::default() };
     let first = image(first, how(0)).await.map_err(trouble)?;
     let second = image(second, how(1)).await.map_err(trouble)?;
-    let progress = Progress::start(progress && !quiet);
+    progress.show(0.0);
     let compared = Comparison { first: &first, second: &second, strict, quiet, progress: &progress, names };
     let difference = compared.run().await.map_err(trouble)?;
     first.close().await.map_err(trouble)?;
@@ -72,7 +73,6 @@ pub async fn run(words: &[String]) -> Outcome {
     if !quiet {
         println!("{}", difference.as_deref().unwrap_or("Images are identical."));
     }
-    progress.end();
     difference.map_or(Ok(()), |_| Err(Failure::status(1)))
 }
 
@@ -86,8 +86,13 @@ struct Comparison<'a> {
     names: [&'a str; 2],
 }
 
-/// A chunk that is read and compared: where the difference is, if there is one.
-type Chunk = rt::JoinHandle<Result<Option<u64>, Failure>>;
+/// A chunk that is read and compared, if that has to be.
+struct Chunk {
+    /// Where the difference is, if there is one.
+    task: Option<rt::JoinHandle<Result<Option<u64>, Failure>>>,
+    /// How much has been compared with this chunk, in percent.
+    percent: f64,
+}
 
 impl Comparison<'_> {
     /// The difference, in words.
@@ -121,49 +126,56 @@ impl Comparison<'_> {
         while !rest.is_empty() {
             let looked = self.look(rest, first, second).await?;
             if self.strict && !looked.alike {
-                if let Some(at) = drain(&mut running).await? {
+                if let Some(at) = self.drain(&mut running).await? {
                     return Ok(Some(mismatch(at)));
                 }
                 return Ok(Some(format!("Strict mode: Offset {} block status mismatch!", rest.start())));
             }
             let (run, after) = rest.split(if looked.zero { looked.len } else { looked.len.min(CHUNK) });
             rest = after;
-            self.progress.show(run.end() as f64 * 100.0 / all as f64);
+            let percent = run.end() as f64 * 100.0 / all as f64;
             if looked.zero {
+                running.push_back(Chunk { task: None, percent });
                 continue;
             }
             let side = |image: &Image| (image.root.clone(), self.name(image).to_owned());
             let (one, other) = (side(first), second.map(side));
-            running.push_back(rt::spawn(async move { differ(run, one, other).await }));
-            if running.len() >= WORKERS
-                && let Some(at) = next(&mut running).await?
-            {
-                return Ok(Some(mismatch(at)));
+            let task = Some(rt::spawn(async move { differ(run, one, other).await }));
+            running.push_back(Chunk { task, percent });
+            while running.len() >= WORKERS {
+                if let Some(at) = self.next(&mut running).await? {
+                    return Ok(Some(mismatch(at)));
+                }
             }
         }
-        Ok(drain(&mut running).await?.map(mismatch))
+        Ok(self.drain(&mut running).await?.map(mismatch))
+    }
+
+    /// The result of the oldest chunk.
+    async fn next(&self, running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
+        let Some(chunk) = running.pop_front() else { return Ok(None) };
+        let found = match chunk.task {
+            Some(task) => task.await?,
+            None => None,
+        };
+        if found.is_none() {
+            self.progress.show(chunk.percent);
+        }
+        Ok(found)
+    }
+
+    async fn drain(&self, running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
+        while !running.is_empty() {
+            if let Some(at) = self.next(running).await? {
+                return Ok(Some(at));
+            }
+        }
+        Ok(None)
     }
 }
 
 fn mismatch(at: u64) -> String {
     format!("Content mismatch at offset {at}!")
-}
-
-/// The result of the oldest chunk.
-async fn next(running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
-    match running.pop_front() {
-        Some(chunk) => chunk.await,
-        None => Ok(None),
-    }
-}
-
-async fn drain(running: &mut VecDeque<Chunk>) -> Result<Option<u64>, Failure> {
-    while !running.is_empty() {
-        if let Some(at) = next(running).await? {
-            return Ok(Some(at));
-        }
-    }
-    Ok(None)
 }
 
 /// What both images say about the first bytes of a range, before they are read.

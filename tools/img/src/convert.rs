@@ -65,6 +65,7 @@ struct Request {
     options: Option<Vec<(String, String)>>,
     backing: Option<String>,
     backing_format: Option<String>,
+    /// Of the target and the source.
     caches: (Option<String>, Option<String>),
     compressed: bool,
     bitmaps: bool,
@@ -109,25 +110,34 @@ pub async fn run(words: &[String]) -> Outcome {
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));
     };
-    if request.backing.is_some() && sources.len() > 1 {
-        return Err(Failure::new(
-            "Having a backing file for the target makes no sense when concatenating multiple input images",
-        ));
-    }
-    if request.backing.is_some() {
-        check_backing(&request)?;
-    }
-    convert(sources, target, &request).await
+    let progress = Progress::start(request.progress);
+    convert(sources, target, &request, &progress).await
 }
 
-fn check_backing(request: &Request) -> Outcome {
-    if request.target_format() == "raw" && !request.target_image_opts {
+/// What can be said against a target that is to be made, in the reference's order.
+fn check_new(request: &Request, sources: usize) -> Outcome {
+    let format = request.target_format();
+    create::understood(format, request.options.as_deref().unwrap_or_default())?;
+    if request.backing.is_some() && format == "raw" {
         return Err(Failure::new("Backing file not supported for file format 'raw'"));
     }
-    if request.no_create || request.backing_format.is_some() {
-        return Ok(());
+    check_backing(request, sources)?;
+    if request.backing.is_some() && request.backing_format.is_none() {
+        return Err(Failure::new("Use of backing file requires explicit backing format"));
     }
-    Err(Failure::new("Use of backing file requires explicit backing format"))
+    if request.compressed && format == "raw" {
+        return Err(Failure::new("Compression not supported for this file format"));
+    }
+    Ok(())
+}
+
+fn check_backing(request: &Request, sources: usize) -> Outcome {
+    match request.backing.is_some() && sources > 1 {
+        true => Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        )),
+        false => Ok(()),
+    }
 }
 
 impl Request {
@@ -186,20 +196,25 @@ impl Request {
         if self.target_is_zero && !self.no_create {
             return Err(Failure::new("--target-is-zero requires use of -n flag"));
         }
+        if self.target_is_zero && self.backing.is_some() {
+            let text = "Cannot use --target-is-zero when the destination image has a backing file";
+            return Err(Failure::new(text));
+        }
         if self.skip_broken_bitmaps && !self.bitmaps {
             return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
         let format = self.target_format().to_owned();
+        let mut backing = (None, None);
         for (name, value) in std::mem::take(&mut self.options).into_iter().flatten() {
             match name.as_str() {
-                "backing_file" if format == "qcow2" => self.backing = Some(value),
-                "backing_fmt" if format == "qcow2" => self.backing_format = Some(value),
+                "backing_file" if format == "qcow2" => backing.0 = Some(value),
+                "backing_fmt" if format == "qcow2" => backing.1 = Some(value),
                 _ => self.options.get_or_insert_default().push((name, value)),
             }
         }
-        let (target, source) = std::mem::take(&mut self.caches);
-        source.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
-        target.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
+        self.backing = self.backing.take().or(backing.0);
+        self.backing_format = self.backing_format.take().or(backing.1);
+        self.caches.1.as_ref().map_or(Ok(()), |mode| check_cache(mode, "source cache"))?;
         self.progress &= !self.quiet;
         Ok(())
     }
@@ -243,7 +258,7 @@ async fn make(target: &str, size: u64, request: &Request) -> Outcome {
     })
 }
 
-async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome {
+async fn convert(sources: &[String], target: &str, request: &Request, progress: &Progress) -> Outcome {
     let mut inputs = Vec::new();
     let mut total = 0_u64;
     for name in sources {
@@ -262,6 +277,10 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         inputs.push((total, length, Arc::new(input)));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
+    match request.no_create {
+        true => check_backing(request, sources.len())?,
+        false => check_new(request, sources.len())?,
+    }
     if request.bitmaps {
         let [(_, _, source)] = inputs.as_slice() else {
             return Err(Failure::new("Copying bitmaps only possible with single source"));
@@ -269,11 +288,9 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         bitmap::check_source(source, request.skip_broken_bitmaps)?;
     }
     if !request.no_create {
-        if request.compressed && request.target_format() == "raw" {
-            return Err(Failure::new("Compression not supported for this file format"));
-        }
         make(target, total, request).await?;
     }
+    request.caches.0.as_ref().map_or(Ok(()), |mode| check_cache(mode, "cache"))?;
     // Parts of clusters get the rest of them from the backing file.
     let no_backing = request.backing.is_none();
     let how = How {
@@ -283,6 +300,7 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
         },
         image_opts: request.target_image_opts,
         write: true,
+        unmap: request.sparse != Some(0),
         no_backing,
         ..How::default()
     };
@@ -296,7 +314,7 @@ async fn convert(sources: &[String], target: &str, request: &Request) -> Outcome
     if output.length().await? < total {
         return Err(Failure::new("output file is smaller than input file"));
     }
-    let copied = copy_all(inputs, &output, total, request).await;
+    let copied = copy_all(inputs, &output, total, request, progress).await;
     // Closed after an error too: what was copied so far is then a sound image.
     let output = Arc::into_inner(output).ok_or_else(|| Failure::new("the target is still in use"))?;
     let closed = output.close().await;
@@ -309,15 +327,31 @@ async fn copy_all(
     output: &Arc<Image>,
     total: u64,
     request: &Request,
+    progress: &Progress,
 ) -> Outcome {
     let no_backing = request.backing.is_none();
-    let known_zero = no_backing && (!request.no_create || request.target_is_zero);
-    let progress = Progress::start(request.progress);
+    let cluster = cluster_size(output);
+    let zero_from = match (no_backing, request.no_create) {
+        (true, false) => 0,
+        (true, true) if request.target_is_zero => 0,
+        (_, true) => u64::MAX,
+        (false, false) => backing_length(output).await?.next_multiple_of(cluster),
+    };
     let mut pace = Pace::default();
     for (start, length, input) in inputs {
         let below = if no_backing { None } else { Some(shared_backing(&input, output)) };
-        let progress = &progress;
-        let copy = Copy { input: &input, output, request, start, length, total, known_zero, below, progress };
+        let copy = Copy {
+            input: &input,
+            output,
+            request,
+            start,
+            length,
+            total,
+            cluster,
+            zero_from,
+            below,
+            progress,
+        };
         copy.run(&mut pace).await?;
         if request.bitmaps {
             bitmap::copy_all(&input, output).await?;
@@ -325,7 +359,6 @@ async fn copy_all(
         Arc::into_inner(input).ok_or_else(|| Failure::new("the source is still in use"))?.close().await?;
     }
     progress.show(100.0);
-    progress.end();
     Ok(())
 }
 
@@ -340,6 +373,18 @@ fn shared_backing(input: &Image, output: &Image) -> Option<NodeId> {
     found.filter(|id| *id != input.node()).or(own)
 }
 
+fn cluster_size(image: &Image) -> u64 {
+    image.wires().view(image.node()).node().image_info().cluster_size.unwrap_or(65536)
+}
+
+/// How long the image's backing file is.
+async fn backing_length(image: &Image) -> Result<u64, Failure> {
+    let failed = |error: IoError| Failure::new(error.to_string());
+    let inside = image.root.enter().await.map_err(failed)?;
+    let below = inside.cx().child(Role::Backing);
+    Ok(below.map_or(0, |below| below.length()))
+}
+
 /// One input on its way to its place in the output.
 struct Copy<'a> {
     input: &'a Arc<Image>,
@@ -348,8 +393,10 @@ struct Copy<'a> {
     start: u64,
     length: u64,
     total: u64,
-    /// The target reads zeroes where nothing is written.
-    known_zero: bool,
+    /// Of the output, in bytes.
+    cluster: u64,
+    /// From here on the output reads zeroes where nothing is written.
+    zero_from: u64,
     /// The target has a backing file, and this is where the source's own data ends (`None`: it has nothing below).
     below: Option<Option<NodeId>>,
     progress: &'a Progress,
@@ -381,12 +428,10 @@ impl Copy<'_> {
     /// Starts all chunks, as many at a time as there are workers; the last ones are still `running` then. Stops at an error.
     async fn start_all(&self, pace: &mut Pace, running: &mut Running) -> Outcome {
         let (request, output) = (self.request, self.output);
-        let cluster = output.wires().view(output.node()).node().image_info().cluster_size.unwrap_or(65536);
         // Compressed clusters are packed one behind the other: in order.
         let workers = if request.compressed { 1 } else { request.workers };
-        let sparse = if request.compressed { cluster } else { request.sparse.unwrap_or(4096) };
-        let unit =
-            self.input.wires().view(self.input.node()).node().image_info().cluster_size.unwrap_or(65536);
+        let sparse = if request.compressed { self.cluster } else { request.sparse.unwrap_or(4096) };
+        let unit = cluster_size(self.input);
         // Who cares where the holes are has to look at every byte.
         let reflinks = Reflinks::new(!request.compressed && request.sparse.is_none() && request.rate == 0);
         let mut rest = ByteRange::between(0, self.length);
@@ -394,10 +439,10 @@ impl Copy<'_> {
         // The first one's turn has come: its sender is gone.
         let mut turn = oneshot::channel::<()>().1;
         while !rest.is_empty() {
-            let (kind, len) = match self.look(rest, cluster).await {
+            let (kind, len) = match self.look(rest).await {
                 Ok(looked) => looked,
                 // One bad entry may be in the way of many good ones.
-                Err(_) => match self.look(rest.split(unit - rest.start() % unit).0, cluster).await {
+                Err(_) => match self.look(rest.split(unit - rest.start() % unit).0).await {
                     Ok(looked) => looked,
                     Err(error) => self.unknown(rest, error)?,
                 },
@@ -411,7 +456,8 @@ impl Copy<'_> {
             }
             let (run, after) = rest.split(if kind == Kind::Data { len.min(CHUNK) } else { len });
             rest = after;
-            if kind == Kind::Shared || kind == Kind::Zero && self.known_zero {
+            let known_zero = self.start + run.start() >= self.zero_from;
+            if kind == Kind::Shared || kind == Kind::Zero && known_zero {
                 continue;
             }
             if running.len() >= workers {
@@ -429,7 +475,7 @@ impl Copy<'_> {
                 run,
                 start: self.start,
                 zero: kind == Kind::Zero,
-                known_zero: self.known_zero,
+                known_zero,
                 salvage: request.salvage.then_some(request.quiet),
             };
             let compressed = request.compressed;
@@ -481,7 +527,11 @@ impl Copy<'_> {
     }
 
     /// What to do with the first bytes of `rest`, and with how many.
-    async fn look(&self, rest: ByteRange, cluster: u64) -> Result<(Kind, u64), IoError> {
+    async fn look(&self, rest: ByteRange) -> Result<(Kind, u64), IoError> {
+        let cluster = self.cluster;
+        // Not across the place from which on zeroes need not be written.
+        let until = self.zero_from.saturating_sub(self.start);
+        let rest = if rest.start() < until { rest.before(until) } else { rest };
         let inside = self.input.root.enter().await?;
         let found = status(&inside.cx(), rest, self.below.flatten()).await?;
         let compressed = self.request.compressed;

@@ -128,14 +128,41 @@ pub async fn target(
     make(name, Some(size), request).await
 }
 
+/// Whether options can be understood, before anything is made.
+pub fn understood(format: &str, options: &[(String, String)]) -> Outcome {
+    let read = match format {
+        "qcow2" => wanted(options).map(|_| ()),
+        "raw" | "file" => raw_options(options.to_vec()).map(|_| ()),
+        other => Err(unknown_target(other)),
+    };
+    match read {
+        Err(Refused::Option(failure)) => Err(failure),
+        // What else is wrong is told when it is made.
+        _ => Ok(()),
+    }
+}
+
+fn unknown_target(format: &str) -> Refused {
+    match format {
+        "null-co" | "null-aio" => {
+            bad_option(format!("Format driver '{format}' does not support image creation"))
+        }
+        other => bad_option(format!("Unknown file format '{other}'")),
+    }
+}
+
 async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(), Refused> {
+    let mut backing = (None, None);
     for (option, value) in std::mem::take(&mut request.options) {
         match option.as_str() {
-            "backing_file" if request.format == "qcow2" => request.backing = Some(value),
-            "backing_fmt" if request.format == "qcow2" => request.backing_format = Some(value),
+            // -b and -F go before these.
+            "backing_file" if request.format == "qcow2" => backing.0 = Some(value),
+            "backing_fmt" if request.format == "qcow2" => backing.1 = Some(value),
             _ => request.options.push((option, value)),
         }
     }
+    request.backing = request.backing.or(backing.0);
+    request.backing_format = request.backing_format.or(backing.1);
     if request.backing.as_deref() == Some("") {
         return Err(cannot("Expected backing file name, got empty string"));
     }
@@ -146,11 +173,21 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
     match request.format.as_str() {
         "qcow2" => make_qcow2(name, size, request).await,
         "raw" | "file" => make_raw(name, size, request).await,
-        "null-co" | "null-aio" => {
-            Err(bad_option(format!("Format driver '{}' does not support image creation", request.format)))
-        }
-        other => Err(bad_option(format!("Unknown file format '{other}'"))),
+        other => Err(unknown_target(other)),
     }
+}
+
+/// The size and the mode of preallocation of a raw image.
+fn raw_options(options: Vec<(String, String)>) -> Result<(Option<u64>, Option<String>), Refused> {
+    let (mut size, mut mode) = (None, None);
+    for (option, value) in options {
+        match option.as_str() {
+            "size" => size = Some(size_option(&option, &value)?),
+            "preallocation" => mode = Some(value),
+            other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
+        }
+    }
+    Ok((size, mode))
 }
 
 async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
@@ -158,34 +195,26 @@ async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(),
         let text = format!("Backing file not supported for file format '{}'", request.format);
         return Err(cannot(text));
     }
-    let (mut wanted, mut mode) = (None, None);
-    let mut shown = String::new();
-    for (option, value) in request.options {
-        match option.as_str() {
-            "size" => wanted = Some(size_option(&option, &value)?),
-            "preallocation" => {
-                shown = format!(" preallocation={value}");
-                mode = Some(value);
-            }
-            other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
-        }
-    }
+    let (wanted, mode) = raw_options(request.options)?;
+    let shown = mode.as_ref().map(|mode| format!(" preallocation={mode}")).unwrap_or_default();
     let size = only_one(size, wanted)?;
     let size = size.ok_or_else(|| cannot("Image creation needs a size parameter"))?;
     if !request.quiet {
         println!("Formatting '{name}', fmt={} size={size}{shown}", request.format);
     }
-    let mode = mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode))?;
+    let unknown = |mode: &str| cannot(format!("invalid parameter value: {mode}"));
+    let mode =
+        mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode).ok_or_else(|| unknown(&mode)))?;
     create::raw(name, size.next_multiple_of(512), mode).await.map_err(failed)
 }
 
-fn preallocation(value: &str) -> Result<Preallocation, Refused> {
-    Ok(match value {
+fn preallocation(value: &str) -> Option<Preallocation> {
+    Some(match value {
         "off" => Preallocation::Off,
         "metadata" => Preallocation::Metadata,
         "falloc" => Preallocation::Falloc,
         "full" => Preallocation::Full,
-        other => return Err(cannot(format!("Parameter 'preallocation' does not accept value '{other}'"))),
+        _ => return None,
     })
 }
 
@@ -262,8 +291,8 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
 }
 
 impl Wanted {
-    /// Reads the words.
-    fn finish(self) -> Result<CreateOptions, Refused> {
+    /// Reads the words, in the reference's order.
+    fn finish(self, request: &Request) -> Result<CreateOptions, Refused> {
         let mut options = self.options;
         let refused = |name: &str, value: &str| {
             Err(cannot(format!("Parameter '{name}' does not accept value '{value}'")))
@@ -274,13 +303,22 @@ impl Wanted {
             Some("1.1" | "v3") => options.version = Version::V3,
             Some(other) => return refused("version", other),
         }
+        if let Some(format) = unknown_format(request) {
+            return refused("backing-fmt", format);
+        }
         if let Some(mode) = &self.preallocation {
-            options.preallocation = preallocation(mode)?;
+            options.preallocation = match preallocation(mode) {
+                Some(mode) => mode,
+                None => return refused("preallocation", mode),
+            };
         }
         match self.compression.as_deref() {
             None | Some("zlib") => {}
             Some("zstd") => options.compression = Compression::Zstd,
             Some(other) => return refused("compression-type", other),
+        }
+        if request.backing.is_none() && request.backing_format.is_some() {
+            return Err(cannot("Backing format cannot be used without backing file"));
         }
         options.size = options.size.next_multiple_of(512);
         Ok(options)
@@ -295,10 +333,7 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(
     if !request.quiet {
         println!("{}", formatting(name, &wanted, &request));
     }
-    if request.backing.is_none() && request.backing_format.is_some() {
-        return Err(cannot("Backing format cannot be used without backing file"));
-    }
-    create::qcow2(name, &wanted.finish()?).await.map_err(failed)
+    create::qcow2(name, &wanted.finish(&request)?).await.map_err(failed)
 }
 
 /// The size is an argument or an option.
@@ -354,10 +389,6 @@ async fn backing_and_size(
     let Some(backing) = &request.backing else {
         return size.ok_or_else(|| Failure::new("Image creation needs a size parameter"));
     };
-    if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known(format)) {
-        let text = format!("Unknown driver '{format}'\nCould not open backing image.");
-        return Err(Failure::new(text));
-    }
     if resolve_backing(name, backing) == name {
         let text = "Error: Trying to create an image with the same filename as the backing file";
         return Err(Failure::new(text));
@@ -369,12 +400,20 @@ async fn backing_and_size(
         }
         return size.ok_or_else(|| Failure::new("Image creation needs a size parameter"));
     }
+    if let Some(format) = unknown_format(request) {
+        let text = format!("Unknown driver '{format}'\nCould not open backing image.");
+        return Err(Failure::new(text));
+    }
     let how = How { format: request.backing_format.as_deref(), force_share: true, ..How::default() };
-    let opened = image(&resolve_backing(name, backing), how).await;
+    let place = resolve_backing(name, backing);
+    if name.is_empty() && place == *backing && !backing.starts_with('/') {
+        return Err(Failure::new("Cannot use relative backing file names for ''"));
+    }
+    let opened = image(&place, how).await;
     let below = opened.map_err(|failure| {
         let message = failure.message.unwrap_or_default();
         // Of a file that is not there the reference's text comes without the outer half.
-        let plain = format!("Could not open '{backing}': ");
+        let plain = format!("Could not open '{place}': ");
         let message =
             message.strip_prefix(&plain).filter(|rest| rest.starts_with(&plain)).unwrap_or(&message);
         Failure::new(format!("{message}\nCould not open backing image."))
@@ -389,6 +428,8 @@ async fn backing_and_size(
     Ok(size.unwrap_or(length))
 }
 
-fn is_known(format: &str) -> bool {
-    matches!(format, "qcow2" | "raw" | "file" | "host_device" | "null-co" | "null-aio")
+/// The format that the backing file is said to have, if there is none of that name.
+fn unknown_format(request: &Request) -> Option<&str> {
+    const KNOWN: [&str; 6] = ["qcow2", "raw", "file", "host_device", "null-co", "null-aio"];
+    request.backing_format.as_deref().filter(|format| !KNOWN.contains(format))
 }

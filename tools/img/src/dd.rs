@@ -114,7 +114,7 @@ async fn copy(request: &Request) -> Outcome {
         return Err(Failure::new(format!("{output}: input and output are the same file")));
     }
     if start > end {
-        eprintln!("qemu-img: {}: cannot skip to specified offset", from.name());
+        eprintln!("qemu-img: {input}: cannot skip to specified offset");
     }
     let range = ByteRange::between(start.min(end), end);
     let format = request.target_format.as_str();

@@ -170,8 +170,9 @@ async fn of_qcow2(size: u64, source: Option<&Image>, request: &Request) -> Resul
         Refused::Create(failure) => failure,
     })?;
     let is_v2 = match wanted.compat.as_deref() {
-        None | Some("1.1" | "v3") => false,
-        Some("0.10" | "v2") => true,
+        None | Some("1.1") => false,
+        // The newer names are only known where images are made.
+        Some("0.10") => true,
         Some(other) => return Err(Failure::new(format!("Invalid compatibility level: '{other}'"))),
     };
     let preallocated = match wanted.preallocation.as_deref() {

@@ -28,6 +28,8 @@ pub struct How<'a> {
     pub write: bool,
     /// Resizing it, too.
     pub resize: bool,
+    /// That what is discarded is given back goes without saying. (It is in any case; this is for options that need it.)
+    pub unmap: bool,
     /// Share it with whoever uses it.
     pub force_share: bool,
     /// Refuse an image that somebody may be writing to.
@@ -69,7 +71,7 @@ pub async fn image_in(graph: Arc<Graph>, name: &str, how: How<'_>) -> Result<Ima
     };
     let mut spec = match how.image_opts {
         true => listed(name, how, &|error| failed(error, None))?,
-        false => NodeSpec::image(name, how.format).map_err(|error| failed(&error, None))?,
+        false => NodeSpec::image_as(name, how.format, how.unmap).map_err(|error| failed(&error, None))?,
     };
     if how.protocol {
         spec = stored_in(spec);
@@ -159,11 +161,28 @@ fn listed(
         // There is no other node.
         return Err(failed(&GraphError::NeitherDeviceNorNode(node.clone())));
     }
-    let spec = NodeSpec::parse(options).map_err(|error| failed(&error))?;
+    if how.no_backing
+        && let Some(option) = backing_option(options.get("backing"))
+    {
+        return Err(failed(&format_args!(
+            "Block format '{}' does not support the option '{option}'",
+            options.get("driver").and_then(Value::as_str).unwrap_or_default()
+        )));
+    }
+    let spec = NodeSpec::parse_as(options, how.unmap).map_err(|error| failed(&error))?;
     if how.force_share && spec.force_share == Some(false) {
         return Err(Failure::new("--force-share/-U conflicts with image options"));
     }
     Ok(spec)
+}
+
+/// What is said of what is below an image that is opened without it.
+fn backing_option(backing: Option<&Value>) -> Option<String> {
+    match backing? {
+        Value::Object(options) => options.iter().next().map(|(name, _)| format!("backing.{name}")),
+        Value::Str(name) if !name.is_empty() => Some("backing".to_owned()),
+        _ => None,
+    }
 }
 
 /// What an image is stored in, opened as the image was to be.

@@ -2,16 +2,21 @@
 
 use std::io::Write;
 
-/// Shows how much is done, if anybody wants to know.
+/// Shows how much is done, if anybody wants to know, and leaves its line at the end.
 #[derive(Debug)]
 pub struct Progress {
     on: bool,
 }
 
 impl Progress {
+    /// Shows nothing yet.
+    pub fn new(on: bool) -> Self {
+        Self { on }
+    }
+
     /// Begins with nothing done.
     pub fn start(on: bool) -> Self {
-        let progress = Self { on };
+        let progress = Self::new(on);
         progress.show(0.0);
         progress
     }
@@ -24,9 +29,10 @@ impl Progress {
             let _ = std::io::stdout().flush();
         }
     }
+}
 
-    /// Leaves the line.
-    pub fn end(self) {
+impl Drop for Progress {
+    fn drop(&mut self) {
         if self.on {
             println!();
         }

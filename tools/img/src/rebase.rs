@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use underlay_drivers::names;
 use underlay_graph::status::status;
-use underlay_graph::{BackingRef, ByteRange, IoError, Role, WriteFlags, ZeroFlags};
+use underlay_graph::{BackingRef, ByteRange, IoError, NodeId, Role, WriteFlags, ZeroFlags};
 use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
@@ -82,16 +82,17 @@ pub async fn run(words: &[String]) -> Outcome {
     let [name] = others.as_slice() else {
         return Err(Failure::usage("Expecting one image file name", "rebase"));
     };
+    request.progress &= !quiet;
     if !request.blindly && request.backing.is_none() {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)", "rebase"));
     }
+    let progress = Progress::start(request.progress);
     caches.0.map_or(Ok(()), |mode| check_cache(&mode, "cache"))?;
     caches.1.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
-    request.progress &= !quiet;
-    rebase(name, &request).await
+    rebase(name, &request, &progress).await
 }
 
-async fn rebase(name: &str, request: &Request) -> Outcome {
+async fn rebase(name: &str, request: &Request, progress: &Progress) -> Outcome {
     let how = How {
         format: request.format.as_deref(),
         image_opts: request.image_opts,
@@ -101,23 +102,31 @@ async fn rebase(name: &str, request: &Request) -> Outcome {
     };
     let opened = Arc::new(image(name, how).await?);
     opened.warn_if_guessed();
+    if request.compressed && opened.is_raw() {
+        return Err(Failure::new("Compression not supported for this file format"));
+    }
     if let Some(format) = request.backing_format.as_deref().filter(|format| !FORMATS.contains(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
     let wanted = request.backing.as_deref().filter(|name| !name.is_empty());
-    check_header(&opened, request, wanted)?;
     if !request.blindly {
         let new = match wanted {
             Some(wanted) => Some(Arc::new(new_backing(opened.name(), wanted, request).await?)),
             None => None,
         };
+        check_header(&opened, request, wanted).inspect_err(|_| progress.show(100.0))?;
         let copied = Copy { image: opened.clone(), new: new.clone(), compressed: request.compressed };
-        Arc::new(copied).run(request.progress).await?;
+        Arc::new(copied).run(progress).await?;
         if let Some(new) = new {
             last(new)?.close().await?;
         }
     }
-    note(&opened, request, wanted).await?;
+    let noted = match check_header(&opened, request, wanted) {
+        Ok(()) => note(&opened, request, wanted).await,
+        refused => refused,
+    };
+    progress.show(100.0);
+    noted?;
     last(opened)?.close().await
 }
 
@@ -171,18 +180,20 @@ struct Copy {
 }
 
 impl Copy {
-    async fn run(self: Arc<Self>, progress: bool) -> Outcome {
+    async fn run(self: Arc<Self>, progress: &Progress) -> Outcome {
         let failed = |error: IoError| Failure::new(format!("error while reading image metadata: {error}"));
         let length = self.image.root.length().await.map_err(failed)?;
         let wires = self.image.wires();
         let below = wires.plan().node(self.image.node()).child(Role::Backing);
-        let progress = Progress::start(progress);
         let mut rest = ByteRange::between(0, length);
         let mut running: VecDeque<rt::JoinHandle<Outcome>> = VecDeque::new();
         while !rest.is_empty() {
             progress.show(rest.start() as f64 * 100.0 / length as f64);
             let looked = self.look(rest, below).await.map_err(failed)?;
-            let (own, len) = if self.compressed { self.in_clusters(rest, looked) } else { looked };
+            let (own, len) = match self.compressed {
+                true => self.in_clusters(rest, looked, below).await.map_err(failed)?,
+                false => looked,
+            };
             // What both say to be zero is not read.
             let (found, later) = rest.split(if own { len } else { len.min(CHUNK) });
             rest = later;
@@ -200,8 +211,6 @@ impl Copy {
         for chunk in running {
             chunk.await?;
         }
-        progress.show(100.0);
-        progress.end();
         Ok(())
     }
 
@@ -211,21 +220,35 @@ impl Copy {
 
     /// The same of whole clusters, as only these are written compressed: one of which a part may have to be copied is
     /// copied. `rest` begins with a cluster.
-    fn in_clusters(&self, rest: ByteRange, (own, len): (bool, u64)) -> (bool, u64) {
+    async fn in_clusters(
+        &self,
+        rest: ByteRange,
+        (own, len): (bool, u64),
+        below: Option<NodeId>,
+    ) -> Result<(bool, u64), IoError> {
         let cluster = self.cluster();
         let whole = if len == rest.len() { len } else { len - len % cluster };
-        match own && whole > 0 {
-            true => (true, whole),
-            false => (false, len.next_multiple_of(cluster).min(rest.len())),
+        if own && whole > 0 {
+            return Ok((true, whole));
         }
+        if !own {
+            return Ok((false, len.next_multiple_of(cluster).min(rest.len())));
+        }
+        // The rest of the cluster may be its own in another way.
+        let (first, _) = rest.split(cluster);
+        let mut later = first.split(len).1;
+        while !later.is_empty() {
+            let (own, len) = self.look(later, below).await?;
+            if !own {
+                return Ok((false, first.len()));
+            }
+            later = later.split(len).1;
+        }
+        Ok((true, first.len()))
     }
 
     /// Whether the first bytes of `range` are the image's own, or the same anyway; and how many.
-    async fn look(
-        &self,
-        range: ByteRange,
-        below: Option<underlay_graph::NodeId>,
-    ) -> Result<(bool, u64), IoError> {
+    async fn look(&self, range: ByteRange, below: Option<NodeId>) -> Result<(bool, u64), IoError> {
         let found = {
             let inside = self.image.root.enter().await?;
             status(&inside.cx(), range, below).await?

@@ -83,6 +83,9 @@ pub async fn run(words: &[String]) -> Outcome {
     let Some(total) = total.filter(|total| *total > 0 && signed(*total)) else {
         return Err(Failure::new("New image size must be positive"));
     };
+    if total <= now && mode != Preallocation::Off {
+        return Err(Failure::new("Preallocation can only be used for growing images"));
+    }
     if total < now && !shrink {
         eprintln!(
             "qemu-img: Use the --shrink option to perform a shrink operation.\n\
@@ -93,9 +96,6 @@ pub async fn run(words: &[String]) -> Outcome {
     }
     if total % 512 != 0 && !opened.is_raw() {
         return Err(Failure::new("The new size must be a multiple of 512"));
-    }
-    if total < now && mode != Preallocation::Off {
-        return Err(Failure::new("Preallocation can only be used for growing images"));
     }
     {
         let inside = opened.root.enter().await.map_err(error)?;

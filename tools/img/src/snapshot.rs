@@ -116,6 +116,8 @@ async fn perform(opened: &Image, action: &Action) -> Outcome {
         (Action::Create(name), None) => Err(refused("create", name, &IoError::ENOTSUP)),
         (Action::Apply(name), Some(qcow2)) => apply(qcow2, &cx, name, &known).await,
         (Action::Apply(name), None) => {
+            // Another time: the reference tries below the image and opens it anew.
+            opened.warn_if_guessed();
             Err(refused("apply", name, &"Block driver does not support snapshots"))
         }
         (Action::Delete(name), qcow2) => {
@@ -130,6 +132,7 @@ async fn perform(opened: &Image, action: &Action) -> Outcome {
 }
 
 async fn apply(qcow2: &Qcow2, cx: &Cx<'_>, name: &str, known: &[SnapshotInfo]) -> Outcome {
+    qcow2.check_no_bitmaps().map_err(|error| refused("apply", name, &error))?;
     let Some(place) = by_id_or_name(known, name) else {
         return Err(refused("apply", name, &"Failed to load snapshot: No such file or directory"));
     };

@@ -89,22 +89,21 @@ pub async fn close(session: &mut Session) -> Done {
 }
 
 /// What `reopen -o` may change. Others stay as they were when the disk was opened.
-const CHANGEABLE: [&str; 15] = [
-    "auto-read-only",
-    "cache-size",
+const CHANGEABLE: [&str; 6] =
+    ["auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard", "read-only"];
+
+/// The same of raw images.
+const OF_RAW: [&str; 2] = ["offset", "size"];
+
+/// And of qcow2 images.
+const OF_QCOW2: [&str; 7] = [
     "cache-clean-interval",
-    "cache.direct",
-    "cache.no-flush",
-    "detect-zeroes",
-    "discard",
+    "cache-size",
     "discard-no-unref",
     "l2-cache-entry-size",
     "l2-cache-size",
-    "offset",
     "pass-discard-request",
-    "read-only",
     "refcount-cache-size",
-    "size",
 ];
 
 /// What the reference can change and we cannot yet.
@@ -141,7 +140,13 @@ pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done
     if access.is_some() && list.get("read-only").is_some() {
         return Err(Fault::Disk("Cannot set both -r/-w and 'read-only'".to_owned()));
     }
-    if let Some((name, _)) = list.iter().find(|(name, _)| !CHANGEABLE.contains(name)) {
+    let own: &[&str] = match session.disk()?.driver() {
+        "qcow2" => &OF_QCOW2,
+        "raw" => &OF_RAW,
+        _ => &[],
+    };
+    let is_known = |name: &str| CHANGEABLE.contains(&name) || own.contains(&name);
+    if let Some((name, _)) = list.iter().find(|(name, _)| !is_known(name)) {
         return Err(Fault::Disk(match LATER.iter().find(|later| name.split('.').next() == Some(**later)) {
             Some(later) => not_yet(&format!("reopening with option '{later}'")),
             None => format!("Cannot change the option '{}'", name.rsplit("file.").next().unwrap_or(name)),
@@ -210,8 +215,13 @@ pub async fn truncate(session: &mut Session, name: &str, words: &[String]) -> Do
             other => return Err(Fault::Disk(format!("Invalid preallocation mode '{other}'"))),
         };
     }
-    let Some(size) = others.first() else { return Err(Fault::Usage) };
-    let size = number::bytes(size)?;
+    let size = others.first().map_or("", String::as_str);
+    // The reference tells of the first word, whichever it is that it does not understand.
+    let of_first = |text: String| match (text.strip_suffix(size), words.first()) {
+        (Some(text), Some(first)) => format!("{text}{first}"),
+        _ => text,
+    };
+    let size = number::bytes(size).map_err(of_first)?;
     session.drain().await;
     let resized = session.disk()?.resize(size, preallocation).await;
     resized.map_err(|error| Fault::Disk(error.to_string()))

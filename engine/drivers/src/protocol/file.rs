@@ -513,7 +513,7 @@ impl Node for FileNode {
                     }
                 }
             }
-        } else if preallocation != Preallocation::Off {
+        } else if size < length && preallocation != Preallocation::Off {
             return Err(IoError::ENOTSUP.with("Cannot use preallocation for shrinking files"));
         }
         file.set_len(size).map_err(|error| cannot(error, "Could not resize file"))?;

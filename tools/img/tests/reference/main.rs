@@ -237,3 +237,8 @@ fn bitmaps_of_a_raw_disk() {
     done("bitmap --remove -f raw disk b");
     assert!(!side.exists());
 }
+
+#[test]
+fn random() {
+    compare(include_str!("../scripts/random.txt"));
+}
