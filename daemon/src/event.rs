@@ -43,8 +43,10 @@ impl Outbox {
         if state.closed {
             return;
         }
-        state.bytes += message.len() + 2;
-        state.messages.push_back(format!("{message}\r\n"));
+        // A message may have several lines: texts in it have their line ends escaped.
+        let message = format!("{message}\n").replace('\n', "\r\n");
+        state.bytes += message.len();
+        state.messages.push_back(message);
         if state.bytes > MAX_WAITING {
             tracing::warn!("a monitor's client does not read; it is cut off");
             *state = Waiting { closed: true, ..Waiting::default() };

@@ -14,7 +14,7 @@ use underlay_sys::net::{Address, Listener, Stream};
 use underlay_sys::rt;
 
 use crate::chardev::wire::{Carrier, Wire};
-use crate::chardev::{Backend, End, Shown, terminal};
+use crate::chardev::{Backend, End, Mux, Shown, terminal};
 use crate::command;
 use crate::error::CommandError;
 use crate::event::Outbox;
@@ -43,8 +43,29 @@ pub enum Mode {
     Human,
 }
 
+/// Who talks to what is behind a character device.
+#[derive(Clone)]
+enum Speaker {
+    /// One monitor.
+    Alone(Mode),
+    /// Several.
+    Together(Arc<Mux>),
+}
+
 /// Serves a monitor on a character device, until the daemon ends.
 pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
+    match backend.end {
+        End::Mux(mux) => mux.join(daemon, mode),
+        _ => speak(daemon, backend, Speaker::Alone(mode)),
+    }
+}
+
+/// Serves several monitors on a character device.
+pub fn serve_together(daemon: &Arc<Daemon>, backend: Backend, mux: Arc<Mux>) {
+    speak(daemon, backend, Speaker::Together(mux));
+}
+
+fn speak(daemon: &Arc<Daemon>, backend: Backend, mode: Speaker) {
     let daemon = daemon.clone();
     rt::spawn(async move {
         let shown = &backend.shown;
@@ -55,22 +76,24 @@ pub fn serve(daemon: &Arc<Daemon>, backend: Backend, mode: Mode) {
                     true => wire(stream).with_telnet(),
                     false => wire(stream),
                 };
-                clients(&daemon, listener, shown, wire, mode).await;
+                clients(&daemon, listener, shown, wire, &mode).await;
             }
-            End::Stream(stream) => connection(&daemon, stream, shown, wire, mode).await,
-            End::Caller(address, pause) => calls(&daemon, &address, pause, shown, wire, mode).await,
+            End::Stream(stream) => connection(&daemon, stream, shown, wire, &mode).await,
+            End::Caller(address, pause) => calls(&daemon, &address, pause, shown, wire, &mode).await,
             End::Pty(pty) => {
                 let pty = Arc::new(pty);
                 while !daemon.quit.is_raised() && pty.opened().await.is_ok() {
-                    client(&daemon, wire(Carrier::Pty(pty.clone())), mode).await;
+                    talk(&daemon, wire(Carrier::Pty(pty.clone())), &mode).await;
                 }
             }
             End::Fixed(carrier) => {
-                if mode == Mode::Human && matches!(carrier, Carrier::Stdio) {
+                if !matches!(mode, Speaker::Alone(Mode::Qmp { .. })) && matches!(carrier, Carrier::Stdio) {
                     terminal::take(backend.signals);
                 }
-                client(&daemon, wire(carrier), mode).await;
+                talk(&daemon, wire(carrier), &mode).await;
             }
+            // One above another is refused.
+            End::Mux(_) => {}
         }
     });
 }
@@ -81,7 +104,7 @@ async fn clients(
     listener: Listener,
     shown: &Shown,
     wire: impl Fn(Carrier) -> Wire,
-    mode: Mode,
+    mode: &Speaker,
 ) {
     while !daemon.quit.is_raised() {
         match listener.accept().await {
@@ -101,7 +124,7 @@ async fn calls(
     pause: Duration,
     shown: &Shown,
     wire: impl Fn(Carrier) -> Wire,
-    mode: Mode,
+    mode: &Speaker,
 ) {
     while !daemon.quit.is_raised() {
         match Stream::connect(address).await {
@@ -118,17 +141,25 @@ async fn connection(
     stream: Stream,
     shown: &Shown,
     wire: impl Fn(Carrier) -> Wire,
-    mode: Mode,
+    mode: &Speaker,
 ) {
     shown.connected(&stream);
     let wire = wire(Carrier::Socket(Arc::new(stream)));
     // Who has gone already is noticed soon.
     let _ = wire.hello().await;
-    client(daemon, wire, mode).await;
+    talk(daemon, wire, mode).await;
     shown.gone();
 }
 
-async fn client(daemon: &Arc<Daemon>, wire: Wire, mode: Mode) {
+async fn talk(daemon: &Arc<Daemon>, wire: Wire, mode: &Speaker) {
+    match mode {
+        Speaker::Alone(mode) => client(daemon, wire, *mode).await,
+        Speaker::Together(mux) => mux.session(daemon, wire).await,
+    }
+}
+
+/// Talks to who is at the other end of `wire`, until they go.
+pub async fn client(daemon: &Arc<Daemon>, wire: Wire, mode: Mode) {
     match mode {
         Mode::Qmp { pretty } => qmp(daemon, wire, pretty).await,
         Mode::Human => hmp::session(daemon, wire).await,

@@ -213,6 +213,65 @@ fn the_first_free_port() {
     assert!(child.wait().expect("it ends").success());
 }
 
+/// What is said until `end`, at least.
+fn hear(mut stream: &UnixStream, end: &str) -> String {
+    let mut heard = Vec::new();
+    let mut byte = [0];
+    while !heard.ends_with(end.as_bytes()) {
+        stream.read_exact(&mut byte).expect("more");
+        heard.push(byte[0]);
+    }
+    String::from_utf8(heard).expect("text")
+}
+
+/// The first monitor prints as always, the second one over several lines, and so it is known whose answer it is.
+#[test]
+fn several_monitors_on_one_socket() {
+    let daemon =
+        Daemon::start("socket,path=s,server=on,wait=off,mux=on --monitor m,pretty=on", |_| ()).ready();
+    let connect = || {
+        let stream = UnixStream::connect(daemon.path("s")).expect("it listens");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+        // Both greet.
+        assert!(hear(&stream, "\n}\r\n").contains("{\"QMP\": "));
+        stream
+    };
+    let send = |mut stream: &UnixStream, bytes: &[u8]| stream.write_all(bytes).expect("taken");
+    let stream = connect();
+    send(&stream, b"\x01h");
+    assert!(hear(&stream, "sends C-a\n\r").starts_with("\n\rC-a h    print this help\n\r"));
+    send(&stream, NEGOTIATE);
+    assert_eq!(hear(&stream, "\n"), "{\"return\": {}, \"id\": \"done\"}\r\n");
+    // Between two commands of one packet, and cut in two.
+    send(&stream, b"{'execute':'query-version'}\x01");
+    send(&stream, b"c{'execute':'qmp_capabilities'}");
+    assert!(hear(&stream, "\n").starts_with("{\"return\": {\"qemu\""));
+    assert_eq!(hear(&stream, "\n}\r\n"), "{\r\n    \"return\": {\r\n    }\r\n}\r\n");
+    drop(stream);
+    // Whose turn it is stays, but it is a new session.
+    let stream = connect();
+    send(&stream, b"{'execute':'query-chardev'}");
+    assert!(hear(&stream, "\n}\r\n").contains("Expecting capabilities negotiation"));
+    send(&stream, b"\x01c{'execute':'qmp_capabilities'}{'execute':'query-chardev'}\x01\x01");
+    hear(&stream, "\n");
+    let devices = hear(&stream, "\n");
+    assert!(devices.contains(r#""frontend-open": true, "filename": "mux", "label": "m""#), "{devices}");
+    assert!(
+        devices.contains(r#""frontend-open": true, "filename": "unix:s,server=on", "label": "m-base""#),
+        "{devices}"
+    );
+    // A Ctrl-a for the monitor, which does not know what to do with it.
+    assert!(hear(&stream, "\n").contains("JSON parse error"));
+    send(&stream, b"\x01t");
+    send(&stream, b"{'execute':'query-version'}{'execute':'query-version'}");
+    hear(&stream, "\n");
+    let stamped = hear(&stream, "\n");
+    assert!(stamped.starts_with("[00:00:00.000] {\"return\""), "{stamped}");
+    send(&stream, b"\x01x");
+    assert!(hear(&stream, "\n\r").ends_with("QEMU: Terminated\n\r"));
+    daemon.expect_end();
+}
+
 /// The answer to a command.
 fn ask(mut stream: &UnixStream, lines: &mut impl BufRead, command: &str) -> String {
     stream.write_all(format!("{command}\n").as_bytes()).expect("taken");

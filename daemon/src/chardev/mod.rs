@@ -1,5 +1,6 @@
 //! Character devices: the ends of monitors.
 
+mod mux;
 mod options;
 pub mod ring;
 mod shown;
@@ -24,6 +25,7 @@ use crate::command::arguments::Arguments;
 use crate::error::{CommandError, CommandResult};
 use crate::monitor::Mode;
 use crate::storage_daemon::{Answer, Remark};
+pub use mux::Mux;
 use ring::Ring;
 pub use shown::Shown;
 use wanted::Kind;
@@ -42,6 +44,8 @@ pub enum End {
     Pty(Pty),
     /// What is there from the beginning to the end.
     Fixed(Carrier),
+    /// What several monitors share.
+    Mux(Arc<Mux>),
 }
 
 /// A character device.
@@ -59,10 +63,10 @@ pub struct Backend {
 }
 
 /// The kinds of character devices, in the order in which the reference's query-chardev-backends has them.
-pub const KINDS: [&str; 8] = ["pipe", "null", "ringbuf", "socket", "stdio", "memory", "file", "pty"];
+pub const KINDS: [&str; 9] = ["mux", "pipe", "null", "ringbuf", "socket", "stdio", "memory", "file", "pty"];
 
 /// The answer to `--chardev help`.
-pub const HELP: &str = "Available chardev backend types: \n  pty\n  file\n  memory\n  stdio\n  socket\n  ringbuf\n  null\n  pipe\n";
+pub const HELP: &str = "Available chardev backend types: \n  pty\n  file\n  memory\n  stdio\n  socket\n  ringbuf\n  null\n  pipe\n  mux\n";
 
 /// All character devices, in the order in which they came.
 #[derive(Default)]
@@ -73,9 +77,10 @@ pub struct Chardevs {
 struct Device {
     id: String,
     shown: Arc<Shown>,
-    /// What is behind it, unless a monitor has taken that.
+    /// What is behind it, unless a monitor, or a device for several of them, has taken that.
     backend: Option<Backend>,
     ring: Option<Arc<Ring>>,
+    mux: Option<Arc<Mux>>,
     is_stdio: bool,
 }
 
@@ -91,10 +96,25 @@ impl Chardevs {
     /// `--chardev`. An answer ends the program.
     pub async fn add(&self, list: OptionList, remark: Remark<'_>) -> CommandResult<Option<Answer>> {
         list.warnings.iter().for_each(|warning| remark(warning));
-        let Wanted::Device { id, device } = Wanted::read(list)? else { return Ok(Some(HELP)) };
+        let Wanted::Device { id, device, mux } = Wanted::read(list)? else { return Ok(Some(HELP)) };
         self.check_new(&id)?;
+        if mux {
+            let base = format!("{id}-base");
+            self.check_new(&base)?;
+            self.add_device(&base, device, remark).await?;
+            return self.add_device(&id, wanted::Device::mux(base), remark).await;
+        }
+        self.add_device(&id, device, remark).await
+    }
+
+    async fn add_device(
+        &self,
+        id: &str,
+        device: wanted::Device,
+        remark: Remark<'_>,
+    ) -> CommandResult<Option<Answer>> {
         let is_terminal = matches!(device.kind, Kind::Pty(_));
-        let device = self.open(&id, device, remark).await?;
+        let device = self.open(id, device, remark).await?;
         if is_terminal {
             let name = device.shown.filename();
             println!("char device redirected to {} (label {id})", name.trim_start_matches("pty:"));
@@ -157,7 +177,12 @@ impl Chardevs {
         if !devices[at].is_free() {
             return Err(CommandError::new(format!("Chardev '{id}' is busy")));
         }
-        devices.remove(at);
+        let gone = devices.remove(at);
+        if let Some(mux) = gone.mux
+            && let Some(base) = devices.iter_mut().find(|device| device.id == mux.base())
+        {
+            base.backend = mux.give_back();
+        }
         Ok(())
     }
 
@@ -171,7 +196,10 @@ impl Chardevs {
         let devices = self.devices();
         let info = |device: &Device| {
             let object = Object::new().with("label", &*device.id).with("filename", device.shown.filename());
-            object.with("frontend-open", !device.is_free()).into()
+            let above = devices.iter().filter_map(|other| other.mux.as_ref());
+            let above = above.into_iter().find(|mux| mux.base() == device.id);
+            let open = above.map_or(!device.is_free(), |mux| mux.monitors() > 0);
+            object.with("frontend-open", open).into()
         };
         Value::List(devices.iter().map(info).collect())
     }
@@ -193,7 +221,7 @@ impl Chardevs {
             return Err(CommandError::new("cannot use stdio by multiple character devices"));
         }
         let fixed = |carrier, name: &str| (End::Fixed(carrier), Shown::plain(name));
-        let mut ring = None;
+        let (mut ring, mut mux) = (None, None);
         let (end, shown) = match kind {
             Kind::Socket { address, server: true, wait, .. } => {
                 listen(&address, wait, telnet, remark).await?
@@ -208,10 +236,27 @@ impl Chardevs {
                 let ring = ring.insert(Arc::new(Ring::new(size)));
                 fixed(Carrier::Ring(ring.clone()), name)
             }
+            Kind::Mux(base) => {
+                let mux = mux.insert(Arc::new(Mux::new(base.clone(), self.take_base(&base)?)));
+                (End::Mux(mux.clone()), Shown::plain("mux"))
+            }
         };
         let shown = Arc::new(shown);
         let backend = Backend { end, telnet, signals, log, shown: shown.clone() };
-        Ok(Device { id: id.to_owned(), shown, backend: Some(backend), ring, is_stdio })
+        Ok(Device { id: id.to_owned(), shown, backend: Some(backend), ring, mux, is_stdio })
+    }
+
+    /// What is behind a device that several monitors are to share.
+    fn take_base(&self, id: &str) -> CommandResult<Backend> {
+        let mut devices = self.devices();
+        let base = devices.iter_mut().find(|device| device.id == id);
+        let base = base.ok_or_else(|| CommandError::new(format!("mux: base chardev {id} not found")))?;
+        if base.mux.is_some() {
+            return Err(CommandError::new(
+                "Character devices of type 'mux' above each other are not supported",
+            ));
+        }
+        base.backend.take().ok_or_else(|| in_use(id))
     }
 
     /// `--monitor`, `-mon`: what is behind its character device, and what is spoken there; `default` if that is not said.
@@ -226,17 +271,32 @@ impl Chardevs {
         let device = device.ok_or_else(|| CommandError::new(format!("chardev \"{id}\" not found")))?;
         let is_human = arguments.optional_text("mode").as_deref().unwrap_or(default) == "readline";
         let pretty = arguments.flag("pretty", false);
-        let backend = device.backend.take();
-        let backend =
-            backend.ok_or_else(|| CommandError::new(format!("chardev '{id}' is already in use")))?;
+        let backend = match &device.mux {
+            Some(mux) if mux.monitors() >= mux::MOST => {
+                let text = format!("too many uses of multiplexed chardev '{id}' (maximum is {})", mux::MOST);
+                return Err(CommandError::new(text));
+            }
+            Some(mux) => Backend::of(End::Mux(mux.clone()), device.shown.clone()),
+            None => device.backend.take().ok_or_else(|| in_use(&id))?,
+        };
         Ok((backend, if is_human { Mode::Human } else { Mode::Qmp { pretty } }))
     }
+}
+
+impl Backend {
+    fn of(end: End, shown: Arc<Shown>) -> Self {
+        Self { end, telnet: false, signals: true, log: None, shown }
+    }
+}
+
+fn in_use(id: &str) -> CommandError {
+    CommandError::new(format!("chardev '{id}' is already in use"))
 }
 
 impl Device {
     /// Whether no monitor uses it.
     fn is_free(&self) -> bool {
-        self.backend.is_some()
+        self.backend.is_some() && self.mux.as_ref().is_none_or(|mux| mux.monitors() == 0)
     }
 
     fn terminal(&self) -> Option<String> {

@@ -16,7 +16,7 @@ use crate::command::export::{address as address_of, no_credentials};
 use crate::error::{CommandError, CommandResult};
 
 /// The kinds that there are in the reference only.
-const LATER: [&str; 5] = ["udp", "parallel", "mux", "serial", "hub"];
+const LATER: [&str; 4] = ["udp", "parallel", "serial", "hub"];
 
 /// What a `--chardev` asks for.
 pub enum Wanted {
@@ -28,6 +28,8 @@ pub enum Wanted {
         id: String,
         /// The rest.
         device: Device,
+        /// Several monitors share it.
+        mux: bool,
     },
 }
 
@@ -79,6 +81,8 @@ pub enum Kind {
         /// As it was asked for.
         name: &'static str,
     },
+    /// The device of that name, for several monitors.
+    Mux(String),
 }
 
 impl Wanted {
@@ -91,12 +95,17 @@ impl Wanted {
         }
         let id = id.ok_or_else(|| CommandError::new("chardev: no id specified"))?;
         let kind = kind.ok_or_else(|| CommandError::new(format!("chardev: \"{id}\" missing backend")))?;
-        options.drop_defaults(&[("mux", false)]);
-        Ok(Self::Device { id, device: Device::read(&kind, options, None)? })
+        let mux = options.flag("mux").unwrap_or(false);
+        Ok(Self::Device { id, device: Device::read(&kind, options, None)?, mux })
     }
 }
 
 impl Device {
+    /// For several monitors.
+    pub fn mux(base: String) -> Self {
+        Self { kind: Kind::Mux(base), log: None, telnet: false }
+    }
+
     fn read(kind: &str, mut options: Options, address: Option<Address>) -> CommandResult<Self> {
         let append = options.flag("logappend").unwrap_or(false);
         let log = options.text("logfile").map(|path| (path, append));
@@ -163,6 +172,10 @@ impl Kind {
             "memory" => Self::Ring { size: ring_size(&mut options)?, name: "memory" },
             "pipe" => Self::Pipe(path("device path")?),
             "pty" => Self::Pty(options.text("path")),
+            "mux" => {
+                let base = options.text("chardev");
+                Self::Mux(base.ok_or_else(|| CommandError::new("chardev: mux: no chardev given"))?)
+            }
             later if LATER.contains(&later) => {
                 let text = format!("Character devices of type '{later}' are not supported yet");
                 return Err(CommandError::new(text));

@@ -9,6 +9,7 @@ use underlay_sys::pipe::Pipe;
 use underlay_sys::pty::Pty;
 use underlay_sys::stdio;
 
+use super::mux::Front;
 use super::ring::Ring;
 use super::telnet::{self, Filter};
 
@@ -27,6 +28,8 @@ pub enum Carrier {
     Pty(Arc<Pty>),
     /// Memory for output.
     Ring(Arc<Ring>),
+    /// What several monitors share.
+    Front(Arc<Front>),
 }
 
 /// See the module. One task may read while another one writes.
@@ -64,6 +67,7 @@ impl Wire {
                 Carrier::Stdio => stdio::read(into).await?,
                 Carrier::Pipe(pipe) => pipe.read(into).await?,
                 Carrier::Pty(pty) => pty.read(into).await?,
+                Carrier::Front(front) => front.read(into).await?,
                 Carrier::File(_) | Carrier::Ring(_) => std::future::pending().await,
             };
             let Some(filter) = self.telnet.as_ref().filter(|_| count > 0) else { return Ok(count) };
@@ -80,7 +84,11 @@ impl Wire {
         if let Some(log) = &self.log {
             (&**log).write_all(bytes)?;
         }
-        self.carry(bytes).await
+        match &self.carrier {
+            // It writes by way of another one, whose carrier is none of these.
+            Carrier::Front(front) => Box::pin(front.write(bytes)).await,
+            _ => self.carry(bytes).await,
+        }
     }
 
     async fn carry(&self, bytes: &[u8]) -> io::Result<()> {
@@ -94,6 +102,7 @@ impl Wire {
             }
             Carrier::Pipe(pipe) => pipe.write_all(bytes).await,
             Carrier::Pty(pty) => pty.write_all(bytes).await,
+            Carrier::Front(_) => Ok(()),
         }
     }
 

@@ -37,7 +37,7 @@ static CHARDEV_ADD_ARG: Object = Object {
 };
 
 static BACKEND_KIND: Enum =
-    Enum { values: &["file", "pipe", "socket", "pty", "null", "stdio", "ringbuf", "memory"] };
+    Enum { values: &["file", "pipe", "socket", "pty", "null", "mux", "stdio", "ringbuf", "memory"] };
 
 static CHARDEV_BACKEND: Object = Object {
     members: &[req("type", Type::Enum(&BACKEND_KIND))],
@@ -48,6 +48,7 @@ static CHARDEV_BACKEND: Object = Object {
         ("socket", &SOCKET_WRAPPER),
         ("pty", &PTY_WRAPPER),
         ("null", &COMMON_WRAPPER),
+        ("mux", &MUX_WRAPPER),
         ("stdio", &STDIO_WRAPPER),
         ("ringbuf", &RINGBUF_WRAPPER),
         ("memory", &RINGBUF_WRAPPER),
@@ -71,6 +72,7 @@ wrapped!(COMMON_WRAPPER, COMMON:);
 wrapped!(FILE_WRAPPER, FILE: opt("in", Type::Str), req("out", Type::Str), opt("append", Type::Bool));
 wrapped!(PIPE_WRAPPER, PIPE: req("device", Type::Str));
 wrapped!(PTY_WRAPPER, PTY: opt("path", Type::Str));
+wrapped!(MUX_WRAPPER, MUX: req("chardev", Type::Str));
 wrapped!(STDIO_WRAPPER, STDIO: opt("signal", Type::Bool));
 wrapped!(RINGBUF_WRAPPER, RINGBUF: opt("size", Type::Int));
 wrapped!(SOCKET_WRAPPER, SOCKET:
