@@ -150,6 +150,7 @@ impl Daemon {
 
     /// The end: jobs cancelled, exports closed, nodes flushed and closed.
     pub async fn shut_down(&self) {
+        self.graph.give_up_draft();
         let jobs = self.jobs.cancel_all().await;
         crate::command::export::close_all(self).await;
         let mut closing = std::pin::pin!(self.close_all_nodes());

@@ -1,7 +1,7 @@
 //! Monitors with clients that mean no good: they hurt nobody but themselves, and the daemon's memory stays bounded.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -261,4 +261,27 @@ fn hundreds_of_clients_at_once() {
     });
     drop(good);
     daemon.expect_unhurt();
+}
+
+#[test]
+fn a_transaction_that_waits_for_a_server_does_not_hold_up_the_end() {
+    let mut daemon = Daemon::start();
+    let silent = UnixListener::bind(daemon.socket("silent")).expect("a socket");
+    let mut stream = daemon.bad();
+    stream.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").expect("written");
+    let add = "{'driver': 'null-co', 'node-name': 't', 'size': 1048576}".replace('\'', "\"");
+    let actions = "[{'type': 'blockdev-backup', 'data': {'job-id': 'j', 'device': 'n', 'target': 't', 'sync': 'none'}}, \
+         {'type': 'drive-backup', 'data': {'job-id': 'k', 'device': 'n', 'mode': 'existing', 'format': 'raw', 'sync': 'full', \
+         'target': 'nbd+unix:///?socket=silent.sock'}}]"
+        .replace('\'', "\"");
+    writeln!(stream, "{{\"execute\": \"blockdev-add\", \"arguments\": {add}}}").expect("written");
+    writeln!(stream, "{{\"execute\": \"transaction\", \"arguments\": {{\"actions\": {actions}}}}}")
+        .expect("written");
+    let _waits = silent.accept().expect("it comes to the second action");
+    let mut good = daemon.monitor("good");
+    good.execute("quit", Object::new()).expect("the end");
+    // Until the daemon hangs up; one that does not end runs into the time limit of the socket.
+    let mut heard = String::new();
+    stream.read_to_string(&mut heard).expect("an end in time");
+    assert!(daemon.child.wait().expect("it ends").success(), "{heard}");
 }

@@ -209,6 +209,11 @@ fn mirror_faults() {
 }
 
 #[test]
+fn error_policies() {
+    compare("error_policies");
+}
+
+#[test]
 fn jobs_interrupted() {
     compare("jobs_interrupted");
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::OwnedMutexGuard;
 use underlay_sys::rt;
 
 use crate::bitmaps::{BitmapStore, Moment, PlanBitmap};
@@ -35,11 +36,16 @@ struct InForce {
     access: Arc<BTreeMap<NodeId, Access>>,
 }
 
+/// Somebody's turn to change the graph, until it is taken from him.
+type Turn = Mutex<Option<OwnedMutexGuard<()>>>;
+
 /// The graph of all nodes and the gates of all roots.
 #[derive(Debug, Default)]
 pub struct Graph {
     /// One change at a time.
-    turn: tokio::sync::Mutex<()>,
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// The turn of the newest draft, for as long as that is being prepared.
+    drafting: Mutex<Weak<Turn>>,
     /// The plan in force and what it asks of the nodes; queries read it and never wait for a change.
     now: Mutex<InForce>,
     trouble: Trouble,
@@ -165,8 +171,16 @@ impl Graph {
 
     /// Begins a change of the graph. No other gets its turn until the draft is put into force or dropped.
     pub async fn draft(&self) -> Draft<'_> {
-        let turn = self.turn.lock().await;
-        Draft { graph: self, _turn: turn, plan: Plan::clone(&self.plan()) }
+        let turn = Arc::new(Mutex::new(Some(self.turn.clone().lock_owned().await)));
+        *self.drafting.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&turn);
+        Draft { graph: self, turn, plan: Plan::clone(&self.plan()) }
+    }
+
+    /// A draft that is still being prepared can no more be put into force: the graph shall end, and who prepares it may be
+    /// waiting for a server that does not answer.
+    pub fn give_up_draft(&self) {
+        let drafting = self.drafting.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        drop(drafting.and_then(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner).take()));
     }
 }
 
@@ -174,7 +188,7 @@ impl Graph {
 #[derive(Debug)]
 pub struct Draft<'a> {
     graph: &'a Graph,
-    _turn: tokio::sync::MutexGuard<'a, ()>,
+    turn: Arc<Turn>,
     /// The wiring as it will be.
     pub plan: Plan,
 }
@@ -189,7 +203,9 @@ impl Draft<'_> {
     /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
     pub async fn put_in_force(self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
-        let Self { graph, _turn, mut plan } = self;
+        let Self { graph, turn, mut plan } = self;
+        let turn = turn.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(_turn) = turn else { return Err(GraphError::new("It is too late to change the graph")) };
         let old = Wires::new(graph.plan());
         let old_access = graph.now().access.clone();
         plan.collect();

@@ -271,8 +271,10 @@ impl Job {
 
     fn cancel_hard(&self, state: &mut State) {
         state.cancel = Some(Cancel::Hard);
-        // It goes on in order to end.
-        state.user_paused = false;
+        // It goes on in order to end, as if it was resumed.
+        if std::mem::take(&mut state.user_paused) {
+            state.io_status = IoStatus::Ok;
+        }
         self.show_pause(state);
         self.changed.notify_waiters();
     }

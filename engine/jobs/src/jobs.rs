@@ -106,7 +106,9 @@ impl Jobs {
     /// waits until each is over. Who does not get there because a target does not answer gives it up. Their tasks must be
     /// running. Those that it has ended.
     pub async fn cancel_all(&self) -> Vec<Arc<Job>> {
-        let jobs = self.list().clone();
+        let mut jobs = self.list().clone();
+        // Those of a transaction that is being prepared have no task, and will never have one.
+        jobs.retain(|job| job.status() != Status::Created);
         jobs.iter().for_each(|job| job.drained_begin());
         let until = rt::now() + GRACE;
         for job in jobs.iter().rev() {
