@@ -4,9 +4,9 @@
 //! for so long and are then made (again): all of NBD's requests may be done twice. Without it they fail. Either way a
 //! later request tries to connect again.
 //!
-//! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets some more,
-//! in the background, and each thread keeps to one of them. A server may say so and yet take no more: then it stays with
-//! the first. When a further one is lost its requests go to the first.
+//! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets one for each
+//! thread that asks for anything, up to [`MOST_CONNECTIONS`]. They are made in the background, and the first is used until then. A
+//! server may say so and yet take no more: then it stays with the first. When a further one is lost its requests go to the first.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,23 +38,46 @@ struct State {
 }
 
 /// Most connections to one server.
-pub(crate) const MOST_CONNECTIONS: usize = 4;
+const MOST_CONNECTIONS: usize = 4;
 
 /// The connections beside the first one.
 #[derive(Debug, Default)]
 struct Further {
-    living: Vec<Arc<Connection>>,
+    /// The threads that have asked for something, in the order of their first requests.
+    threads: Vec<usize>,
+    /// Each one's own connection, if it is there. The first thread has the first connection.
+    own: [Option<Arc<Connection>>; MOST_CONNECTIONS],
     /// No more of them.
     closed: bool,
 }
 
-/// Each thread's number, for which connection it uses.
-fn place() -> usize {
+impl Further {
+    /// Which connection is for the thread `number`, and whether it is the first to want it.
+    fn place(&mut self, number: usize) -> (usize, bool) {
+        match self.threads.iter().position(|thread| *thread == number) {
+            Some(place) => (place, false),
+            None if self.threads.len() < MOST_CONNECTIONS => {
+                self.threads.push(number);
+                (self.threads.len() - 1, true)
+            }
+            // There are more threads than connections.
+            None => (number % MOST_CONNECTIONS, false),
+        }
+    }
+
+    fn take_all(&mut self) -> impl Iterator<Item = Arc<Connection>> + use<> {
+        self.closed = true;
+        std::mem::take(&mut self.own).into_iter().flatten()
+    }
+}
+
+/// The number of the thread that asks.
+fn thread_number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
-        static PLACE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+        static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed);
     }
-    PLACE.with(|place| *place)
+    NUMBER.with(|number| *number)
 }
 
 /// See the module.
@@ -109,9 +132,8 @@ fn lock(further: &Mutex<Further>) -> MutexGuard<'_, Further> {
 }
 
 impl Link {
-    /// Connects for the first time, for up to `open-timeout`; 0: one attempt, for as long as it takes. There will be up
-    /// to `most` connections.
-    pub(crate) async fn open(spec: NbdSpec, most: usize) -> Result<Self> {
+    /// Connects for the first time, for up to `open-timeout`; 0: one attempt, for as long as it takes.
+    pub(crate) async fn open(spec: NbdSpec) -> Result<Self> {
         let until = rt::now() + spec.open_timeout;
         let deadline = (!spec.open_timeout.is_zero()).then_some(until);
         let connection = loop {
@@ -129,44 +151,42 @@ impl Link {
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
         let (written, durable, doubts, given_up) = Default::default();
-        let link = Self { spec, granted, state, further, written, durable, doubts, given_up, attempt };
-        link.connect_further(most);
-        Ok(link)
+        Ok(Self { spec, granted, state, further, written, durable, doubts, given_up, attempt })
     }
 
-    /// Makes the further connections, while the first one is in use.
-    fn connect_further(&self, most: usize) {
-        if self.granted.flags & CAN_MULTI_CONN == 0 {
-            return;
-        }
+    /// Makes the connection for this place, while the first one is in use.
+    fn connect_further(&self, place: usize) {
         let (spec, granted, further) = (self.spec.clone(), self.granted.clone(), self.further.clone());
         rt::spawn(async move {
-            for _ in 1..most {
-                let made = connect(&spec, Some(rt::now() + PATIENCE)).await;
-                let Some(made) = made.ok().filter(|made| same(made.granted(), &granted)) else { return };
-                let made = Arc::new(made);
-                let closed = {
-                    let mut further = lock(&further);
-                    further.living.push(made.clone());
-                    further.closed
-                };
-                if closed {
-                    made.disconnect().await;
-                    return;
+            let made = connect(&spec, Some(rt::now() + PATIENCE)).await;
+            let Some(made) = made.ok().filter(|made| same(made.granted(), &granted)) else { return };
+            let made = Arc::new(made);
+            let closed = {
+                let mut further = lock(&further);
+                if !further.closed {
+                    further.own[place] = Some(made.clone());
                 }
+                further.closed
+            };
+            if closed {
+                made.disconnect().await;
             }
         });
     }
 
-    /// The further connection for this thread, if it is one for which there is one.
-    fn own(&self) -> Option<Arc<Connection>> {
+    /// This thread's own connection, if it is there and not the first.
+    pub(super) fn own(&self) -> Option<Arc<Connection>> {
         if self.granted.flags & CAN_MULTI_CONN == 0 {
             return None;
         }
         let mut further = lock(&self.further);
-        further.living.retain(|connection| !connection.is_dead());
-        let place = place() % (further.living.len() + 1);
-        further.living.get(place.checked_sub(1)?).cloned()
+        let (place, is_new) = further.place(thread_number());
+        if is_new && place > 0 && !further.closed {
+            self.connect_further(place);
+        }
+        let own = &mut further.own[place];
+        own.take_if(|connection| connection.is_dead());
+        own.clone()
     }
 
     /// What was agreed on at first; a server that comes back must say the same.
@@ -295,27 +315,14 @@ impl Link {
     /// Fails all requests, now and later.
     pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::SeqCst);
-        let further = {
-            let mut further = lock(&self.further);
-            further.closed = true;
-            further.living.clone()
-        };
+        let further = lock(&self.further).take_all();
         let first = self.state().connection.clone();
-        further.into_iter().chain(first).for_each(|connection| connection.hang_up());
-    }
-
-    #[cfg(test)]
-    pub(crate) fn further_count(&self) -> usize {
-        lock(&self.further).living.len()
+        further.chain(first).for_each(|connection| connection.hang_up());
     }
 
     /// Says goodbye.
     pub(crate) async fn close(&self) {
-        let further = {
-            let mut further = lock(&self.further);
-            further.closed = true;
-            std::mem::take(&mut further.living)
-        };
+        let further = lock(&self.further).take_all();
         for connection in further {
             connection.disconnect().await;
         }

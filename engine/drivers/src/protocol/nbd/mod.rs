@@ -18,10 +18,10 @@ use underlay_nbd::flags::{
 };
 use underlay_nbd::transmission::command;
 use underlay_nbd::{Framing, MAX_PAYLOAD};
-use underlay_sys::{Iov, rt};
+use underlay_sys::Iov;
 
 use connection::Ask;
-use link::{Link, MOST_CONNECTIONS};
+use link::Link;
 use spec::NbdSpec;
 
 /// Longest request without data where lengths have 32 bits: a multiple of every block size.
@@ -37,7 +37,7 @@ pub struct NbdNode {
 impl NbdNode {
     /// Connects to the server. An export that may only be read is refused for writing, unless `auto_read_only`.
     pub async fn open(spec: &NbdSpec, read_only: bool, auto_read_only: bool) -> Result<Self> {
-        let link = Link::open(spec.clone(), rt::lanes().min(MOST_CONNECTIONS)).await?;
+        let link = Link::open(spec.clone()).await?;
         let of_server = link.granted().flags & READ_ONLY != 0;
         if of_server && !read_only && !auto_read_only {
             link.close().await;
