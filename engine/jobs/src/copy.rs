@@ -168,6 +168,8 @@ struct Walk<'a, C> {
     lanes: Vec<usize>,
     again: VecDeque<Piece>,
     outcome: Outcome,
+    /// The last step sent a piece.
+    sent: bool,
     /// The walk has ended; what comes home now is not worth telling.
     over: bool,
 }
@@ -182,7 +184,7 @@ pub async fn walk<C: Copier>(
     let (to, from) = mpsc::unbounded_channel();
     let (again, outcome) = (VecDeque::new(), Outcome::default());
     let lanes = vec![0; rt::lanes().min(LANES)];
-    let mut walk = Walk { job, copier, ignored, to, from, lanes, again, outcome, over: false };
+    let mut walk = Walk { job, copier, ignored, to, from, lanes, again, outcome, sent: false, over: false };
     let result = walk.run(range).await;
     // Whatever happened, nothing stays in flight.
     walk.over = true;
@@ -258,7 +260,11 @@ impl<C: Copier> Walk<'_, C> {
             self.settle().await?;
         }
         self.job.checkpoint().await?;
-        rt::yield_now().await;
+        // After each piece that was sent it goes on at once, until every lane has enough: a lane that is out of work must
+        // not wait for this one's turn to come.
+        if !std::mem::take(&mut self.sent) {
+            rt::yield_now().await;
+        }
         Ok(())
     }
 
@@ -275,6 +281,7 @@ impl<C: Copier> Walk<'_, C> {
             }
         };
         self.lanes[lane] += 1;
+        self.sent = true;
         self.job.takes_off();
         let copier = self.copier.clone();
         let answer = Answer { to: self.to.clone(), piece, lane, result: None };

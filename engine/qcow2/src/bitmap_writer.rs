@@ -8,10 +8,10 @@ use underlay_graph::bitmaps::PlanBitmap;
 use underlay_graph::{ByteRange, Cx, IoError, Result, ZeroFlags};
 
 use crate::bitmaps::{ALL_ONES, AUTO, MAX_BITMAP, StoredBitmap, bytes_of_bits};
-use crate::cache::to_bytes;
 use crate::commit::write_pieces;
 use crate::live::Qcow2;
 use crate::stored::Written;
+use crate::words::to_bytes;
 
 /// Bytes that may wait to be written together.
 const WAITING: usize = 4 << 20;

@@ -15,6 +15,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
+use crate::words::Words;
+
 /// Spreads small integers; the keys are our own numbers, not an attacker's choice of strings.
 #[derive(Debug, Default)]
 pub struct NumberHasher(u64);
@@ -39,7 +41,7 @@ pub type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<NumberHasher>>;
 
 #[derive(Debug)]
 struct Cached {
-    words: Box<[u64]>,
+    words: Words,
     dirty: bool,
     /// Copies that are being written.
     pins: u32,
@@ -82,7 +84,7 @@ impl Slices {
 }
 
 /// A copy of a dirty slice: its number and its words.
-pub type Copy = (u64, Box<[u64]>);
+pub type Copy = (u64, Words);
 
 impl SliceCache {
     /// A cache of at most `slices` slices (at least one).
@@ -137,6 +139,11 @@ impl SliceCache {
         self.shard(slice).write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a slice is there and nothing but zeroes that were never changed.
+    pub fn is_blank(&self, slice: u64) -> bool {
+        self.read(slice).slices.get(&slice).is_some_and(|cached| matches!(cached.words, Words::Zeroes(_)))
+    }
+
     /// Looks at a slice, if it is there.
     pub fn view<R>(&self, slice: u64, look: impl FnOnce(&[u64]) -> R) -> Option<R> {
         let shard = self.read(slice);
@@ -162,7 +169,7 @@ impl SliceCache {
     }
 
     /// Puts a slice in that was loaded, unless it is there already.
-    pub fn insert(&self, slice: u64, words: Box<[u64]>) {
+    pub fn insert(&self, slice: u64, words: Words) {
         let mut shard = self.write(slice);
         if shard.slices.contains_key(&slice) {
             return;
@@ -250,27 +257,18 @@ impl Shard {
     }
 }
 
-/// The words of big-endian bytes.
-pub fn to_words(bytes: &[u8]) -> Box<[u64]> {
-    bytes
-        .chunks_exact(8)
-        .map(|b| u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
-        .collect()
-}
-
-/// The big-endian bytes of words.
-pub fn to_bytes(words: &[u64]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_be_bytes()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn words(word: u64) -> Words {
+        Words::Stored(vec![word].into())
+    }
+
     #[test]
     fn a_cache_can_be_made_smaller_and_larger() {
         let cache = SliceCache::new(64);
-        let fill = |from: u64| (from..from + 256).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        let fill = |from: u64| (from..from + 256).for_each(|slice| cache.insert(slice, words(slice)));
         fill(0);
         assert_eq!(cache.held(), 64);
         cache.update(255, |words| words[0] = 7);
@@ -289,17 +287,17 @@ mod tests {
         let cache = SliceCache::new(4);
         assert_eq!(cache.capacity(), 4);
         for slice in 0..4 {
-            cache.insert(slice, vec![slice].into());
+            cache.insert(slice, words(slice));
         }
         cache.update(1, |words| words[0] = 100);
         for slice in 10..30 {
-            cache.insert(slice, vec![slice].into());
+            cache.insert(slice, words(slice));
         }
         assert_eq!(cache.view(1, |words| words[0]), Some(100));
         let copies = cache.take_dirty();
-        assert_eq!(copies, vec![(1, vec![100].into())]);
+        assert_eq!(copies.iter().map(|(slice, words)| (*slice, words[0])).collect::<Vec<_>>(), [(1, 100)]);
         for slice in 30..50 {
-            cache.insert(slice, vec![slice].into());
+            cache.insert(slice, words(slice));
         }
         assert!(cache.view(1, |_| ()).is_some(), "pinned until written");
         cache.settle(1, false);
@@ -307,7 +305,7 @@ mod tests {
         cache.take_dirty();
         cache.settle(1, true);
         for slice in 50..80 {
-            cache.insert(slice, vec![slice].into());
+            cache.insert(slice, words(slice));
         }
         assert!(cache.view(1, |_| ()).is_none());
         let held = (0..100).filter(|&slice| cache.view(slice, |_| ()).is_some()).count();
@@ -317,7 +315,7 @@ mod tests {
     #[test]
     fn unused_slices_go_at_the_second_look() {
         let cache = SliceCache::new(100);
-        (0..50).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        (0..50).for_each(|slice| cache.insert(slice, words(slice)));
         cache.update(7, |words| words[0] = 70);
         cache.update(8, |words| words[0] = 80);
         assert_eq!(cache.take_dirty().len(), 2);
@@ -332,19 +330,15 @@ mod tests {
         cache.settle(8, true);
         (0..2).for_each(|_| cache.slices().drop_unused());
         assert_eq!(cache.held(), 1);
-        assert_eq!(cache.take_dirty(), [(8, vec![81].into())]);
+        assert_eq!(
+            cache.take_dirty().iter().map(|(slice, words)| (*slice, words[0])).collect::<Vec<_>>(),
+            [(8, 81)]
+        );
         // There is room for as many as before.
-        (100..200).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        (100..200).for_each(|slice| cache.insert(slice, words(slice)));
         assert_eq!(cache.held(), cache.capacity());
         let slices = cache.slices();
         drop(cache);
         slices.drop_unused();
-    }
-
-    #[test]
-    fn words_are_big_endian() {
-        let words = to_words(&[0, 0, 0, 0, 0, 0, 1, 2, 0xff, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(*words, [0x102, 0xff << 56]);
-        assert_eq!(to_bytes(&words)[6..9], [1, 2, 0xff]);
     }
 }

@@ -42,12 +42,13 @@ mod tests {
 
     use super::*;
     use crate::cache::SliceCache;
+    use crate::words::Words;
 
     #[test]
     fn what_nobody_uses_goes_and_the_timer_with_its_image() {
         let cache = SliceCache::new(64);
         let held = |slice| cache.view(slice, |_| ()).is_some();
-        (0..3).for_each(|slice| cache.insert(slice, vec![slice].into()));
+        (0..3).for_each(|slice| cache.insert(slice, Words::Stored(vec![slice].into())));
         cache.update(1, |words| words[0] = 7);
         block_on(async {
             let cleaner = Cleaner::start(Duration::from_millis(1), vec![cache.slices()]);

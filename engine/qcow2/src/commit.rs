@@ -28,8 +28,9 @@ use underlay_graph::format::join;
 use underlay_graph::{ByteRange, Cx, Result, WriteFlags};
 use underlay_sys::Iov;
 
-use crate::cache::{Copy, to_bytes};
+use crate::cache::Copy;
 use crate::live::Qcow2;
+use crate::words::to_bytes;
 
 /// Writes that are under way at once.
 const PARALLEL: usize = 16;

@@ -42,6 +42,7 @@ mod stored;
 mod tests;
 pub mod update;
 mod walk;
+pub mod words;
 pub mod zero;
 
 pub use ahead::{hash, tie_place};

@@ -24,7 +24,7 @@ use underlay_sys::Iov;
 
 use crate::ahead::Ahead;
 use crate::bitmaps::BitmapError;
-use crate::cache::{SliceCache, to_words};
+use crate::cache::SliceCache;
 use crate::check::{Finding, Fix, check};
 use crate::cleaner::Cleaner;
 use crate::commit::Commits;
@@ -41,6 +41,7 @@ use crate::reserve::Reserved;
 use crate::snapshot_changes::Known;
 use crate::stored::{self, Stored};
 use crate::update::write_features;
+use crate::words::to_words;
 
 /// Largest L2 cache that is used unless the user says otherwise, in bytes. QEMU's default.
 const DEFAULT_L2_CACHE: u64 = 32 << 20;

@@ -2,7 +2,8 @@
 //!
 //! The L1 table is in memory, slices of L2 tables are in the cache. The fast way ([`Qcow2::map_now`]) answers from memory
 //! alone; the slow way ([`Qcow2::map_slow`]) loads the slice that was missing, and reports what is wrong with an
-//! entry. Answers never cross a slice, except that neighbouring unallocated tables are one answer.
+//! entry. Answers never cross a slice, except that neighbouring unallocated tables are one answer, and so are neighbouring
+//! slices of zeroes in memory.
 
 use std::collections::BTreeSet;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
@@ -10,9 +11,9 @@ use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use underlay_graph::{ByteRange, Cx, Extent, IoError, Place, Result, WriteFlags};
 use underlay_sys::Iov;
 
-use crate::cache::{to_bytes, to_words};
 use crate::entry::{Bad, COPIED, Entry, Layout, OFFSET, Sub};
 use crate::live::{Corruption, Qcow2, hex};
+use crate::words::{Words, to_bytes};
 
 /// Entries in a sector of the L1 table: what is written as one piece.
 const SECTOR_ENTRIES: usize = 64;
@@ -74,6 +75,10 @@ impl L1 {
 /// The extent of the first bytes of `range`, which does not leave this slice. `None` for an entry that cannot be true.
 /// With `kept` it also tells where room is kept for what has no data, and ends where that does not go on.
 fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange, kept: bool) -> Option<Extent> {
+    let blank = blank_in(layout, slice, range);
+    if blank > 0 {
+        return Some(Extent::new(Place::Below, blank));
+    }
     let sub_bits = layout.sub_bits();
     let cluster_mask = layout.cluster() - 1;
     let mut at = range.start();
@@ -101,6 +106,20 @@ fn extent_in(layout: &Layout, slice: &[u64], range: ByteRange, kept: bool) -> Op
         }
     }
     answer(found, range.len())
+}
+
+/// How much of `range` has entries of zeroes only, from its start on: what most of a sparse disk has.
+fn blank_in(layout: &Layout, slice: &[u64], range: ByteRange) -> u64 {
+    let (first, last) = (layout.entry_in_slice(range.start()), layout.entry_in_slice(range.end() - 1));
+    let words = layout.words();
+    let Some(words) = slice.get(first * words..(last + 1) * words) else { return 0 };
+    let sixteens =
+        words.chunks_exact(16).take_while(|chunk| chunk.iter().fold(0, |all, word| all | word) == 0);
+    let so_far = sixteens.count() * 16;
+    let rest = words[so_far..].iter().take_while(|word| **word == 0).count();
+    let entries = ((so_far + rest) / layout.words()) as u64;
+    let end = ((range.start() >> layout.cluster_bits) + entries) << layout.cluster_bits;
+    if entries == 0 { 0 } else { range.before(end).len() }
 }
 
 fn answer(found: Option<(Sub, Option<u64>)>, len: u64) -> Option<Extent> {
@@ -139,10 +158,25 @@ impl Qcow2 {
     fn look(&self, range: ByteRange, kept: bool) -> Option<Extent> {
         let slice = self.layout.slice_of(range.start());
         let here = self.in_slice(range);
-        if let Some(found) = self.l2.view(slice, |words| extent_in(&self.layout, words, here, kept)) {
-            return found;
+        match self.l2.view(slice, |words| extent_in(&self.layout, words, here, kept)) {
+            Some(Some(extent))
+                if extent.place == Place::Below && extent.kept.is_none() && extent.len == here.len() =>
+            {
+                Some(Extent { len: self.with_blanks(slice, range, extent.len), ..extent })
+            }
+            Some(found) => found,
+            None => self.unallocated(range),
         }
-        self.unallocated(range)
+    }
+
+    /// `len` bytes of `range` in this slice are below; how many are with those of the next slices.
+    fn with_blanks(&self, mut slice: u64, range: ByteRange, mut len: u64) -> u64 {
+        let reach = 1 << self.layout.slice_reach_bits();
+        while len < range.len() && self.l2.is_blank(slice + 1) {
+            slice += 1;
+            len = range.len().min(len + reach);
+        }
+        len
     }
 
     /// How far there is no L2 table.
@@ -297,11 +331,11 @@ impl Qcow2 {
         let place = ByteRange::new(at, each * (last - first + 1)).ok_or(IoError::EIO)?;
         let buffer = Iov::scratch(place.buffer_len());
         cx.below().read(place, buffer.clone()).await?;
-        let words = to_words(&buffer.to_vec());
-        let slices: Vec<_> = (first..=last).zip(words.chunks_exact(layout.slice_words())).collect();
+        let bytes = buffer.to_vec();
+        let slices: Vec<_> = (first..=last).zip(bytes.chunks_exact(layout.slice_words() * 8)).collect();
         // The first comes last: it is not evicted for the others.
-        for (slice, words) in slices.into_iter().rev().filter(|(slice, _)| missing.contains(slice)) {
-            self.l2.insert(slice, words.into());
+        for (slice, bytes) in slices.into_iter().rev().filter(|(slice, _)| missing.contains(slice)) {
+            self.l2.insert(slice, Words::from_bytes(bytes));
         }
         Ok(())
     }
@@ -316,7 +350,7 @@ impl Qcow2 {
         let range = ByteRange::new(at, self.layout.slice_bytes()).ok_or(IoError::EIO)?;
         let buffer = Iov::scratch(range.buffer_len());
         cx.below().read(range, buffer.clone()).await?;
-        self.l2.insert(slice, to_words(&buffer.to_vec()));
+        self.l2.insert(slice, Words::from_bytes(&buffer.to_vec()));
         Ok(())
     }
 

@@ -14,11 +14,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use underlay_graph::{ByteRange, Cx, IoError, Result, WriteFlags};
 use underlay_sys::Iov;
 
-use crate::cache::{SliceCache, to_bytes, to_words};
+use crate::cache::SliceCache;
 use crate::entry::MAX_HOST;
 use crate::header::Header;
 use crate::live::{Corruption, Qcow2, Stripes, hex};
 use crate::metadata::Owner;
+use crate::words::{Words, to_bytes, to_words};
 
 /// Bits of a refcount table entry that hold an offset.
 const TABLE_OFFSET: u64 = !511;
@@ -462,7 +463,7 @@ impl Qcow2 {
         let range = ByteRange::new(at, bytes).ok_or(IoError::EIO)?;
         let buffer = Iov::scratch(range.buffer_len());
         cx.below().read(range, buffer.clone()).await?;
-        refcounts.cache.insert(slice, to_words(&buffer.to_vec()));
+        refcounts.cache.insert(slice, Words::from_bytes(&buffer.to_vec()));
         Ok(())
     }
 
@@ -633,9 +634,8 @@ impl Refcounts {
         let mut state = self.state();
         if own {
             let slice = cluster >> self.slice_bits;
-            let words = vec![0; (1usize << self.slice_bits << self.order) / 64];
             loop {
-                self.cache.insert(slice, words.clone().into());
+                self.cache.insert(slice, Words::zeroes((1usize << self.slice_bits << self.order) / 64));
                 if self.cache.update(slice, |words| self.set(words, cluster, 1)).is_some() {
                     break;
                 }

@@ -17,13 +17,13 @@ use underlay_graph::format::join;
 use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
 use underlay_sys::Iov;
 
-use crate::cache::{to_bytes, to_words};
 use crate::commit::write_pieces;
 use crate::entry::{COMPRESSED, Entry, Layout, MAX_HOST};
 use crate::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use crate::live::Qcow2;
 use crate::metadata::Owner;
 use crate::refblocks::{get, set};
+use crate::words::{to_bytes, to_words};
 
 /// Most memory for refcounts, in bytes: 32 TiB of 64 KiB clusters with 16 bits each.
 const MAX_COUNTS: u64 = 1 << 30;

@@ -10,7 +10,6 @@ use std::sync::{Arc, PoisonError, RwLockReadGuard};
 use underlay_graph::info::SnapshotInfo;
 use underlay_graph::{Cx, IoError};
 
-use crate::cache::to_bytes;
 use crate::entry::{COMPRESSED, COPIED, Entry, OFFSET};
 use crate::header::{Header, MAX_L1_BYTES};
 use crate::info::snapshot_info;
@@ -19,6 +18,7 @@ use crate::mapping::L1;
 use crate::metadata::Owner;
 use crate::shadow::{Bad, Freed, Shadow, clusters_of};
 use crate::snapshots::{self, Snapshot, SnapshotError, Table};
+use crate::words::to_bytes;
 
 type Result<T, E = IoError> = std::result::Result<T, E>;
 

@@ -3,8 +3,8 @@
 use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
 
-use crate::cache::to_words;
 use crate::header::{Header, MAX_L1_BYTES, MAX_SNAPSHOTS, Version};
+use crate::words::to_words;
 
 /// Bytes of an entry's fixed part.
 const FIXED: u64 = 40;

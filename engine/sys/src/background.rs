@@ -81,6 +81,12 @@ impl Background {
         self.tasks.borrow_mut().push_back(task);
     }
 
+    /// For one that has begun, and whose time has come again: who goes through a disk has more work to give to others,
+    /// and who is nearly done holds memory.
+    pub(crate) fn push_first(&self, task: Runnable) {
+        self.tasks.borrow_mut().push_front(task);
+    }
+
     pub(crate) fn pop(&self) -> Option<Runnable> {
         self.tasks.borrow_mut().pop_front()
     }

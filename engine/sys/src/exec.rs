@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use async_task::Runnable;
+use async_task::{Runnable, ScheduleInfo, WithInfo};
 
 use crate::background::{Background, Pulse, Step};
 use crate::pool::Waits;
@@ -47,9 +47,18 @@ pub(crate) enum Class {
     Background,
 }
 
+/// Where a task of the background waits for its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Before those that have not begun: what it waited for has come.
+    Next,
+    /// It is new, or lets others go first.
+    Last,
+}
+
 /// What other threads know of an executor.
 pub(crate) struct Remote {
-    tasks: Mutex<Vec<(Runnable, Class)>>,
+    tasks: Mutex<Vec<(Runnable, Class, Turn)>>,
     event: OwnedFd,
     /// The eventfd was written since the thread last looked.
     signalled: AtomicBool,
@@ -79,13 +88,13 @@ impl Remote {
         std::ptr::eq(HOME_REMOTE.get(), self)
     }
 
-    fn schedule(&self, task: Runnable, class: Class) {
+    fn schedule(&self, task: Runnable, class: Class, turn: Turn) {
         if self.is_home() {
             // The home executor is set whenever its address is (see `Core::enter`).
-            HOME.with_borrow(|home| home.as_ref().map(|core| core.put(task, class)));
+            HOME.with_borrow(|home| home.as_ref().map(|core| core.put(task, class, turn)));
             return;
         }
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push((task, class));
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push((task, class, turn));
         self.notify();
     }
 
@@ -95,9 +104,13 @@ impl Remote {
         F: Future<Output = ()> + Send + 'static,
     {
         let remote = self.clone();
-        let (runnable, task) = async_task::spawn(task, move |runnable| remote.schedule(runnable, class));
+        let again = move |task, info: ScheduleInfo| {
+            let turn = if info.woken_while_running { Turn::Last } else { Turn::Next };
+            remote.schedule(task, class, turn);
+        };
+        let (runnable, task) = async_task::spawn(task, WithInfo(again));
         task.detach();
-        runnable.schedule();
+        self.schedule(runnable, class, Turn::Last);
     }
 
     /// Ends [`Core::run_until_stopped`].
@@ -265,10 +278,11 @@ impl Core {
         }
     }
 
-    fn put(&self, task: Runnable, class: Class) {
-        match class {
-            Class::Foreground => self.ready.borrow_mut().push_back(task),
-            Class::Background => self.background.push(task),
+    fn put(&self, task: Runnable, class: Class, turn: Turn) {
+        match (class, turn) {
+            (Class::Foreground, _) => self.ready.borrow_mut().push_back(task),
+            (Class::Background, Turn::Next) => self.background.push_first(task),
+            (Class::Background, Turn::Last) => self.background.push(task),
         }
     }
 
@@ -318,7 +332,7 @@ impl Core {
     fn take_remote(&self) {
         self.remote.signalled.store(false, Ordering::SeqCst);
         let tasks = std::mem::take(&mut *self.remote.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        tasks.into_iter().for_each(|(task, class)| self.put(task, class));
+        tasks.into_iter().for_each(|(task, class, turn)| self.put(task, class, turn));
     }
 
     fn fire_timers(&self) {

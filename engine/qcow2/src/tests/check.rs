@@ -1,9 +1,9 @@
 //! Counts all references of an image and compares them with its refcounts.
 
-use crate::cache::to_words;
 use crate::entry::{COMPRESSED, COPIED, Layout, OFFSET};
 use crate::header::Header;
 use crate::snapshots;
+use crate::words::to_words;
 
 use super::{Disk, run, view_of};
 
