@@ -3,8 +3,8 @@
 
 use crate::error::Result;
 use crate::format::{Extent, Place};
-use crate::node::Kind;
-use crate::status::{Map, Status, ask};
+use crate::node::{Kind, Node};
+use crate::status::{Search, Status};
 use crate::units::ByteRange;
 use crate::view::Cx;
 
@@ -31,30 +31,61 @@ struct Said {
 impl Walk {
     /// As [`crate::status::status`].
     pub async fn status(&mut self, cx: &Cx<'_>, range: ByteRange) -> Result<Status> {
-        ask(self, cx, range, None).await
+        let mut search = Search::new(cx, range, None);
+        loop {
+            if let Some(status) = search.proceed() {
+                return Ok(status);
+            }
+            let extent = match self.known(&search) {
+                Some(extent) => extent,
+                None => self.said(search.at.node()).ask(&search.at, search.range).await?,
+            };
+            if let Some(status) = search.told(extent) {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// The same where nobody has to be asked: for the most of millions of extents.
+    pub fn status_now(&mut self, cx: &Cx<'_>, range: ByteRange) -> Option<Status> {
+        let mut search = Search::new(cx, range, None);
+        loop {
+            if let Some(status) = search.proceed() {
+                return Some(status);
+            }
+            let extent = self.known(&search)?;
+            if let Some(status) = search.told(extent) {
+                return Some(status);
+            }
+        }
+    }
+
+    /// What the node of this search has said of the first bytes.
+    #[inline]
+    fn known(&mut self, search: &Search<'_>) -> Option<Extent> {
+        let node = address(search.at.node());
+        let said = self.said.iter_mut().find(|said| said.node == node)?;
+        let (start, extent) = said.find(search.range.start())?;
+        Some(part(extent, search.range.start() - start, search.range.len()))
+    }
+
+    fn said(&mut self, node: &dyn Node) -> &mut Said {
+        let node = address(node);
+        let index = self.said.iter().position(|said| said.node == node).unwrap_or_else(|| {
+            self.said.push(Said { node, extents: Vec::new(), last: 0 });
+            self.said.len() - 1
+        });
+        &mut self.said[index]
     }
 }
 
-impl Map for Walk {
-    async fn map(&mut self, at: &Cx<'_>, range: ByteRange) -> Result<Extent> {
-        let node = std::ptr::from_ref(at.node()).addr();
-        let index = match self.said.iter().position(|said| said.node == node) {
-            Some(index) => index,
-            None => {
-                self.said.push(Said { node, extents: Vec::new(), last: 0 });
-                self.said.len() - 1
-            }
-        };
-        let said = &mut self.said[index];
-        match said.find(range.start()) {
-            Some((start, extent)) => Ok(part(extent, range.start() - start, range.len())),
-            None => said.ask(at, range).await,
-        }
-    }
+fn address(node: &dyn Node) -> usize {
+    std::ptr::from_ref(node).addr()
 }
 
 impl Said {
     /// The extent that has the byte, and where it begins.
+    #[inline]
     fn find(&mut self, byte: u64) -> Option<(u64, Extent)> {
         let has =
             |(start, extent): &&(u64, Extent)| byte.checked_sub(*start).is_some_and(|skip| skip < extent.len);

@@ -17,7 +17,7 @@ use async_task::Runnable;
 const QUIET: Duration = Duration::from_micros(200);
 
 /// One part in so many of the time is the background's while guests are busy.
-const SHARE: u32 = 3;
+const SHARE: u32 = 2;
 
 /// Bytes that the kernel is asked to copy in one step while guests are busy: some tens of microseconds.
 const SLICE: usize = 128 << 10;

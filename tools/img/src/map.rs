@@ -64,34 +64,64 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let inside = image.root.enter().await.map_err(failed)?;
     let cx = inside.cx();
     let end = cx.length().min(start.saturating_add(most));
-    let mut rest = ByteRange::between(start, end);
-    let mut printer = Printer::new(if json { Lines::json() } else { Lines::human(image.wires()) })?;
-    let mut last: Option<(u64, Status)> = None;
+    let printer = Printer::new(if json { Lines::json() } else { Lines::human(image.wires()) })?;
+    let mut joiner = Joiner { rest: ByteRange::between(start, end), last: None, printer };
     let mut walk = Walk::default();
-    while !rest.is_empty() {
-        let found = match walk.status(&cx, rest.split(STRIDE).0).await {
-            Ok(found) => as_shown(found),
+    while joiner.add_all(|range| walk.status_now(&cx, range)) {
+        match walk.status(&cx, joiner.next()).await {
+            Ok(found) if joiner.add(found) => {}
+            Ok(_) => break,
             Err(error) => {
-                printer.end()?.flush()?;
+                joiner.printer.end()?.flush()?;
                 return Err(failed(error));
             }
-        };
-        match &mut last {
-            Some((_, last)) if continues(last, &found) => last.len += found.len,
-            _ => {
-                if let Some((at, extent)) = last.replace((rest.start(), found))
-                    && !printer.extent(at, extent)
-                {
-                    break;
-                }
+        }
+    }
+    if let Some((at, extent)) = joiner.last {
+        joiner.printer.extent(at, extent);
+    }
+    joiner.printer.end()?.end(start)
+}
+
+/// Makes one of neighbours that are alike.
+struct Joiner {
+    /// What nobody has asked for yet.
+    rest: ByteRange,
+    /// What may go on.
+    last: Option<(u64, Status)>,
+    printer: Printer,
+}
+
+impl Joiner {
+    /// What to ask for next.
+    fn next(&self) -> ByteRange {
+        self.rest.split(STRIDE).0
+    }
+
+    /// Adds what `ask` says, as long as it says anything; whether there is more.
+    fn add_all(&mut self, mut ask: impl FnMut(ByteRange) -> Option<Status>) -> bool {
+        while !self.rest.is_empty() {
+            let Some(found) = ask(self.next()) else { return true };
+            if !self.add(found) {
+                return false;
             }
         }
-        rest = rest.split(found.len).1;
+        false
     }
-    if let Some((at, extent)) = last {
-        printer.extent(at, extent);
+
+    /// Adds what comes next. False if there is no use in more.
+    fn add(&mut self, found: Status) -> bool {
+        let found = as_shown(found);
+        let at = self.rest.start();
+        self.rest = self.rest.split(found.len).1;
+        match &mut self.last {
+            Some((_, last)) if continues(last, &found) => {
+                last.len += found.len;
+                true
+            }
+            _ => self.last.replace((at, found)).is_none_or(|(at, extent)| self.printer.extent(at, extent)),
+        }
     }
-    printer.end()?.end(start)
 }
 
 /// Behind the end of a short backing file it is the image above that shows zeroes, without having them. What raw takes
