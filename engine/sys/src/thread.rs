@@ -172,6 +172,35 @@ mod tests {
     }
 
     #[test]
+    fn background_work_that_was_begun_goes_first_and_who_yields_goes_last() {
+        let thread = IoThread::start("order").expect("starts");
+        let order = block_on(thread.spawner().run(async {
+            let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
+            let (wake, woken) = tokio::sync::oneshot::channel::<()>();
+            let to = say.clone();
+            rt::spawn_background(0, async move {
+                let _ = woken.await;
+                let _ = to.send("waiter");
+            });
+            let to = say.clone();
+            rt::spawn_background(0, async move {
+                let _ = wake.send(());
+                rt::yield_now().await;
+                let _ = to.send("yielder");
+            });
+            rt::spawn_background(0, async move {
+                let _ = say.send("new");
+            });
+            let mut order = Vec::new();
+            while let Some(who) = said.recv().await {
+                order.push(who);
+            }
+            order
+        }));
+        assert_eq!(order, ["waiter", "new", "yielder"]);
+    }
+
+    #[test]
     fn many_wakes_from_another_thread_arrive() {
         let thread = IoThread::start("test").expect("starts");
         let (to, mut from) = tokio::sync::mpsc::unbounded_channel();

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use async_trait::async_trait;
-use underlay_graph::{ByteRange, Cx, Kind, Node, Result, Role, View, WriteFlags};
+use underlay_graph::{ByteRange, Cx, Kind, Node, Place, Result, Role, View, WriteFlags};
 use underlay_sys::Iov;
 
 use super::{Disk, Setup, Shape, open, run, view_of};
@@ -140,7 +140,34 @@ fn a_walk_finds_what_single_questions_find() {
                 None,
             ));
             assert_eq!(single.unwrap(), found, "seed {seed} at {:#x}", rest.start());
+            assert_eq!(walk.status_now(&cx, rest), Some(found), "what was said is known");
             rest = rest.split(found.len).1;
         }
     }
+}
+
+/// Slices of nothing but zeroes are one answer with what is before them, up to the first one that was ever changed.
+#[test]
+fn neighbouring_slices_of_zeroes_are_one_answer() {
+    let disk = Disk::new(SHAPE.image(false), 1).forget_cuts();
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    setup.write(0, &[1; 512]).unwrap();
+    setup.write(7 * REACH + CLUSTER, &[7; 512]).unwrap();
+    setup.close();
+    let setup =
+        open(disk, None, OpenOptions { l2_cache_entry_size: Some(512), ..OpenOptions::default() }, true);
+    let below = |start: u64| {
+        let found = run(setup.view.cx().map(ByteRange::between(start, SHAPE.size))).unwrap();
+        (found.place == Place::Below).then_some(start + found.len)
+    };
+    assert_eq!(below(0), None);
+    // The first question loads them all, and is answered for what it asks about the first.
+    below(CLUSTER);
+    assert_eq!(below(CLUSTER), Some(7 * REACH));
+    assert_eq!(below(REACH + 5 * CLUSTER), Some(7 * REACH));
+    assert_eq!(below(7 * REACH), Some(7 * REACH + CLUSTER));
+    setup.write(4 * REACH + 2 * CLUSTER, &[4; 512]).unwrap();
+    assert_eq!(below(REACH), Some(4 * REACH));
+    assert_eq!(below(4 * REACH), Some(4 * REACH + 2 * CLUSTER));
+    assert_eq!(below(4 * REACH + 3 * CLUSTER), Some(7 * REACH));
 }
