@@ -175,6 +175,8 @@ impl Group {
             job.abort(stop);
         }
         self.change(|state| state.down += 1);
+        // Taking one out of the graph holds up those that still work, and they would tell.
+        self.turn(job, |state| state.down >= all).await;
         work.abandon(job).await;
         self.turn(job, |state| state.down == all + place).await;
         if late {
