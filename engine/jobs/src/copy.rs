@@ -127,6 +127,8 @@ pub struct Outcome {
 struct Piece {
     range: ByteRange,
     step: Step,
+    /// How often errors had stopped the job when it was sent.
+    stops: u64,
 }
 
 /// What a task has to tell.
@@ -198,7 +200,7 @@ impl<C: Copier> Walk<'_, C> {
             while !rest.is_empty() {
                 self.gate().await?;
                 if let Some(piece) = self.again.pop_front() {
-                    self.send(piece).await?;
+                    self.send(piece.range, piece.step).await?;
                     continue;
                 }
                 let (step, len) = match self.copier.look(rest).await {
@@ -220,7 +222,7 @@ impl<C: Copier> Walk<'_, C> {
             // What failed and is to be tried again came back only now.
             let Some(piece) = self.again.pop_front() else { return Ok(()) };
             self.gate().await?;
-            self.send(piece).await?;
+            self.send(piece.range, piece.step).await?;
         }
     }
 
@@ -240,7 +242,7 @@ impl<C: Copier> Walk<'_, C> {
                     if step == Step::Copy {
                         self.job.spend(chunk.len());
                     }
-                    self.send(Piece { range: chunk, step }).await?;
+                    self.send(chunk, step).await?;
                     run = later;
                 }
             }
@@ -270,7 +272,7 @@ impl<C: Copier> Walk<'_, C> {
 
     /// Begins a piece on the lane that has least to do: a thread with busy guests takes longer for its pieces, and
     /// so gets fewer.
-    async fn send(&mut self, piece: Piece) -> Result<(), Stop> {
+    async fn send(&mut self, range: ByteRange, step: Step) -> Result<(), Stop> {
         let most = if self.job.is_throttled() { 1 } else { PER_LANE * self.lanes.len() };
         let most = most.min(self.copier.most_in_flight());
         let lane = loop {
@@ -283,6 +285,7 @@ impl<C: Copier> Walk<'_, C> {
         self.lanes[lane] += 1;
         self.sent = true;
         self.job.takes_off();
+        let piece = Piece { range, step, stops: self.job.stops() };
         let copier = self.copier.clone();
         let answer = Answer { to: self.to.clone(), piece, lane, result: None };
         rt::spawn_background(lane, async move {
@@ -303,6 +306,8 @@ impl<C: Copier> Walk<'_, C> {
         self.job.lands();
         match result {
             Ok(()) => self.job.advance(self.copier.counts_copied(piece.range)),
+            // One event tells of all that was in flight together, even if the client was so fast that the job goes on.
+            Err(_) if piece.stops < self.job.stops() => self.again.push_back(piece),
             Err(fault) => match self.failed(&fault).await? {
                 true => self.again.push_back(piece),
                 false => self.job.advance(piece.range.len()),
@@ -314,7 +319,6 @@ impl<C: Copier> Walk<'_, C> {
     /// What becomes of a piece that failed: true to try it again, false to pass it over.
     async fn failed(&mut self, fault: &Fault) -> Result<bool, Stop> {
         if self.over || self.job.is_stopped_by_error() {
-            // One event tells of all that was in flight together.
             return Ok(true);
         }
         let action = self.job.on_error(&fault.error, fault.is_read);

@@ -48,6 +48,8 @@ struct State {
     total: u64,
     in_flight: u32,
     io_status: IoStatus,
+    /// How often errors have stopped it.
+    stops: u64,
     error: Option<String>,
     pace: Pace,
     synced: bool,
@@ -107,6 +109,7 @@ impl Job {
             total: 0,
             in_flight: 0,
             io_status: IoStatus::Ok,
+            stops: 0,
             error: None,
             pace: Pace::default(),
             synced: false,
@@ -528,6 +531,7 @@ impl Job {
             Action::Ignore => {}
             Action::Stop => {
                 state.io_status = if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
+                state.stops += 1;
                 state.user_paused = true;
                 self.show_pause(&mut state);
             }
@@ -538,6 +542,11 @@ impl Job {
     /// Whether an error has paused it.
     pub(crate) fn is_stopped_by_error(&self) -> bool {
         self.state().io_status != IoStatus::Ok
+    }
+
+    /// How often errors have stopped it.
+    pub(crate) fn stops(&self) -> u64 {
+        self.state().stops
     }
 
     /// Waits until the job is not held back, then moves on to `status`.

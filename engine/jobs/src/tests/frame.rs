@@ -1,12 +1,18 @@
 //! The frame's verbs and events, against what QEMU 10.0.2 answers to the same commands.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use tokio::sync::Semaphore;
+use underlay_graph::{ByteRange, IoError};
 use underlay_sys::rt;
 
 use super::lab::{Lab, names};
 use super::world::run;
+use crate::copy::{self, Copier, Fault, Ignored, Step};
+use crate::settings::{Kind, OnError};
 use crate::{CommitArgs, JobError, Settings, Started, Status, StreamArgs, StreamEnd};
 
 const MIB: u64 = 1 << 20;
@@ -342,5 +348,58 @@ fn filters_are_there_while_a_job_runs() {
         job.cancel().unwrap();
         job.concluded().await;
         lab.assert_tidy();
+    });
+}
+
+/// A copy whose first pieces fail, one for each permit.
+struct Failing {
+    begun: AtomicUsize,
+    permits: Semaphore,
+}
+
+const FAILING: usize = 4;
+
+#[async_trait]
+impl Copier for Failing {
+    async fn look(&self, range: ByteRange) -> Result<(Step, u64), Fault> {
+        Ok((Step::Copy, range.len()))
+    }
+
+    async fn copy(&self, _: ByteRange, _: Step) -> Result<(), Fault> {
+        if self.begun.fetch_add(1, Ordering::SeqCst) >= FAILING {
+            return Ok(());
+        }
+        self.permits.acquire().await.unwrap().forget();
+        Err(Fault::write(IoError::ENOSPC))
+    }
+}
+
+/// A client that is faster than the other pieces that were on their way is not told of them: it has made room already.
+#[test]
+fn one_event_tells_of_all_pieces_that_fail_together() {
+    run(1, async {
+        let lab = lab().await;
+        let stop = Settings { on_error: OnError::Stop, ..settings() };
+        let job = lab.jobs.draft("j".into(), Kind::Commit, &stop);
+        job.begin(Status::Running);
+        let copier = Arc::new(Failing { begun: AtomicUsize::new(0), permits: Semaphore::new(0) });
+        let (of_job, of_copier) = (job.clone(), copier.clone());
+        let walking = rt::spawn(async move {
+            let disk = ByteRange::between(0, 4 * MIB);
+            copy::walk(&of_job, &of_copier, disk, Ignored::TryAgain).await.map(drop)
+        });
+        while copier.begun.load(Ordering::SeqCst) < FAILING {
+            rt::yield_now().await;
+        }
+        copier.permits.add_permits(1);
+        while job.status() != Status::Paused {
+            rt::yield_now().await;
+        }
+        job.resume().unwrap();
+        copier.permits.add_permits(FAILING - 1);
+        walking.await.unwrap();
+        assert_eq!(lab.record.take(), "running ERROR(write,stop) paused running");
+        let pieces = usize::try_from(4 * MIB / copy::CHUNK).unwrap();
+        assert_eq!(copier.begun.load(Ordering::SeqCst), pieces + FAILING);
     });
 }
