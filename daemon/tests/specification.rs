@@ -72,7 +72,10 @@ impl Link {
 
     fn message(&mut self) -> Option<(Object, String)> {
         let mut line = String::new();
-        self.reader.read_line(&mut line).expect("the machine answers");
+        let read = self.reader.read_line(&mut line);
+        read.unwrap_or_else(|error| {
+            panic!("{error}: the machine does not answer, events {:#?}", self.events)
+        });
         match json::parse(line.as_bytes()) {
             Ok(Value::Object(object)) => Some((object, line.trim_end().to_owned())),
             _ if line.is_empty() => None,
