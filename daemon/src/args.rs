@@ -24,6 +24,8 @@ pub enum Arg {
     Export(Object),
     /// `--object`
     Object(Object),
+    /// `--object` with a word that asks for help, which is this.
+    ObjectHelp(&'static str),
     /// `--pidfile`
     PidFile(String),
 }
@@ -190,7 +192,10 @@ impl Given {
             }
             Some("pidfile") => Ok(Arg::PidFile(value.to_owned())),
             Some("trace") => Err(CommandError::new("Trace events are not supported")),
-            Some(_) => object(value).map(Arg::Object),
+            Some(_) => match keyval::parse(value, Some("qom-type")) {
+                Err(keyval::KeyvalError::NoHelp) => object_help(value).map(Arg::ObjectHelp),
+                _ => object(value).map(Arg::Object),
+            },
             None => Err(CommandError::new("Unexpected argument")),
         }
     }
@@ -206,23 +211,54 @@ pub fn checked(value: &str, implied: Option<&str>, by: &ty::Object) -> CommandRe
     schema::check(pairs(value, implied)?, by, input).map_err(|error| CommandError::new(error.to_string()))
 }
 
+/// The types of objects that there are in the reference only.
+const LATER: [&str; 9] = [
+    "secret",
+    "tls-creds-x509",
+    "tls-creds-psk",
+    "tls-creds-anon",
+    "authz-list",
+    "authz-simple",
+    "authz-pam",
+    "authz-list-file",
+    "secret_keyring",
+];
+
+fn not_yet(kind: &str) -> CommandError {
+    CommandError::new(format!("Objects of type '{kind}' are not supported yet"))
+}
+
+const OBJECTS: &str = "List of user creatable objects:\n  iothread\n  throttle-group\n";
+
+const OF_IOTHREAD: &str = "iothread options:\n  aio-max-batch=<int>\n  poll-grow=<int>\n  poll-max-ns=<int>\n  \
+    poll-shrink=<int>\n  thread-pool-max=<int>\n  thread-pool-min=<int>\n";
+
+const OF_THROTTLE_GROUP: &str = "throttle-group options:\n  limits=<ThrottleLimits>\n  \
+    x-bps-read-max-length=<int>\n  x-bps-read-max=<int>\n  x-bps-read=<int>\n  \
+    x-bps-total-max-length=<int>\n  x-bps-total-max=<int>\n  x-bps-total=<int>\n  \
+    x-bps-write-max-length=<int>\n  x-bps-write-max=<int>\n  x-bps-write=<int>\n  \
+    x-iops-read-max-length=<int>\n  x-iops-read-max=<int>\n  x-iops-read=<int>\n  x-iops-size=<int>\n  \
+    x-iops-total-max-length=<int>\n  x-iops-total-max=<int>\n  x-iops-total=<int>\n  \
+    x-iops-write-max-length=<int>\n  x-iops-write-max=<int>\n  x-iops-write=<int>\n";
+
+/// Help on the type that the other words name, or on which types there are.
+fn object_help(value: &str) -> CommandResult<&'static str> {
+    let words: Vec<_> = value.split(',').filter(|word| !matches!(*word, "help" | "?")).collect();
+    let given = keyval::parse(&words.join(","), Some("qom-type")).unwrap_or_default();
+    match given.get("qom-type").and_then(|kind| kind.as_str()) {
+        Some("iothread") => Ok(OF_IOTHREAD),
+        Some("throttle-group") => Ok(OF_THROTTLE_GROUP),
+        Some(later) if LATER.contains(&later) => Err(not_yet(later)),
+        _ => Ok(OBJECTS),
+    }
+}
+
 /// The options of `--object`.
 pub fn object(value: &str) -> CommandResult<Object> {
     let given = pairs(value, Some("qom-type"))?;
     let kind = given.get("qom-type").and_then(|kind| kind.as_str()).unwrap_or_default();
-    let known = [
-        "secret",
-        "tls-creds-x509",
-        "tls-creds-psk",
-        "tls-creds-anon",
-        "authz-list",
-        "authz-simple",
-        "authz-pam",
-        "authz-list-file",
-        "secret_keyring",
-    ];
-    if known.contains(&kind) {
-        return Err(CommandError::new(format!("Objects of type '{kind}' are not supported yet")));
+    if LATER.contains(&kind) {
+        return Err(not_yet(kind));
     }
     checked(value, Some("qom-type"), schema::object_options())
 }

@@ -43,7 +43,7 @@ pub fn understood(words: &[String]) -> Result<(), String> {
         Arg::Blockdev(options) => NodeSpec::parse(options).map(drop).map_err(CommandError::from),
         Arg::NbdServer(options) => export::address(&mut Arguments::new(options)).map(drop),
         Arg::Object(options) => object::understood(Arguments::new(options)),
-        Arg::Export(_) | Arg::Monitor(_) | Arg::PidFile(_) => Ok(()),
+        Arg::Export(_) | Arg::Monitor(_) | Arg::ObjectHelp(_) | Arg::PidFile(_) => Ok(()),
     };
     given.iter().try_for_each(read).map_err(|error| error.in_full())
 }
@@ -106,6 +106,7 @@ async fn carry_out(daemon: &Arc<Daemon>, arg: Arg, remark: Remark<'_>) -> Comman
             export::add(daemon, &mut arguments).await?;
         }
         Arg::Object(options) => object::add(daemon, Arguments::new(options))?,
+        Arg::ObjectHelp(text) => return Ok(Some(text)),
         Arg::PidFile(_) => {}
     }
     Ok(None)

@@ -137,7 +137,7 @@ impl Opener {
                 let name = image.file.filename.unwrap_or_default();
                 return Err(OpenError::text(format!("Backing file '{name}' creates an infinite loop.")));
             }
-            next = self.below(&image)?;
+            next = self.below(&image).map_err(|e| in_backing(e, waiting.len()))?;
             waiting.push(image);
         }
         while let Some(image) = waiting.pop() {
@@ -368,8 +368,9 @@ fn protocol(spec: NodeSpec, node: Arc<dyn Node>, read_only: bool, options: NodeO
     Unbacked { spec, node, read_only, options, file, target: None }
 }
 
+/// Each of the images above has something to say.
 fn in_backing(error: OpenError, depth: usize) -> OpenError {
-    if depth == 0 { error } else { OpenError::Backing(Box::new(error)) }
+    (0..depth).fold(error, |error, _| OpenError::Backing(Box::new(error)))
 }
 
 /// Which file a name leads to, for finding loops.

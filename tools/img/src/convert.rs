@@ -291,8 +291,8 @@ async fn convert(sources: &[String], target: &str, request: &Request, progress: 
         make(target, total, request).await?;
     }
     request.caches.0.as_ref().map_or(Ok(()), |mode| check_cache(mode, "cache"))?;
-    // Parts of clusters get the rest of them from the backing file.
-    let no_backing = request.backing.is_none();
+    // Parts of clusters get the rest of them from the backing file, also from that of an image that was there before.
+    let no_backing = request.backing.is_none() && !request.no_create;
     let how = How {
         format: match request.target_image_opts {
             true => request.target_format.as_deref(),

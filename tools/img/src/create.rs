@@ -66,8 +66,12 @@ pub async fn run(words: &[String]) -> Outcome {
         [] => return Err(Failure::usage("Expecting image file name", "create")),
         [_, _, extra, ..] => return Err(Failure::usage(format!("Unexpected argument: {extra}"), "create")),
     };
+    let format = request.format.clone();
     make(name, size, request).await.map_err(|refused| {
-        let (Refused::Option(failure) | Refused::Create(failure)) = refused;
+        let (Refused::Option(mut failure) | Refused::Create(mut failure)) = refused;
+        if failure.message.as_ref().is_some_and(|text| text.ends_with(": File too large")) {
+            failure.message = Some(format!("The image size is too large for file format '{format}'"));
+        }
         Failure::new(format!("{name}: {}", failure.message.unwrap_or_default()))
     })
 }

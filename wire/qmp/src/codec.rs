@@ -103,6 +103,23 @@ impl Splitter {
         self.tokens > 0 || !matches!(self.state, State::Between | State::Lost | State::Skipping)
     }
 
+    /// There are no more bytes: gives what that completes.
+    pub fn end(&mut self) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        match self.state {
+            State::String { .. } => self.stray(0, &mut pieces),
+            State::Number(number) if number.next(b' ') == Err(false) => self.stray(0, &mut pieces),
+            // A number's end shows only in what follows it.
+            _ => self.byte(b' ', &mut pieces),
+        }
+        pieces
+    }
+
+    /// What has come of a message that is not complete.
+    pub fn rest(&self) -> &[u8] {
+        &self.piece
+    }
+
     fn byte(&mut self, byte: u8, pieces: &mut Vec<Piece>) {
         match self.state {
             State::Skipping if byte == b'\n' => self.state = State::Between,

@@ -14,8 +14,7 @@ pub struct ParseError(pub String);
 pub fn parse(bytes: &[u8]) -> Result<Value, ParseError> {
     let mut splitter = Splitter::default();
     let mut pieces = splitter.push(bytes);
-    // A number's end shows only in what follows it.
-    pieces.extend(splitter.push(b" "));
+    pieces.extend(splitter.end());
     let one_value = || Err(ParseError("Expecting at most one JSON value".to_owned()));
     let mut value = None;
     for piece in pieces {
@@ -28,7 +27,8 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ParseError> {
     match (value, splitter.is_within()) {
         (Some(value), false) => Ok(value),
         (Some(_), true) => one_value(),
-        (None, true) => error("premature EOI"),
+        // What there is may be wrong before its end.
+        (None, true) => parse_message(splitter.rest()).and_then(|_| error("premature EOI")),
         (None, false) => Err(ParseError("Expecting a JSON value".to_owned())),
     }
 }
@@ -71,6 +71,11 @@ impl Parser<'_> {
         }
     }
 
+    /// What should be here is not, or there is nothing more at all.
+    fn missing<T>(&self, text: &str) -> Result<T, ParseError> {
+        error(if self.peek().is_none() { "premature EOI" } else { text })
+    }
+
     fn object(&mut self) -> Result<Value, ParseError> {
         self.at += 1;
         let mut object = Object::new();
@@ -84,7 +89,7 @@ impl Parser<'_> {
             let Value::Str(name) = self.value()? else { return error("key is not a string in object") };
             self.blanks();
             if self.peek() != Some(b':') {
-                return error("missing : in object pair");
+                return self.missing("missing : in object pair");
             }
             self.at += 1;
             let value = self.value()?;
@@ -96,7 +101,7 @@ impl Parser<'_> {
             match self.peek() {
                 Some(b',') => self.at += 1,
                 Some(b'}') => break self.at += 1,
-                _ => return error("expected separator in dict"),
+                _ => return self.missing("expected separator in dict"),
             }
         }
         Ok(Value::Object(object))
@@ -116,7 +121,7 @@ impl Parser<'_> {
             match self.peek() {
                 Some(b',') => self.at += 1,
                 Some(b']') => break self.at += 1,
-                _ => return error("expected separator in list"),
+                _ => return self.missing("expected separator in list"),
             }
         }
         Ok(Value::List(values))
@@ -246,6 +251,22 @@ mod tests {
     fn takes_what_qemu_takes() {
         assert_eq!(parse(b"1 2"), Err(ParseError("Expecting at most one JSON value".into())));
         assert_eq!(parse(b"{"), Err(ParseError("JSON parse error, premature EOI".into())));
+        for (text, why) in [
+            ("{\"a\": \"b", "stray '\"b'"),
+            ("{['a", "stray ''a'"),
+            ("{\"a\": \"x\\", "stray '\"x\\'"),
+            ("{\"a\": 1.", "stray '1.'"),
+            ("{\"a\": -", "stray '-'"),
+            ("{\"a\": 12", "premature EOI"),
+            ("{\"a\": tru", "invalid keyword 'tru'"),
+            ("{\"a\" 5", "missing : in object pair"),
+            ("{\"a\": [1 2", "expected separator in list"),
+            ("{\"a\":1,", "premature EOI"),
+            ("{\"a\", {", "missing : in object pair"),
+            ("{\"a\": 1, {\"b\": 2}", "key is not a string in object"),
+        ] {
+            assert_eq!(parse(text.as_bytes()), Err(ParseError(format!("JSON parse error, {why}"))), "{text}");
+        }
         assert_eq!(parse(br#" 'a"b' "#), Ok(Value::Str("a\"b".into())));
         assert_eq!(parse(br#""\ud83d\ude00""#), Ok(Value::Str("\u{1f600}".into())));
         assert_eq!(parse(b"18446744073709551615"), Ok(Value::UInt(u64::MAX)));
