@@ -45,7 +45,7 @@ serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); 
 over() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done" || kill $server; }
 ready() { timeout 10 sh -c "until qemu-nbd -L -k '$PWD/s' > /dev/null 2>&1; do sleep 0.01; done"; }
 held() { mkfifo input; qemu-io "$1" < input > held & exec 3> input; echo length >&3
-         timeout 10 sh -c "until grep -q MiB held; do sleep 0.01; done"; }
+         timeout 10 sh -c "until grep -qs MiB held; do sleep 0.01; done"; }
 free() { exec 3>&-; wait; rm input held; }
 said() {
     { echo '{"execute":"qmp_capabilities"}{"execute":"query-named-block-nodes"}'
