@@ -18,6 +18,7 @@ use underlay_sys::thread::{IoThread, Spawner};
 use crate::chardev::Chardevs;
 use crate::command::export::Export;
 use crate::command::iothread::Iothreads;
+use crate::command::lookup::Names;
 use crate::event::{self, EventBus};
 use crate::machine::Machine;
 
@@ -126,7 +127,9 @@ impl Daemon {
 
     /// For nodes that this daemon opens.
     pub fn opener(&self, policy: BackingPolicy) -> Opener {
-        Opener::new(&self.graph, policy, Some(self.on_corrupt())).with_groups(&self.groups)
+        let names = Names::of(self);
+        let opener = Opener::new(&self.graph, policy, Some(self.on_corrupt())).with_groups(&self.groups);
+        opener.with_names(Arc::new(move |plan, name| names.find(plan, name).ok().flatten()))
     }
 
     /// What a node calls when it finds its image damaged: a line on stderr and an event.

@@ -179,6 +179,60 @@ fn guests_wait_for_the_machine_and_go_with_their_device() {
     );
 }
 
+/// How backup tools read a disk as it was: a filter comes to a device under its guest, and goes again.
+#[test]
+fn filters_come_to_a_device_and_go() {
+    let heard = heard(
+        "-blockdev qcow2,node-name=n0,file.driver=file,file.filename=d.qcow2 -device virtio-blk,drive=n0,id=v0 \
+         -blockdev null-co,node-name=other,size=4096 -export nbd,id=g,node-name=v0,name=disk,writable=on",
+        r#"! qemu-img create -q -f qcow2 d.qcow2 8M; qemu-img create -q -f qcow2 fl.qcow2 8M; qemu-img create -q -f qcow2 t.qcow2 8M
+{"execute": "query-name"}
+! GUEST 'write -P 1 0 8M'
+{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "fl", "file": {"driver": "file", "filename": "fl.qcow2"}}}
+{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "t", "file": {"driver": "file", "filename": "t.qcow2"}}}
+{"execute": "blockdev-add", "arguments": {"driver": "copy-before-write", "node-name": "cbw", "file": "n0", "target": "fl"}}
+{"execute": "qom-set", "arguments": {"path": "v0", "property": "drive", "value": "other"}}
+{"execute": "qom-set", "arguments": {"path": "v0", "property": "drive", "value": "cbw"}}
+{"execute": "blockdev-add", "arguments": {"driver": "snapshot-access", "node-name": "acc", "file": "cbw"}}
+{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "s", "node-name": "acc", "name": "then"}}
+! GUEST 'write -P 2 1M 1M'
+! qemu-io -r -f raw nbd+unix:///then?socket=nbd.sock -c 'read -P 1 0 8M' | grep -q '^read 8388608'
+{"execute": "blockdev-backup", "arguments": {"device": "acc", "target": "t", "sync": "full", "job-id": "j"}}
+? BLOCK_JOB_COMPLETED
+{"execute": "block-export-del", "arguments": {"id": "s"}}
+? BLOCK_EXPORT_DELETED
+{"execute": "blockdev-del", "arguments": {"node-name": "acc"}}
+{"execute": "blockdev-del", "arguments": {"node-name": "t"}}
+{"execute": "blockdev-backup", "arguments": {"device": "n0", "target": "other", "sync": "none", "job-id": "k"}}
+{"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "sink", "size": 8388608}}
+{"execute": "blockdev-backup", "arguments": {"device": "n0", "target": "sink", "sync": "none", "job-id": "k"}}
+{"execute": "qom-set", "arguments": {"path": "v0", "property": "drive", "value": "n0"}}
+{"execute": "block-job-cancel", "arguments": {"device": "k"}}
+? BLOCK_JOB_CANCELLED
+{"execute": "qom-set", "arguments": {"path": "v0", "property": "drive", "value": "n0"}}
+{"execute": "blockdev-del", "arguments": {"node-name": "cbw"}}
+{"execute": "blockdev-del", "arguments": {"node-name": "fl"}}
+! GUEST 'write -P 3 2M 1M'
+! GUEST 'read -P 3 2M 1M'
+! qemu-io -r t.qcow2 -c 'read -P 1 0 8M' | grep -q '^read 8388608'
+"#,
+    );
+    let nothing = r#"{"return": {}}"#;
+    let replies = outline(&heard);
+    let replies: Vec<_> = replies.lines().filter(|line| !line.starts_with("\"event\"")).collect();
+    let others: Vec<_> = replies.iter().filter(|reply| **reply != nothing).collect();
+    assert_eq!(others.len(), 3, "{others:#?}");
+    assert!(
+        others[0].contains("Device '/machine/peripheral/v0/virtio-backend' is in use by an export"),
+        "{others:?}"
+    );
+    assert!(others[1].contains("different sizes"), "{others:?}");
+    assert!(
+        others[2].contains("Permission conflict on node 'n0'"),
+        "a job's filter is in between: {others:?}"
+    );
+}
+
 #[test]
 fn what_guests_do_is_counted() {
     let heard = heard(

@@ -394,3 +394,8 @@ fn statistics() {
 fn chain_statistics() {
     compare("chain_statistics");
 }
+
+#[test]
+fn drive_property() {
+    compare("drive_property");
+}

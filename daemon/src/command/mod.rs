@@ -121,7 +121,7 @@ async fn change(daemon: &Daemon, command: &str, mut arguments: Arguments) -> Com
         }
         "object-add" => object::add(daemon, arguments)?,
         "object-del" => object::del(daemon, &arguments.text("id"))?,
-        "qom-set" => object::qom_set(daemon, &mut arguments)?,
+        "qom-set" => object::qom_set(daemon, &mut arguments).await?,
         "blockdev-del" => blockdev::del(daemon, &arguments.text("node-name")).await?,
         "blockdev-reopen" => blockdev::reopen(daemon, arguments.objects("options")).await?,
         "blockdev-create" => create::blockdev_create(daemon, &mut arguments).await?,

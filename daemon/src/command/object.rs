@@ -1,7 +1,7 @@
 //! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are throttle
 //! groups and iothreads.
 //!
-//! In a machine devices are objects, too, of which no more is told than what they are and which disk they have.
+//! In a machine devices are objects, too, of which no more is told than what they are and which disk they have, and that can be changed.
 //!
 //! Objects are children of `/objects`, by their ids; a path without a slash in front is found anywhere.
 
@@ -16,7 +16,7 @@ use underlay_qmp::schema::{self, Input};
 
 use super::arguments::Arguments;
 use super::iothread::Iothread;
-use crate::device::{Backend, Device};
+use crate::device::{Backend, Device, tray};
 use crate::error::{CommandError, CommandResult};
 use crate::machine::Machine;
 use crate::state::Daemon;
@@ -161,6 +161,8 @@ enum Place {
     /// Devices with names, or those without.
     Peripheral(Arc<Machine>, bool),
     Device(Arc<Machine>, Box<Device>),
+    /// The device within a device, which has the disk.
+    Within(Arc<Machine>, Box<Device>),
     Group(Arc<Group>),
     Iothread(Arc<Iothread>),
 }
@@ -192,8 +194,17 @@ impl Place {
 
     fn device(daemon: &Daemon, id: &str) -> Option<Self> {
         let machine = daemon.machine.clone()?;
-        let device = machine.devices.device(id)?;
-        Some(Self::Device(machine, Box::new(device)))
+        if let Some(device) = machine.devices.device(id) {
+            return Some(Self::Device(machine, Box::new(device)));
+        }
+        let around = machine.devices.device(id.strip_suffix("/virtio-backend")?)?;
+        around.model.is_virtio().then(|| Self::Within(machine, Box::new(around)))
+    }
+
+    /// What has a disk, or a place for one.
+    fn backend(&self) -> Option<(&Machine, Backend)> {
+        let (Self::Device(machine, device) | Self::Within(machine, device)) = self else { return None };
+        Some((machine, machine.devices.backend(device.backend?)?))
     }
 
     fn kind(&self) -> &'static str {
@@ -201,6 +212,7 @@ impl Place {
             Self::Root | Self::Objects | Self::Peripheral(..) => "container",
             Self::Machine(machine) => machine.kind(),
             Self::Device(_, device) => device.model.name,
+            Self::Within(..) => "virtio-blk-device",
             Self::Group(_) => "throttle-group",
             Self::Iothread(_) => "iothread",
         }
@@ -227,7 +239,7 @@ impl Place {
                 let groups = groups.iter().map(|group| (group.name().to_owned(), "throttle-group"));
                 groups.chain(daemon.iothreads.names().into_iter().map(|name| (name, "iothread"))).collect()
             }
-            Self::Group(_) | Self::Iothread(_) | Self::Device(..) => Vec::new(),
+            Self::Group(_) | Self::Iothread(_) | Self::Device(..) | Self::Within(..) => Vec::new(),
         }
     }
 
@@ -275,7 +287,7 @@ pub fn qom_list(daemon: &Daemon, path: &str) -> CommandResult<Value> {
     if let Some(known) = properties(place.kind()) {
         return Ok(Value::List(known));
     }
-    if let Place::Device(_, device) = &place {
+    if let Place::Device(_, device) | Place::Within(_, device) = &place {
         let drive = device.model.has_disk().then(|| property("drive", "str"));
         return Ok(Value::List(std::iter::once(property("type", "string")).chain(drive).collect()));
     }
@@ -293,11 +305,10 @@ pub fn qom_get(daemon: &Daemon, path: &str, property: &str) -> CommandResult<Val
     if let Place::Iothread(iothread) = &place {
         return iothread.get(property).ok_or_else(|| place.no_property(property));
     }
-    if let Place::Device(machine, device) = &place {
-        let backend = device.backend.filter(|_| property == "drive");
-        let backend = backend.and_then(|id| machine.devices.backend(id));
+    if let Place::Device(..) | Place::Within(..) = &place {
+        let backend = place.backend().filter(|_| property == "drive");
         let plan = daemon.graph.plan();
-        let drive = backend.map(|backend| match (&*backend.name, backend.disk(&plan)) {
+        let drive = backend.map(|(_, backend)| match (&*backend.name, backend.disk(&plan)) {
             ("", disk) => disk.map_or_else(String::new, |disk| plan.node(disk).name.to_string()),
             (name, _) => name.to_owned(),
         });
@@ -326,7 +337,7 @@ pub fn qom_get(daemon: &Daemon, path: &str, property: &str) -> CommandResult<Val
 }
 
 /// qom-set
-pub fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
+pub async fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> {
     let place = Place::find(daemon, &arguments.text("path"))?;
     let property = arguments.text("property");
     let not_writable =
@@ -341,8 +352,12 @@ pub fn qom_set(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult<()> 
         };
     }
     let Place::Group(group) = &place else {
-        if property == "drive" && matches!(&place, Place::Device(_, device) if device.model.has_disk()) {
-            return Err(CommandError::new("Setting the property 'drive' is not supported yet"));
+        if let Some((machine, backend)) = place.backend().filter(|_| property == "drive") {
+            let Some(Value::Str(node_name)) = arguments.take("value") else {
+                let text = "Invalid parameter type for 'drive', expected: string";
+                return Err(CommandError::new(text));
+            };
+            return tray::set_drive(daemon, machine, &backend, &node_name).await;
         }
         let is_there = property == "type" || place.children(daemon).iter().any(|(name, _)| *name == property);
         return Err(if is_there { not_writable() } else { place.no_property(&property) });

@@ -8,7 +8,7 @@ use underlay_qmp::json::Object;
 
 use super::{Backend, plug};
 use crate::command::arguments::Arguments;
-use crate::command::lookup::Names;
+use crate::command::lookup::{Names, above_implicit_filters};
 use crate::error::{CommandError, CommandResult};
 use crate::machine::Machine;
 use crate::state::Daemon;
@@ -130,6 +130,44 @@ pub async fn insert(daemon: &Daemon, machine: &Machine, id: &str, node_name: &st
         backend.medium = Some(plug::put_in(&backend, plan, node)?);
         plug::apply_access(&backend, state, plan)?;
         Ok(backend.medium)
+    };
+    let medium = daemon.graph.change(edit).await?;
+    machine.devices.edit(backend.id, |backend| backend.medium = medium);
+    Ok(())
+}
+
+/// qom-set of `drive`: another node takes the place of the disk, under those who use it. That is how filters come to a device
+/// and go again.
+pub async fn set_drive(
+    daemon: &Daemon,
+    machine: &Machine,
+    backend: &Backend,
+    node_name: &str,
+) -> CommandResult<()> {
+    let wires = daemon.graph.wires();
+    let plan = wires.plan();
+    let missing = || CommandError::new(format!("Cannot find device='' nor node-name='{node_name}'"));
+    let node = plan.find(node_name).ok_or_else(missing)?;
+    let now = backend.medium.and_then(|medium| plan.root(medium));
+    let length = |node| wires.view(node).cx().length();
+    if now.is_some_and(|now| length(now.node) != length(node)) {
+        check_unused(backend)?;
+    }
+    let state = machine.running.state();
+    let edit = |plan: &mut Plan| {
+        let Some(medium) = backend.medium else {
+            let mut filled = backend.clone();
+            filled.medium = Some(plug::put_in(backend, plan, node)?);
+            plug::apply_access(&filled, state, plan)?;
+            return Ok(filled.medium);
+        };
+        plan.get(node).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
+        // What a job has put above the node stays above it.
+        let node = above_implicit_filters(plan, node);
+        if let Some(root) = plan.root_mut(medium) {
+            root.node = node;
+        }
+        Ok(Some(medium))
     };
     let medium = daemon.graph.change(edit).await?;
     machine.devices.edit(backend.id, |backend| backend.medium = medium);

@@ -18,5 +18,5 @@ pub mod socket_address;
 pub mod throttle;
 
 pub use error::OpenError;
-pub use open::{BackingPolicy, Opener};
+pub use open::{BackingPolicy, FindNode, Opener};
 pub use options::NodeSpec;

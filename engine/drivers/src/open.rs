@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use underlay_graph::plan::Wires;
 use underlay_graph::{
-    Graph, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, NodeOptions, Role, View, Wiring,
+    Graph, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, NodeOptions, Plan, Role, View, Wiring,
 };
 use underlay_qcow2::{Corruption, Qcow2};
 
@@ -72,7 +72,11 @@ pub struct Opener {
     policy: BackingPolicy,
     on_corrupt: Option<OnCorrupt>,
     groups: Arc<Groups>,
+    find: FindNode,
 }
+
+/// How a name in options leads to a node that is there already.
+pub type FindNode = Arc<dyn Fn(&Plan, &str) -> Option<NodeId> + Send + Sync>;
 
 /// A node that was opened, and a view of it for whoever is above.
 struct Opened {
@@ -100,7 +104,13 @@ impl Opener {
 
     /// The same for nodes of a plan that may not be in force yet.
     pub fn over(wires: Wires, policy: BackingPolicy, on_corrupt: Option<OnCorrupt>) -> Self {
-        Self { wires, policy, on_corrupt, groups: Arc::default() }
+        let find: FindNode = Arc::new(|plan, name| plan.find(name));
+        Self { wires, policy, on_corrupt, groups: Arc::default(), find }
+    }
+
+    /// With names beside those of nodes.
+    pub fn with_names(self, find: FindNode) -> Self {
+        Self { find, ..self }
     }
 
     /// With the throttle groups that there are.
@@ -148,7 +158,7 @@ impl Opener {
 
     fn existing(&self, name: &str) -> Result<Opened, OpenError> {
         let plan = self.wires.plan();
-        let id = plan.find(name).ok_or_else(|| GraphError::NeitherDeviceNorNode(name.to_owned()))?;
+        let id = (self.find)(plan, name).ok_or_else(|| GraphError::NeitherDeviceNorNode(name.to_owned()))?;
         let view = self.wires.view(id);
         let filename = crate::filename::exact(&view);
         Ok(Opened { wiring: Wiring::Existing(id), view, filename })
@@ -263,7 +273,8 @@ impl Opener {
 
     fn bitmap(&self, node: &str, name: String) -> Result<(NodeId, String), OpenError> {
         let plan = self.wires.plan();
-        let id = plan.find(node).ok_or_else(|| OpenError::text(format!("Node '{node}' not found")))?;
+        let id = (self.find)(plan, node);
+        let id = id.ok_or_else(|| OpenError::text(format!("Node '{node}' not found")))?;
         plan.bitmap(id, &name).map_err(|why| OpenError::text(why.to_string()))?;
         Ok((id, name))
     }
