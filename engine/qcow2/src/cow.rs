@@ -8,6 +8,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use underlay_graph::format::join;
 use underlay_graph::range_lock::Mode;
@@ -229,8 +230,8 @@ impl Qcow2 {
         }
         all.append(data);
         let tail_len = whole.end() - part.end();
-        if tail_len > 0 {
-            around(tail, tail_len, &mut all);
+        if tail_len > 0 && !around(tail, tail_len, &mut all) {
+            self.data_end.fetch_max(host + whole.len(), Ordering::Relaxed);
         }
         let range = ByteRange::new(at, all.len() as u64).ok_or(IoError::EFBIG)?;
         if whole != part && cx.below().limits().memory_alignment > 1 {

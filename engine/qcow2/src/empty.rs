@@ -13,6 +13,7 @@
 //! file keeps its length: version 2, bitmaps, an L1 table so long that one refcount block would not count everything, a full disk.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use underlay_graph::{ByteRange, Cx, IoError, Preallocation, Result, WriteFlags};
 use underlay_sys::Iov;
@@ -145,6 +146,7 @@ impl Qcow2 {
             end.write(&file, header).await?;
             end.take_over(&file, header).await?;
             file.node().resize(&file, end.end() << self.layout.cluster_bits, Preallocation::Off).await?;
+            self.data_end.store(0, Ordering::Relaxed);
             *self.frees() = Frees::default();
             *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;
             self.read_again(cx).await

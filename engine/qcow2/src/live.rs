@@ -229,6 +229,8 @@ pub struct Qcow2 {
     writable: AtomicBool,
     /// Something has been written since the image became writable.
     modified: AtomicBool,
+    /// Where the file must end at least, in bytes; see [`Qcow2::fill_up`].
+    pub(crate) data_end: AtomicU64,
     /// Unusable after a fatal corruption.
     corrupt: AtomicBool,
     warned: AtomicBool,
@@ -279,6 +281,7 @@ impl Qcow2 {
             ahead: notes.map_or_else(OnceLock::new, OnceLock::from),
             stored_turn: tokio::sync::Mutex::default(),
             writable: AtomicBool::new(false),
+            data_end: AtomicU64::new(0),
             modified: AtomicBool::new(false),
             corrupt: AtomicBool::new(false),
             warned: AtomicBool::new(false),

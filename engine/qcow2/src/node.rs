@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use underlay_graph::bitmaps::BitmapStore;
@@ -102,7 +103,7 @@ impl Node for Qcow2 {
         if access.writable {
             self.become_writable(cx).await
         } else if self.is_writable() {
-            self.settle(cx).await?;
+            self.finish(cx).await?;
             self.become_read_only();
             Ok(())
         } else {
@@ -111,7 +112,7 @@ impl Node for Qcow2 {
     }
 
     async fn close(&self, cx: &Cx<'_>) -> Result<()> {
-        if self.is_writable() && self.usable().is_ok() { self.settle(cx).await } else { Ok(()) }
+        if self.is_writable() && self.usable().is_ok() { self.finish(cx).await } else { Ok(()) }
     }
 
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
@@ -185,5 +186,22 @@ impl Qcow2 {
             self.commit(cx).await?;
         }
         Ok(())
+    }
+    /// Nobody writes for now.
+    async fn finish(&self, cx: &Cx<'_>) -> Result<()> {
+        self.settle(cx).await?;
+        self.fill_up(cx).await;
+        Ok(())
+    }
+
+    /// Has the file end where its last data cluster does, or the sector of its last compressed data: there are readers who take
+    /// it for damaged otherwise. We are none of them, so that it does not matter where that is not possible.
+    async fn fill_up(&self, cx: &Cx<'_>) {
+        let file = cx.below();
+        let end = self.data_end.swap(0, Ordering::Relaxed);
+        // A length may be told in whole sectors already that the file does not have.
+        if file.length() <= end {
+            let _ = file.node().resize(&file, end, Preallocation::Off).await;
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Compressed clusters in the image: reading them, and writing them one behind the other.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use underlay_graph::range_lock::Mode;
@@ -9,6 +10,9 @@ use underlay_sys::Iov;
 use crate::compress::{Decoded, compress, decompress};
 use crate::entry::{COMPRESSED, Entry};
 use crate::live::Qcow2;
+
+/// Bytes in which the length of compressed data is told. Source: qcow2.rst, "Compressed Clusters Descriptor".
+const SECTOR: u64 = 512;
 
 impl Qcow2 {
     fn decoded(&self) -> MutexGuard<'_, Option<Decoded>> {
@@ -91,6 +95,7 @@ impl Qcow2 {
             self.free_packed(cx, entry).await;
             return Err(error);
         }
+        self.data_end.fetch_max(place.end().next_multiple_of(SECTOR), Ordering::Relaxed);
         *self.decoded() = None;
         let layout = self.layout;
         let index = layout.entry_in_slice(here.start());
