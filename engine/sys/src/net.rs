@@ -18,8 +18,9 @@ use crate::address::{name_address, path_address};
 use crate::buf::Iov;
 use crate::{driver, pool};
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that wait to be accepted: as many as the kernel lets. A client on a Unix socket that does not wait is refused when
+/// there are more.
+const BACKLOG: i32 = i32::MAX;
 /// Most pieces of one `sendmsg`.
 const MAX_PIECES: usize = 1024;
 
@@ -491,6 +492,20 @@ fn message(vecs: &mut Pieces) -> Message {
 mod tests {
     use super::*;
     use crate::{rt, thread::block_on};
+
+    /// Python's clients with a timeout, for one, do not wait.
+    #[test]
+    fn a_crowd_comes_at_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let _listener = Listener::bind(&Address::Unix(path.clone())).expect("binds");
+        let address = rustix::net::SocketAddrUnix::new(&path).expect("a path");
+        let clients = (0..300).map(|_| {
+            let fd = socket(AddressFamily::UNIX).expect("a socket");
+            rustix::net::connect(&fd, &address).map(|()| fd)
+        });
+        assert_eq!(clients.filter(Result::is_ok).count(), 300);
+    }
 
     #[test]
     fn one_listener_at_several_addresses() {
