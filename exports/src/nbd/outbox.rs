@@ -101,6 +101,11 @@ impl Outbox {
         self.wake.notify_one();
     }
 
+    /// Whether there is nobody to send anything to.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.queue().dead
+    }
+
     /// Whether there is something to send that nobody sends.
     pub(crate) fn has_work(&self) -> bool {
         let queue = self.queue();
