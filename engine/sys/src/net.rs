@@ -278,15 +278,26 @@ pub struct Stream {
     drained: AtomicBool,
 }
 
+/// Bytes that may be on their way through a Unix socket, if the system allows it. Its default is less than many a request has: the
+/// two sides would wait for each other several times in each.
+const ON_THEIR_WAY: usize = 1 << 20;
+
 impl Stream {
     fn new(fd: OwnedFd) -> Self {
-        // Fails on Unix sockets, which have no need for it.
-        let _ = sockopt::set_tcp_nodelay(&fd, true);
-        Self::over(Arc::new(fd))
+        let stream = Self::over(Arc::new(fd));
+        stream.tune();
+        stream
     }
 
     fn over(fd: Arc<OwnedFd>) -> Self {
         Self { fd, drained: AtomicBool::new(false) }
+    }
+
+    /// Each kind of socket has one of the two options that it needs: TCP finds the size of its buffers on its own.
+    fn tune(&self) {
+        if sockopt::set_tcp_nodelay(&*self.fd, true).is_err() {
+            let _ = sockopt::set_socket_send_buffer_size(&*self.fd, ON_THEIR_WAY);
+        }
     }
 
     /// Takes over a connected socket.
@@ -315,8 +326,9 @@ impl Stream {
                     let fd = Arc::new(inet_socket(inet, &target)?);
                     match connected(&fd, rustix::net::connect(&*fd, &target)).await {
                         Ok(()) => {
-                            let _ = sockopt::set_tcp_nodelay(&*fd, true);
-                            return Ok(Self::over(fd));
+                            let stream = Self::over(fd);
+                            stream.tune();
+                            return Ok(stream);
                         }
                         Err(error) => last = error,
                     }
@@ -329,7 +341,9 @@ impl Stream {
     async fn connect_unix(address: &SocketAddrUnix) -> io::Result<Self> {
         let fd = Arc::new(socket(AddressFamily::UNIX)?);
         connected(&fd, rustix::net::connect(&*fd, address)).await?;
-        Ok(Self::over(fd))
+        let stream = Self::over(fd);
+        stream.tune();
+        Ok(stream)
     }
 
     /// Receives some bytes; 0: the other side has closed.
