@@ -18,12 +18,13 @@ pub struct Walk {
 }
 
 /// What a node has said.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Said {
     /// Its address.
     node: usize,
-    /// In order, each with where it begins.
-    extents: Vec<(u64, Extent)>,
+    /// Where each of the extents begins, in order. On their own, so that a search touches little memory.
+    starts: Vec<u64>,
+    extents: Vec<Extent>,
     /// The one that was needed last.
     last: usize,
 }
@@ -72,7 +73,7 @@ impl Walk {
     fn said(&mut self, node: &dyn Node) -> &mut Said {
         let node = address(node);
         let index = self.said.iter().position(|said| said.node == node).unwrap_or_else(|| {
-            self.said.push(Said { node, extents: Vec::new(), last: 0 });
+            self.said.push(Said { node, ..Said::default() });
             self.said.len() - 1
         });
         &mut self.said[index]
@@ -87,18 +88,19 @@ impl Said {
     /// The extent that has the byte, and where it begins.
     #[inline]
     fn find(&mut self, byte: u64) -> Option<(u64, Extent)> {
-        let has =
-            |(start, extent): &&(u64, Extent)| byte.checked_sub(*start).is_some_and(|skip| skip < extent.len);
         // Who goes forward needs the same one or the next.
         for index in [self.last, self.last + 1] {
-            if let Some(found) = self.extents.get(index).filter(has) {
+            if let Some(found) = self.at(index).filter(|(start, extent)| has(*start, extent, byte)) {
                 self.last = index;
-                return Some(*found);
+                return Some(found);
             }
         }
-        let index = self.extents.partition_point(|(start, _)| *start <= byte).checked_sub(1)?;
-        self.last = index;
-        self.extents.get(index).filter(has).copied()
+        self.last = self.starts.partition_point(|start| *start <= byte).checked_sub(1)?;
+        self.at(self.last).filter(|(start, extent)| has(*start, extent, byte))
+    }
+
+    fn at(&self, index: usize) -> Option<(u64, Extent)> {
+        Some((*self.starts.get(index)?, *self.extents.get(index)?))
     }
 
     /// Asks the node for the first bytes of `range`, and remembers what it says.
@@ -108,6 +110,7 @@ impl Said {
         let end = if is_protocol { at.length().max(range.end()) } else { range.end() };
         let whole = ByteRange::between(range.start(), end);
         if !is_protocol || self.extents.len() >= MOST {
+            self.starts.clear();
             self.extents.clear();
         }
         let first = at.map(whole).await?;
@@ -120,16 +123,22 @@ impl Said {
     /// Extents one after another from `start` on, which is in none that is known.
     fn learn(&mut self, start: u64, new: &[Extent]) {
         let mut end = start;
-        let mut placed = Vec::with_capacity(new.len());
-        for extent in new {
-            placed.push((end, *extent));
+        let starts = new.iter().map(|extent| {
+            let start = end;
             end += extent.len;
-        }
-        self.last = self.extents.partition_point(|(other, _)| *other < start);
+            start
+        });
+        let starts: Vec<u64> = starts.collect();
+        self.last = self.starts.partition_point(|other| *other < start);
         // They may have been asked for from further on.
-        let old = self.extents[self.last..].iter().take_while(|(other, _)| *other < end).count();
-        self.extents.splice(self.last..self.last + old, placed);
+        let old = self.starts[self.last..].iter().take_while(|other| **other < end).count();
+        self.starts.splice(self.last..self.last + old, starts);
+        self.extents.splice(self.last..self.last + old, new.iter().copied());
     }
+}
+
+fn has(start: u64, extent: &Extent, byte: u64) -> bool {
+    byte.checked_sub(start).is_some_and(|skip| skip < extent.len)
 }
 
 /// Of an extent what is behind `skip` bytes, `most` bytes of it.
@@ -149,11 +158,11 @@ mod tests {
     /// A protocol node that was asked in any order, and once more from before what it had said.
     #[test]
     fn what_was_said_is_found_from_wherever_it_is_asked() {
-        let mut said = Said { node: 0, extents: Vec::new(), last: 0 };
+        let mut said = Said::default();
         let data = |start, len| Extent::new(Place::Data(start), len);
         said.learn(100, &[data(100, 50), Extent::new(Place::Zero, 10)]);
         said.learn(20, &[data(20, 30)]);
-        assert_eq!(said.extents.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [20, 100, 150]);
+        assert_eq!(said.starts, [20, 100, 150]);
         for byte in 0..200 {
             let found = said.find(byte).map(|(start, extent)| part(extent, byte - start, 5));
             let wanted = match byte {
@@ -165,7 +174,7 @@ mod tests {
             assert_eq!(found, wanted, "{byte}");
         }
         said.learn(60, &[data(60, 90)]);
-        assert_eq!(said.extents.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [20, 60, 150]);
+        assert_eq!(said.starts, [20, 60, 150]);
         assert_eq!(said.find(120), Some((60, data(60, 90))));
     }
 }
