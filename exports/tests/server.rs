@@ -102,6 +102,14 @@ impl Guest for Clerk {
     }
 }
 
+/// A lab with an export `counted`, and who counts.
+fn counted() -> (Lab, std::sync::Arc<Clerk>) {
+    let (lab, clerk) = (plain(), std::sync::Arc::<Clerk>::default());
+    let root = block_on(ram::root(ram::Ram::new(SIZE, false, 1)));
+    lab.server.add(NbdExport { guest: Some(clerk.clone()), ..export("counted", root, true) }).unwrap();
+    (lab, clerk)
+}
+
 fn plain() -> Lab {
     Lab::new(ServerOptions::default(), false, 1)
 }
@@ -117,10 +125,7 @@ const ALL: [Framing; 3] = [Framing::Simple, Framing::Structured, Framing::Extend
 
 #[test]
 fn guests_are_told_of_what_is_done_and_what_is_refused() {
-    let (lab, clerk) = (plain(), std::sync::Arc::<Clerk>::default());
-    let root = block_on(ram::root(ram::Ram::new(SIZE, false, 1)));
-    let counted = NbdExport { guest: Some(clerk.clone()), ..export("counted", root, true) };
-    lab.server.add(counted).unwrap();
+    let (lab, clerk) = counted();
     let mut client = lab.open("counted", Framing::Structured);
     client.write(0, &[1; 512], 0).unwrap();
     client.read(0, 1024).unwrap();
@@ -291,6 +296,23 @@ fn a_client_that_misbehaves_is_alone_with_it() {
     assert_eq!(good.read(0, 10).unwrap(), b"still here");
     block_on(lab.server.stop());
     drop(bad);
+}
+
+#[test]
+fn what_a_client_that_has_gone_wrote_is_written_and_what_it_asked_for_is_not_read() {
+    let (lab, clerk) = counted();
+    let mut client = lab.open("counted", Framing::Structured);
+    for _ in 0..1000 {
+        client.submit(command::READ, flags::CMD_DF, 0, 8 << 20, &[]).unwrap();
+    }
+    client.submit_write(0, &[1; 512]).unwrap();
+    client.send().unwrap();
+    drop(client);
+    wait_for_connections(&lab.server, 0);
+    let done = clerk.done.lock().unwrap();
+    assert_eq!(done.last(), Some(&(Operation::Write, 512, true)));
+    // As many as the budget has room for, and those that were begun while these could not be sent.
+    assert!(done.len() < 100, "{} requests", done.len());
 }
 
 #[test]
