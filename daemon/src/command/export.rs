@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use underlay_drivers::socket_address;
-use underlay_exports::{ExportError, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};
+use underlay_exports::{ExportError, NamedBits, NbdExport, NbdServer, ServerOptions, Shown, ShownBitmaps};
 use underlay_graph::plan::NewRoot;
-use underlay_graph::{GraphError, Perms, Plan, RootId};
+use underlay_graph::{GraphError, NodeId, Perms, Plan, RootId};
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::net::Address;
 
@@ -187,40 +187,89 @@ fn shown_bitmaps(arguments: &mut Arguments) -> Vec<Shown> {
 
 impl Spec {
     async fn add(self, daemon: &Daemon) -> CommandResult<()> {
-        let Self { id, node_name, name, description, writable, writethrough, depth, bitmaps, iothread } =
-            self;
-        if !underlay_graph::units::is_well_formed_id(&id) {
+        if !underlay_graph::units::is_well_formed_id(&self.id) {
             return Err(CommandError::new("Invalid block export id"));
         }
-        if daemon.exports().iter().any(|export| export.id == id) {
-            return Err(CommandError::new(format!("Block export id '{id}' is already in use")));
+        if daemon.exports().iter().any(|export| export.id == self.id) {
+            return Err(CommandError::new(format!("Block export id '{}' is already in use", self.id)));
         }
-        let plan = daemon.graph.plan();
-        let guest = plan.find(&node_name).is_none().then(|| Guest::new(daemon, &node_name)).flatten();
+        let (guest, node) = self.disk(daemon)?;
+        let server = daemon.nbd().clone().ok_or_else(|| CommandError::new("NBD server not running"))?;
+        self.check_name(daemon)?;
+        let backend = guest.as_ref().map(|(backend, _)| backend);
+        let (root_id, locked, bitmaps) = self.enter(daemon, backend, node).await?;
+        let root = daemon
+            .graph
+            .root(root_id)
+            .ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
+        let writethrough = self.writethrough || backend.is_some_and(|backend| backend.writethrough);
+        let of = guest.map(|(_, guest)| guest);
+        if let Some(guest) = &of {
+            guest.count(daemon, 1);
+        }
+        let attached = of.as_ref().map(|guest| guest.attached.clone());
+        let nbd = NbdExport {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            description: self.description.unwrap_or_default(),
+            root,
+            guest: attached.map(|guest| Arc::new(guest) as Arc<dyn underlay_exports::Guest>),
+            writable: self.writable,
+            writethrough,
+            allocation_depth: self.depth,
+            bitmaps,
+        };
+        let (id, name) = (self.id, self.name);
+        let export = Export { id, name, root: root_id, of, bitmaps: locked, shutting_down: false };
+        if let Err(error) = server.add(nbd) {
+            export.let_go(daemon).await?;
+            return Err(error.into());
+        }
+        daemon.exports().push(export);
+        Ok(())
+    }
+
+    /// What is to be exported, and the device whose guest will use it.
+    fn disk(&self, daemon: &Daemon) -> CommandResult<(Option<(Backend, Guest)>, NodeId)> {
+        let (plan, name) = (daemon.graph.plan(), self.node_name.as_str());
+        let guest = plan.find(name).is_none().then(|| Guest::new(daemon, name)).flatten();
         let node = match &guest {
             Some((backend, _)) => Names::of(daemon).device_or_node(&plan, Some(backend.called()), None)?,
-            None => Names::of(daemon).device_or_node(&plan, None, Some(&node_name))?,
+            None => Names::of(daemon).device_or_node(&plan, None, Some(name))?,
         };
         let is_cd = guest.as_ref().is_some_and(|(backend, _)| backend.has_tray());
-        if writable && (plan.node(node).read_only || is_cd) {
+        if self.writable && (plan.node(node).read_only || is_cd) {
             return Err(CommandError::new("Cannot export read-only node as writable"));
         }
         // Every I/O thread serves every export, with `fixed-iothread` and without.
-        if let Some(iothread) = iothread.filter(|path| !super::object::is_iothread(daemon, path)) {
+        let unknown = self.iothread.as_ref().filter(|path| !super::object::is_iothread(daemon, path));
+        if let Some(iothread) = unknown {
             return Err(CommandError::new(format!("iothread \"{iothread}\" not found")));
         }
-        let node = super::lookup::above_implicit_filters(&plan, node);
-        drop(plan);
-        let server = daemon.nbd().clone().ok_or_else(|| CommandError::new("NBD server not running"))?;
-        for (what, text) in [("name", Some(&name)), ("description", description.as_ref())] {
+        Ok((guest, super::lookup::above_implicit_filters(&plan, node)))
+    }
+
+    /// Whether the server can show it under its name.
+    fn check_name(&self, daemon: &Daemon) -> CommandResult<()> {
+        for (what, text) in [("name", Some(&self.name)), ("description", self.description.as_ref())] {
             if let Some(text) = text.filter(|text| text.len() > MAX_STRING) {
                 return Err(CommandError::new(format!("export {what} '{text}' too long")));
             }
         }
-        if daemon.exports().iter().any(|export| export.name == name) {
-            return Err(CommandError::new(format!("NBD server already has export named '{name}'")));
+        if daemon.exports().iter().any(|export| export.name == self.name) {
+            return Err(CommandError::new(format!("NBD server already has export named '{}'", self.name)));
         }
-        let writes = if writable { Perms::WRITE } else { Perms::NONE };
+        Ok(())
+    }
+
+    /// Into the graph: the export's root, and the bitmaps that it shows.
+    async fn enter(
+        &self,
+        daemon: &Daemon,
+        device: Option<&Backend>,
+        node: NodeId,
+    ) -> CommandResult<(RootId, ShownBitmaps, NamedBits)> {
+        let writes = if self.writable { Perms::WRITE } else { Perms::NONE };
         let new_root = NewRoot {
             user: UNNAMED_USER.to_owned(),
             role: "root",
@@ -231,48 +280,17 @@ impl Spec {
             drained: None,
         };
         let edit = |plan: &mut Plan| {
-            let top = new_root.node;
-            if plan.get(top).is_none() {
+            if plan.get(node).is_none() {
                 return Err(GraphError::new("The node was removed in the meantime"));
             }
-            let (locked, bits) = ShownBitmaps::lock(plan, top, &bitmaps, writable)?;
-            let root = match &guest {
-                Some((backend, _)) => Guest::let_in(daemon, backend, plan)?,
+            let (locked, bits) = ShownBitmaps::lock(plan, node, &self.bitmaps, self.writable)?;
+            let root = match device {
+                Some(backend) => Guest::let_in(daemon, backend, plan)?,
                 None => plan.add_root(new_root),
             };
             Ok((root, locked, bits))
         };
-        let (root_id, locked, bitmaps) = daemon.graph.change(edit).await?;
-        let root = daemon
-            .graph
-            .root(root_id)
-            .ok_or_else(|| CommandError::new("The export was removed in the meantime"))?;
-        let description = description.unwrap_or_default();
-        let writethrough = writethrough || guest.as_ref().is_some_and(|(backend, _)| backend.writethrough);
-        let of = guest.map(|(_, guest)| guest);
-        if let Some(guest) = &of {
-            guest.count(daemon, 1);
-        }
-        let nbd = NbdExport {
-            id: id.clone(),
-            name: name.clone(),
-            description,
-            root,
-            guest: of
-                .as_ref()
-                .map(|guest| Arc::new(guest.attached.clone()) as Arc<dyn underlay_exports::Guest>),
-            writable,
-            writethrough,
-            allocation_depth: depth,
-            bitmaps,
-        };
-        let export = Export { id, name, root: root_id, of, bitmaps: locked, shutting_down: false };
-        if let Err(error) = server.add(nbd) {
-            export.let_go(daemon).await?;
-            return Err(error.into());
-        }
-        daemon.exports().push(export);
-        Ok(())
+        Ok(daemon.graph.change(edit).await?)
     }
 }
 

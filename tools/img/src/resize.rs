@@ -1,11 +1,11 @@
 //! `resize`: makes a disk larger, or smaller when that is asked for.
 
-use underlay_graph::Preallocation;
+use underlay_graph::{IoError, Preallocation};
 use underlay_qcow2::Qcow2;
 use underlay_qcow2::resize::trim_file;
 
 use crate::getopt::Known;
-use crate::open::{How, image};
+use crate::open::{How, Image, image};
 use crate::{Failure, Outcome, sizes};
 
 const KNOWN: Known = Known {
@@ -21,7 +21,45 @@ const KNOWN: Known = Known {
     ],
 };
 
+/// What the command line asks for.
+#[derive(Default)]
+struct Asked {
+    name: String,
+    format: Option<String>,
+    image_opts: bool,
+    quiet: bool,
+    shrink: bool,
+    mode: Preallocation,
+    /// More or less than now; else all of it.
+    sign: Option<char>,
+    number: u64,
+}
+
 pub async fn run(words: &[String]) -> Outcome {
+    let Some(asked) = read(words)? else { return Ok(()) };
+    let (format, image_opts) = (asked.format.as_deref(), asked.image_opts);
+    let opened =
+        image(&asked.name, How { format, image_opts, write: true, resize: true, ..How::default() }).await?;
+    opened.warn_if_guessed();
+    let now = opened.root.length().await.map_err(failed)?;
+    let total = asked.total(now)?;
+    if total % 512 != 0 && !opened.is_raw() {
+        return Err(Failure::new("The new size must be a multiple of 512"));
+    }
+    resize(&opened, now, total, asked.mode).await?;
+    opened.close().await?;
+    if !asked.quiet {
+        println!("Image resized.");
+    }
+    Ok(())
+}
+
+fn failed(error: IoError) -> Failure {
+    Failure::with_hint(error.to_string(), error.hint())
+}
+
+/// `None`: it was only asked how to ask.
+fn read(words: &[String]) -> Result<Option<Asked>, Failure> {
     // The size comes last mostly, and may begin with a minus.
     let is_size = |word: &&String| {
         word.strip_prefix('-').is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
@@ -30,91 +68,85 @@ pub async fn run(words: &[String]) -> Outcome {
         Some((last, words)) => (Some(last), words),
         None => (None, words),
     };
-    let (options, others) = crate::options("resize", KNOWN, words)?;
-    let mut image_opts = false;
-    let (mut format, mut quiet, mut shrink, mut mode) = (None, false, false, Preallocation::Off);
+    let (options, mut others) = crate::options("resize", KNOWN, words)?;
+    let mut asked = Asked::default();
     for (name, value) in options {
         match name.as_str() {
-            "f" => format = Some(value),
-            "q" => quiet = true,
-            "shrink" => shrink = true,
-            "preallocation" => {
-                mode = match value.as_str() {
-                    "off" => Preallocation::Off,
-                    "metadata" => Preallocation::Metadata,
-                    "falloc" => Preallocation::Falloc,
-                    "full" => Preallocation::Full,
-                    other => return Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
-                }
-            }
-            "image-opts" => image_opts = true,
+            "f" => asked.format = Some(value),
+            "q" => asked.quiet = true,
+            "shrink" => asked.shrink = true,
+            "preallocation" => asked.mode = mode(&value)?,
+            "image-opts" => asked.image_opts = true,
             "h" => {
                 println!(
                     "Usage: qemu-img resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE"
                 );
-                return Ok(());
+                return Ok(None);
             }
             other => return Err(crate::unsupported(other)),
         }
     }
-    let mut others = others;
     others.extend(last.cloned());
     let (name, size) = match others.as_slice() {
         [name, size] => (name, size),
         [] | [_] => return Err(Failure::usage("Expecting image file name and size", "resize")),
         _ => return Err(Failure::usage("Extra argument(s) in command line", "resize")),
     };
-    let (sign, digits) = match size.chars().next() {
-        Some(sign @ ('+' | '-')) => (Some(sign), &size[1..]),
-        _ => (None, size.as_str()),
-    };
-    let number = sizes::option(digits, "size")?;
-    let how = How { format: format.as_deref(), image_opts, write: true, resize: true, ..How::default() };
-    let opened = image(name, how).await?;
-    opened.warn_if_guessed();
-    let error = |error: underlay_graph::IoError| Failure::with_hint(error.to_string(), error.hint());
-    let now = opened.root.length().await.map_err(error)?;
-    let signed = |number: u64| i64::try_from(number).is_ok();
-    let total = match sign {
-        Some('+') => now.checked_add(number),
-        Some(_) => now.checked_sub(number),
-        None => Some(number),
-    };
-    let Some(total) = total.filter(|total| *total > 0 && signed(*total)) else {
-        return Err(Failure::new("New image size must be positive"));
-    };
-    if total <= now && mode != Preallocation::Off {
-        return Err(Failure::new("Preallocation can only be used for growing images"));
+    asked.name.clone_from(name);
+    asked.sign = size.chars().next().filter(|first| matches!(first, '+' | '-'));
+    asked.number = sizes::option(&size[asked.sign.map_or(0, char::len_utf8)..], "size")?;
+    Ok(Some(asked))
+}
+
+fn mode(name: &str) -> Result<Preallocation, Failure> {
+    match name {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        other => Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
     }
-    if total < now && !shrink {
-        eprintln!(
-            "qemu-img: Use the --shrink option to perform a shrink operation.\n\
-             qemu-img: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
-             performing such an operation, make sure there is no important data there."
-        );
-        return Err(Failure::status(1));
-    }
-    if total % 512 != 0 && !opened.is_raw() {
-        return Err(Failure::new("The new size must be a multiple of 512"));
-    }
-    {
-        let inside = opened.root.enter().await.map_err(error)?;
-        let cx = inside.cx();
-        // Such a node would take a smaller size for as good as its own.
-        let file = if opened.is_raw() { cx.below() } else { cx };
-        if file.node().driver() == "nbd" && total != now {
-            return Err(Failure::new("Cannot resize NBD nodes"));
+}
+
+impl Asked {
+    /// How long the disk will be, if it may.
+    fn total(&self, now: u64) -> Result<u64, Failure> {
+        let total = match self.sign {
+            Some('+') => now.checked_add(self.number),
+            Some(_) => now.checked_sub(self.number),
+            None => Some(self.number),
+        };
+        let Some(total) = total.filter(|total| *total > 0 && i64::try_from(*total).is_ok()) else {
+            return Err(Failure::new("New image size must be positive"));
+        };
+        if total <= now && self.mode != Preallocation::Off {
+            return Err(Failure::new("Preallocation can only be used for growing images"));
         }
-        cx.node().resize(&cx, total, mode).await.map_err(error)?;
-        cx.flush().await.map_err(error)?;
-        if total < now && cx.node().as_any().is::<Qcow2>() {
-            // What was freed has been written, and nobody else allocates anything.
-            trim_file(&cx.below()).await.map_err(error)?;
+        if total < now && !self.shrink {
+            eprintln!(
+                "qemu-img: Use the --shrink option to perform a shrink operation.\n\
+                 qemu-img: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
+                 performing such an operation, make sure there is no important data there."
+            );
+            return Err(Failure::status(1));
         }
+        Ok(total)
     }
-    opened.close().await?;
-    if !quiet {
-        println!("Image resized.");
+}
+
+async fn resize(opened: &Image, now: u64, total: u64, mode: Preallocation) -> Outcome {
+    let inside = opened.root.enter().await.map_err(failed)?;
+    let cx = inside.cx();
+    // Such a node would take a smaller size for as good as its own.
+    let file = if opened.is_raw() { cx.below() } else { cx };
+    if file.node().driver() == "nbd" && total != now {
+        return Err(Failure::new("Cannot resize NBD nodes"));
+    }
+    cx.node().resize(&cx, total, mode).await.map_err(failed)?;
+    cx.flush().await.map_err(failed)?;
+    if total < now && cx.node().as_any().is::<Qcow2>() {
+        // What was freed has been written, and nobody else allocates anything.
+        trim_file(&cx.below()).await.map_err(failed)?;
     }
     Ok(())
 }
