@@ -242,3 +242,8 @@ fn chardevs() {
 fn experimental() {
     compare("experimental");
 }
+
+#[test]
+fn opening_locked() {
+    compare("opening_locked");
+}

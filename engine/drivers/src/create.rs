@@ -129,7 +129,7 @@ async fn filled(view: &View, size: u64, preallocation: Preallocation) -> Result<
     };
     if sized.is_ok() && size > 0 {
         // As the reference does: programs that probe a file's alignment want something to read.
-        let head = ByteRange::between(0, size.min(4096));
+        let head = ByteRange::between(0, size.clamp(512, 4096));
         sized = cx.write(head, Iov::zeroed(head.buffer_len()), Default::default()).await;
     }
     let closed = cx.node().close(&cx).await;

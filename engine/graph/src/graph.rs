@@ -16,7 +16,7 @@ use crate::node::{Kind, Node};
 use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanNode, PlanRoot, RootId, Wires};
 use crate::root::Root;
-use crate::view::View;
+use crate::view::{Role, View};
 
 /// How often images are made to keep what persistent bitmaps say by now, at most.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -442,12 +442,24 @@ impl Step<'_> {
 
     /// Asks the nodes for what their users need from now on, children first.
     async fn gain(&self, done: &mut Done) -> Result<(), GraphError> {
+        let mut refused = None;
         for id in self.new.plan().parents_first()?.into_iter().rev() {
             let is_new = self.old.plan().get(id).is_none();
+            if refused.is_some() && !(is_new && self.new.plan().node(id).node.kind() == Kind::Protocol) {
+                continue;
+            }
             let access = self.before(id).both(self.after(id));
             if is_new || access != self.before(id) {
                 done.gained.push(id);
-                self.new.view(id).cx().node().set_access(&self.new.view(id).cx(), access).await?;
+                let view = self.new.view(id);
+                if let Err(error) = view.cx().node().set_access(&view.cx(), access).await {
+                    // Of several files that cannot be had the topmost is told, which people open first.
+                    refused = Some(self.of_images_above(id, error));
+                    continue;
+                }
+            }
+            if refused.is_some() {
+                continue;
             }
             let was_writable = self.old.plan().get(id).is_some_and(|node| !node.read_only);
             if !was_writable && !self.new.plan().node(id).read_only {
@@ -455,7 +467,21 @@ impl Step<'_> {
                 self.begin_bitmaps(&self.new.view(id)).await?;
             }
         }
-        Ok(())
+        refused.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// An image that cannot be had is the trouble of each that was opened over it in the same go.
+    fn of_images_above(&self, id: NodeId, mut error: IoError) -> IoError {
+        let (old, new) = (self.old.plan(), self.new.plan());
+        let opened_for = |id: &NodeId| new.parents(*id).find(|(parent, _)| old.get(*parent).is_none());
+        let mut at = Some(id).filter(|id| old.get(*id).is_none());
+        while let Some((parent, role)) = at.as_ref().and_then(opened_for) {
+            if role == Role::Backing && new.node(parent).node.kind() != Kind::Filter {
+                error = error.context("Could not open backing file");
+            }
+            at = Some(parent);
+        }
+        error
     }
 
     async fn undo(&self, done: Done) {

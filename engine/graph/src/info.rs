@@ -42,10 +42,11 @@ pub fn dirty_flag(view: &View) -> Option<bool> {
     view.node().image_info().dirty.or_else(|| passed_on(view).and_then(dirty_flag))
 }
 
-/// Bytes per cluster of the image at `view`, through filters.
+/// Bytes per cluster of the image at `view`, through what passes everything on: filters, and raw images.
 pub fn cluster_size(view: &View) -> Option<u64> {
-    let filtered = || passed_on(view).filter(|_| view.node().kind() == Kind::Filter);
-    view.node().image_info().cluster_size.or_else(|| filtered().and_then(cluster_size))
+    let passes = view.node().kind() == Kind::Filter || view.node().driver() == "raw";
+    let below = || passed_on(view).filter(|_| passes);
+    view.node().image_info().cluster_size.or_else(|| below().and_then(cluster_size))
 }
 
 /// What `query-named-block-nodes` shows below `image`, as far as the node alone knows it.

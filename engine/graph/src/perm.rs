@@ -117,7 +117,6 @@ pub fn for_child(node: &dyn Node, access: Access, role: Role) -> (Perms, Perms) 
         // What is copied there is for nobody to rely on yet.
         (_, Role::Target) => (P::WRITE, P::ALL.without(P::RESIZE)),
         (Kind::Filter, _) => (access.required, access.shared),
-        (_, Role::File) if !node.keeps_metadata() => (access.required | P::CONSISTENT_READ, access.shared),
         (_, Role::File) => {
             let mut required = access.required | P::CONSISTENT_READ;
             if required.has(P::WRITE_UNCHANGED) {

@@ -521,15 +521,16 @@ impl Plan {
     pub fn check(&self) -> Result<BTreeMap<NodeId, Access>, GraphError> {
         let order = self.parents_first()?;
         let mut uses: BTreeMap<NodeId, Vec<Use>> = BTreeMap::new();
-        for root in self.roots.values() {
-            let shared = root.shared;
-            let by = Use { user: root.user.clone(), role: root.role, required: root.required, shared };
+        for (id, root) in &self.roots {
+            let (age, shared) = (id.0, root.shared);
+            let by = Use { age, user: root.user.clone(), role: root.role, required: root.required, shared };
             uses.entry(root.node).or_default().push(by);
         }
         let mut accesses = BTreeMap::new();
         for id in order {
             let node = self.node(id);
-            let uses_here = uses.remove(&id).unwrap_or_default();
+            let mut uses_here = uses.remove(&id).unwrap_or_default();
+            uses_here.sort_by_key(|one| std::cmp::Reverse(one.age));
             self.check_uses(node, &uses_here)?;
             let writable = !node.read_only;
             let mut access = Access { writable, used: !uses_here.is_empty(), ..Access::UNUSED };
@@ -544,13 +545,20 @@ impl Plan {
                     // They would not hear of what others write there.
                     shared = shared.without(Perms::WRITE | Perms::RESIZE);
                 }
-                let user = format!("node '{}'", node.name);
-                uses.entry(*child).or_default().push(Use { user, role: role.as_str(), required, shared });
+                let (age, user) = (id.0, format!("node '{}'", node.name));
+                uses.entry(*child).or_default().push(Use {
+                    age,
+                    user,
+                    role: role.as_str(),
+                    required,
+                    shared,
+                });
             }
         }
         Ok(accesses)
     }
 
+    /// `uses` are the newest first.
     fn check_uses(&self, node: &PlanNode, uses: &[Use]) -> Result<(), GraphError> {
         for one in uses {
             let wants_to_write = !(one.required & (Perms::WRITE | Perms::WRITE_UNCHANGED)).is_empty();
@@ -558,8 +566,9 @@ impl Plan {
                 return Err(GraphError::ReadOnly);
             }
         }
-        for (at, one) in uses.iter().enumerate() {
-            for (at_other, other) in uses.iter().enumerate() {
+        // Which conflict is told is the reference's choice: of the newest that does not share.
+        for (at_other, other) in uses.iter().enumerate() {
+            for (at, one) in uses.iter().enumerate() {
                 let refused = one.required.without(other.shared);
                 if at != at_other && !refused.is_empty() {
                     let conflict = Conflict {
@@ -617,6 +626,8 @@ impl Plan {
 
 /// One use of a node: by a root or by a parent.
 struct Use {
+    /// The greater, the newer.
+    age: u64,
     user: String,
     role: &'static str,
     required: Perms,

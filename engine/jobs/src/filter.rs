@@ -129,15 +129,16 @@ pub(crate) fn insert(
         name: named,
         node: filter,
         read_only: below.read_only,
-        // Discards are for the node below to pass on or not.
+        // What the node below ignores is nothing to a filter either: no discard makes a backup copy then.
         options: underlay_graph::plan::NodeOptions {
-            discard: true,
             detect_zeroes: underlay_graph::plan::DetectZeroes::Off,
             ..below.options
         },
         children: children.iter().map(|(role, id)| (*role, Wiring::Existing(*id))).collect(),
     };
-    let filter = plan.add(new).map_err(failed)?;
+    let filter = plan.add(new).map_err(&failed)?;
+    // What keeps it from being there at all is told apart from what keeps it from its place.
+    plan.check().map_err(failed)?;
     plan.node_mut(filter).implicit = name.is_none();
     plan.replace(node, filter, |parent| parent == filter || keep(parent))?;
     Ok(filter)

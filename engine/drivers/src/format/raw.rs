@@ -5,8 +5,8 @@ use std::any::Any;
 use async_trait::async_trait;
 use underlay_graph::bitmaps::{BitmapStore, PlanBitmap};
 use underlay_graph::{
-    ByteRange, Cx, Extent, Format, GraphError, IoError, Kind, Limits, Node, Place, Preallocation, Result,
-    View, WriteFlags, ZeroFlags,
+    Access, ByteRange, Cx, Extent, Format, GraphError, IoError, Kind, Limits, Node, Perms, Place,
+    Preallocation, Result, Role, View, WriteFlags, ZeroFlags,
 };
 use underlay_sys::Iov;
 
@@ -166,6 +166,12 @@ impl Node for Raw {
 
     fn keeps_metadata(&self) -> bool {
         false
+    }
+
+    fn child_access(&self, access: Access, role: Role) -> Option<(Perms, Perms)> {
+        // It is a filter, unless it shows a window: then the file is to stay as long as it is.
+        let shared = self.window().map_or(access.shared, |_| access.shared.without(Perms::RESIZE));
+        (role == Role::File).then_some((access.required, shared))
     }
 
     fn as_any(&self) -> &dyn Any {
