@@ -244,6 +244,11 @@ fn experimental() {
 }
 
 #[test]
+fn mirror_places() {
+    compare("mirror_places");
+}
+
+#[test]
 fn opening_locked() {
     compare("opening_locked");
 }

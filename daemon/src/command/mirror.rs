@@ -17,6 +17,7 @@ pub async fn blockdev_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Comm
     let plan = daemon.graph.plan();
     let (names, device) = (Names::of(daemon), arguments.text("device"));
     let source = names.either(&plan, &device)?;
+    underlay_jobs::commit::check_root(&plan, source)?;
     let target = names.either(&plan, &arguments.text("target"))?;
     let job_id = names.job_id(&plan, &device, source);
     let is_zero = arguments.flag("target-is-zero", false);

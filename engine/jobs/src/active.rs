@@ -340,6 +340,7 @@ fn wire(
     let tracker: Arc<dyn Tracker> = dirty;
     plan.node_mut(part.top).trackers.push(tracker.clone());
     let filter = Pass::MirrorTop.insert(plan, part.top, args.filter_node_name.as_deref())?;
+    claim.add_filter(plan, Kind::Commit, filter);
     let needs_growth = grows(graph, part.top, part.base);
     let mut root = |node, role, required, shared, drained| {
         let user = chain::user(Kind::Commit, job.id());

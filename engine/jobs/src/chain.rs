@@ -61,6 +61,8 @@ pub(crate) fn check_links(plan: &Plan, device: NodeId, images: &[NodeId]) -> Res
 pub(crate) struct Claim {
     /// Refuse other operations.
     nodes: Vec<NodeId>,
+    /// The filter that comes and goes with the job; refuses them too.
+    filter: Option<NodeId>,
     /// Keep their backing links.
     frozen: Vec<NodeId>,
     /// Were read-only before.
@@ -82,7 +84,13 @@ impl Claim {
         for id in &frozen {
             plan.node_mut(*id).frozen = true;
         }
-        Ok(Self { nodes, frozen, reopened: Vec::new() })
+        Ok(Self { nodes, frozen, ..Self::default() })
+    }
+
+    /// Marks the filter that the job has put in: it goes with the job, and nobody is to build on it.
+    pub(crate) fn add_filter(&mut self, plan: &mut Plan, kind: Kind, filter: NodeId) {
+        plan.node_mut(filter).busy = Some(kind.as_str());
+        self.filter = Some(filter);
     }
 
     /// Makes a node writable, until the claim is released.
@@ -105,7 +113,7 @@ impl Claim {
 
     /// Takes all marks away again.
     pub(crate) fn release(&self, plan: &mut Plan) {
-        for id in self.nodes.iter().chain(&self.frozen) {
+        for id in self.nodes.iter().chain(&self.frozen).chain(&self.filter) {
             if plan.get(*id).is_some() {
                 let node = plan.node_mut(*id);
                 node.busy = None;

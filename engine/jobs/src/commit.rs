@@ -57,7 +57,8 @@ pub struct CommitArgs {
 /// `device` must be the root of its chain, with no job on it. (QEMU says the same of both: a job is a user.)
 pub fn check_root(plan: &Plan, device: NodeId) -> Result<(), JobError> {
     let is_free = plan.get(device).is_some_and(|node| node.busy.is_none());
-    if is_free && plan.parents(device).next().is_none() {
+    let is_of_job = plan.roots_of(device).any(|(_, root)| root.role != "root");
+    if is_free && !is_of_job && plan.parents(device).next().is_none() {
         return Ok(());
     }
     Err(wrong("Need a root block node".into()))

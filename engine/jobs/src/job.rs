@@ -42,7 +42,6 @@ struct State {
     cancel: Option<Cancel>,
     complete: bool,
     finalize: bool,
-    ready: bool,
     speed: u64,
     current: u64,
     total: u64,
@@ -103,7 +102,6 @@ impl Job {
             cancel: None,
             complete: false,
             finalize: false,
-            ready: false,
             speed: u64::try_from(settings.speed).unwrap_or(0),
             current: 0,
             total: 0,
@@ -163,7 +161,7 @@ impl Job {
             error: state.error.clone(),
             busy: state.in_flight > 0,
             paused: state.user_paused,
-            ready: state.ready,
+            ready: state.status.is_ready(),
             speed: state.speed,
             io_status: state.io_status,
             auto_finalize: self.auto_finalize,
@@ -246,7 +244,7 @@ impl Job {
             return Err(JobError::CurrentlyPaused(self.id.clone()));
         }
         self.check(&state, Verb::Cancel)?;
-        if force || !state.ready {
+        if force || !state.status.is_ready() {
             self.cancel_hard(&mut state);
         } else if state.cancel.is_none() {
             state.cancel = Some(Cancel::Soft);
@@ -572,7 +570,6 @@ impl Job {
     /// In sync: waits for `complete` from now on.
     pub(crate) async fn becomes_ready(&self) -> Result<(), Stop> {
         self.move_on(Status::Ready, |state| {
-            state.ready = true;
             let progress = self.progress(state);
             self.sink.emit(JobEvent::Ready { id: self.id.clone(), progress });
             self.show_pause(state);

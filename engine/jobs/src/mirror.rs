@@ -15,6 +15,7 @@ use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::range_lock::Mode;
 use underlay_graph::reflink::Reflinks;
+use underlay_graph::root::Drained;
 use underlay_graph::status::{Status, status};
 use underlay_graph::view::Tracker;
 use underlay_graph::{
@@ -94,8 +95,7 @@ pub struct MirrorArgs {
 impl Jobs {
     /// Starts a mirror.
     pub async fn mirror(self: &Arc<Self>, graph: &Arc<Graph>, args: MirrorArgs) -> Result<Started, JobError> {
-        let plan = graph.plan();
-        let granularity = check(&plan, &args)?;
+        let granularity = check(&graph.wires(), &args)?;
         let wires = graph.wires();
         let (cluster, unbacked) = match &args.target {
             Target::Existing(id) => {
@@ -114,17 +114,6 @@ impl Jobs {
         // A cluster that is only partly there would hide what will be below it.
         let least = cluster.filter(|_| unbacked).unwrap_or(0);
         let granularity = granularity.unwrap_or(default).max(least);
-        check_replaces(graph, &args)?;
-        check_root(&plan, args.source)?;
-        chain::check_free(&plan, &[args.source])?;
-        if let Target::Existing(node) = args.target {
-            chain::check_free(&plan, &[node])?;
-            if let Some(overlay) = overlays(&plan, node).last() {
-                let (node, overlay) = (&plan.node(node).name, &plan.node(*overlay).name);
-                let text = format!("Node '{node}' is busy: node is used as backing hd of '{overlay}'");
-                return Err(wrong(text));
-            }
-        }
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
@@ -147,24 +136,44 @@ impl Jobs {
     }
 }
 
-/// The granularity, if one was asked for.
-fn check(plan: &Plan, args: &MirrorArgs) -> Result<Option<u64>, JobError> {
+/// What is wrong with the arguments, in the reference's order; or else the granularity, if one was asked for.
+fn check(wires: &Wires, args: &MirrorArgs) -> Result<Option<u64>, JobError> {
+    let plan = wires.plan();
+    check_root(plan, args.source)?;
     let target = match args.target {
         Target::Existing(node) => node,
         // It has no node yet that could be wrong.
         Target::New { .. } => NodeId::DETACHED,
     };
+    let is_new = target == NodeId::DETACHED;
     let granularity = check_granularity(args.granularity)?;
+    if plan.get(args.source).is_none() || !is_new && plan.get(target).is_none() {
+        return Err(wrong("The node was removed in the meantime".into()));
+    }
+    if !is_new && target != args.source {
+        not_busy(plan, target)?;
+    }
+    check_replaces(wires, args)?;
     if args.buf_size.is_some_and(|size| size < 0) {
         return Err(wrong("Invalid parameter 'buf-size'".into()));
     }
     if args.source == target {
         return Err(wrong("Can't mirror node into itself".into()));
     }
-    if plan.get(args.source).is_none() || target != NodeId::DETACHED && plan.get(target).is_none() {
-        return Err(wrong("The node was removed in the meantime".into()));
-    }
+    chain::check_free(plan, &[args.source])?;
     Ok(granularity)
+}
+
+/// Refuses a node with which a job is busy, or an overlay above it.
+fn not_busy(plan: &Plan, id: NodeId) -> Result<(), JobError> {
+    chain::check_free(plan, &[id])?;
+    match overlays(plan, id).last() {
+        Some(overlay) => {
+            let (node, overlay) = (&plan.node(id).name, &plan.node(*overlay).name);
+            Err(wrong(format!("Node '{node}' is busy: node is used as backing hd of '{overlay}'")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The granularity, if there is one that can be.
@@ -180,18 +189,17 @@ pub fn check_granularity(granularity: Option<u32>) -> Result<Option<u64>, JobErr
     }
 }
 
-/// Only a node that shows the same as the source may be replaced: the source, or a filter above it.
-fn check_replaces(graph: &Graph, args: &MirrorArgs) -> Result<(), JobError> {
+/// Only a node that shows the same as the source may be replaced: the source, or one that it is a filter above.
+fn check_replaces(wires: &Wires, args: &MirrorArgs) -> Result<(), JobError> {
     let Some(replaces) = args.replaces else { return Ok(()) };
-    let (plan, wires) = (graph.plan(), graph.wires());
-    let mut shows = vec![replaces];
-    while let Some(&at) = shows.last().filter(|at| plan.node(**at).node.kind() == NodeKind::Filter) {
-        let below = plan.node(at).child(Role::File).or(plan.node(at).child(Role::Backing));
-        let Some(below) = below else { break };
-        shows.push(below);
-    }
-    let name = |id| plan.node(id).name.to_string();
-    if !shows.contains(&args.source) {
+    let plan = wires.plan();
+    let name = |id| plan.get(id).map_or_else(String::new, |node| node.name.to_string());
+    not_busy(plan, replaces)?;
+    let filtered = |id: &NodeId| {
+        let node = Some(plan.node(*id)).filter(|node| node.node.kind() == NodeKind::Filter)?;
+        node.child(Role::File).or(node.child(Role::Backing))
+    };
+    if !std::iter::successors(Some(args.source), filtered).any(|id| id == replaces) {
         return Err(wrong(format!(
             "Cannot replace '{}' by a node mirrored from '{}', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data",
             name(replaces),
@@ -215,6 +223,8 @@ struct Wiring {
     filter: NodeId,
     /// On the filter; its children are reached through it.
     main: RootId,
+    /// On the target, which is the job's alone.
+    copy: RootId,
     tracker: Arc<dyn Tracker>,
 }
 
@@ -230,7 +240,7 @@ fn wire(
         Target::Existing(node) => (node, None),
         Target::New { node, backing } => (plan.add(*node)?, backing),
     };
-    let claim = Claim::take(plan, Kind::Mirror, vec![source, target], Vec::new())?;
+    let mut claim = Claim::take(plan, Kind::Mirror, vec![source, target], Vec::new())?;
     if plan.node(target).read_only {
         return Err(GraphError::ReadOnly);
     }
@@ -242,17 +252,23 @@ fn wire(
     let node = Arc::new(MirrorTop(tracked.clone()));
     let keep = |parent| of_target.contains(&parent);
     let filter = filter::insert(plan, node, &children, filter_name, |error| error, keep)?;
-    let user = chain::user(Kind::Mirror, job.id());
-    let main = plan.add_root(NewRoot {
-        user,
-        role: "main node",
-        node: filter,
-        required: Perms::CONSISTENT_READ,
-        shared: Perms::ALL.without(Perms::RESIZE),
-        pinned: true,
-        drained: Some(Arc::new(HeldBack(job.clone()))),
-    });
-    Ok(Wiring { claim, source, target, backing, filter, main, tracker })
+    claim.add_filter(plan, Kind::Mirror, filter);
+    let mut root = |user, role, node, required, shared, drained| {
+        plan.add_root(NewRoot { user, role, node, required, shared, pinned: true, drained })
+    };
+    let drained: Arc<dyn Drained> = Arc::new(HeldBack(job.clone()));
+    let main = root(
+        chain::user(Kind::Mirror, job.id()),
+        "main node",
+        filter,
+        Perms::CONSISTENT_READ,
+        Perms::ALL.without(Perms::RESIZE),
+        Some(drained),
+    );
+    // Nobody else is to rely on what is there, or to change it. The job comes through the filter.
+    let nobody = "an unnamed block device".to_owned();
+    let copy = root(nobody, "root", target, Perms::WRITE, Perms::WRITE_UNCHANGED, None);
+    Ok(Wiring { claim, source, target, backing, filter, main, copy, tracker })
 }
 
 /// The work of a mirror.
@@ -306,13 +322,14 @@ impl Mirror {
                 }
             };
             let (range, later) = rest.split(len);
-            match wanted {
-                true => self.tracked.dirty.set(range),
-                // QEMU counts the zeroes that need no copy, unless it knows that the target has nothing else.
-                false if !only_top && !self.target_is_zero => job.advance(range.len()),
-                false => {}
+            if wanted {
+                self.tracked.dirty.set(range);
             }
             rest = later;
+        }
+        if !only_top && !self.target_is_zero {
+            // QEMU counts the zeroes that need no copy, unless it knows that the target has nothing else.
+            job.advance(length.saturating_sub(self.tracked.dirty.count()));
         }
         job.set_remaining(self.tracked.dirty.count());
         Ok(())
@@ -338,9 +355,23 @@ impl Mirror {
         Ok((!shows_zero(&already, self.tracked.unbacked), already.len))
     }
 
+    /// The target is as read-only as what it has replaced. Should it not become so, it stays as it is.
+    async fn make_read_only(&self, job: &Job) {
+        let edit = |plan: &mut Plan| {
+            if plan.get(self.wiring.target).is_some() {
+                plan.set_read_only(self.wiring.target, true);
+            }
+            Ok(((), None))
+        };
+        if let Err(error) = job.change(&self.graph, edit).await {
+            tracing::warn!(?job, %error, "the target stays writable");
+        }
+    }
+
     fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
-        let Wiring { claim, source, target, filter, main, tracker, .. } = &self.wiring;
+        let Wiring { claim, source, target, filter, main, copy, tracker, .. } = &self.wiring;
         plan.remove_root(*main);
+        plan.remove_root(*copy);
         plan.node_mut(*source).trackers.retain(|other| !Arc::ptr_eq(other, tracker));
         claim.release(plan);
         if plan.get(*filter).is_none() {
@@ -379,6 +410,8 @@ impl Work for Mirror {
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
+        let replaced = self.replaces.unwrap_or(self.wiring.source);
+        let was_read_only = self.switch && self.graph.plan().get(replaced).is_some_and(|node| node.read_only);
         let edit = |plan: &mut Plan| {
             self.unwire(plan, self.switch)?;
             let Wiring { source, target, filter, .. } = self.wiring;
@@ -390,6 +423,9 @@ impl Work for Mirror {
         job.change(&self.graph, edit).await?;
         job.advance(self.tracked.take_copied());
         job.set_remaining(0);
+        if was_read_only {
+            self.make_read_only(job).await;
+        }
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::range_lock::{Mode, RangeLock};
 use underlay_graph::view::Tracker;
-use underlay_graph::{ByteRange, Cx, Kind, Limits, Node, Result, Role, WriteFlags, ZeroFlags};
+use underlay_graph::{Access, ByteRange, Cx, Kind, Limits, Node, Perms, Result, Role, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
 
 /// What the job and the filter share.
@@ -123,6 +123,10 @@ impl Node for MirrorTop {
     }
     fn limits(&self, cx: &Cx<'_>) -> Limits {
         Self::source(cx).limits()
+    }
+    fn child_access(&self, _access: Access, role: Role) -> Option<(Perms, Perms)> {
+        // A root of the job's has the target.
+        (role == Role::Target).then_some((Perms::NONE, Perms::ALL))
     }
     async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         Self::source(cx).read(range, into).await

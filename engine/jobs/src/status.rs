@@ -96,6 +96,11 @@ impl Status {
         }
     }
 
+    /// In sync, and not on its way to its end yet.
+    pub fn is_ready(self) -> bool {
+        matches!(self, Self::Ready | Self::Standby)
+    }
+
     /// Whether a client may ask for `verb` now.
     pub fn allows(self, verb: Verb) -> bool {
         use Status::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby};

@@ -145,6 +145,7 @@ fn wire(
         Some(name) => Some(Pass::CopyOnRead.insert(plan, top, Some(name))?),
         None => None,
     };
+    filter.iter().for_each(|filter| claim.add_filter(plan, Kind::Stream, *filter));
     let read_and_unchanged = Perms::CONSISTENT_READ | Perms::WRITE_UNCHANGED;
     let mut root = |node, role, required, shared, drained| {
         let user = chain::user(Kind::Stream, job.id());
