@@ -23,6 +23,8 @@ mod model;
 mod operation;
 mod plan;
 
+use std::fmt::{Display, Formatter};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -81,17 +83,34 @@ fn run(arguments: &Arguments) -> Result<u64, String> {
     let first = arguments.seed.unwrap_or_else(clock);
     println!("{}, seeds from {first}", programs.daemon.display());
     let until = arguments.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let mut failures = 0;
-    for operation in Operation::value_variants() {
+    let wanted = |operation: &Operation| {
         // The bitmaps of the reference do not survive.
         let is_possible = *operation != Operation::Incremental || !is_storage_daemon(&programs.daemon);
-        if is_possible && arguments.operation.is_none_or(|only| only == *operation) {
-            let seeds = (0..arguments.rounds).map(|round| first.wrapping_add(round));
-            failures += rounds(&programs, *operation, seeds, until);
+        is_possible && arguments.operation.is_none_or(|only| only == *operation)
+    };
+    let operations = Operation::value_variants().iter().copied().filter(wanted);
+    let mut tallies: Vec<_> = operations.map(Tally::new).collect();
+    // In turns: whatever time there is, every operation gets its share.
+    'all: for number in 0..arguments.rounds {
+        progress(number, arguments.rounds);
+        for tally in &mut tallies {
+            if until.is_some_and(|until| Instant::now() > until) {
+                break 'all;
+            }
+            tally.round(&programs, first.wrapping_add(number));
         }
     }
+    tallies.iter().for_each(|tally| println!("{tally}"));
+    let failures = tallies.iter().map(|tally| tally.failures).sum();
     println!("{failures} failures");
     Ok(failures)
+}
+
+/// On a terminal only.
+fn progress(round: u64, rounds: u64) {
+    if std::io::stderr().is_terminal() {
+        eprint!("round {} of {rounds}\r", round + 1);
+    }
 }
 
 /// Where cargo puts the release build, seen from where it puts this program.
@@ -103,32 +122,42 @@ fn release_build() -> Result<PathBuf, String> {
     })
 }
 
-/// All rounds of an operation; how many failed.
-fn rounds(
-    programs: &Programs,
+/// What came of the rounds of one operation.
+struct Tally {
     operation: Operation,
-    seeds: impl Iterator<Item = u64>,
-    until: Option<Instant>,
-) -> u64 {
-    let name = operation.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
-    let begun = Instant::now();
-    let (mut failures, mut done, mut in_doubt, mut copied, mut total) = (0, 0, 0, 0, Found::default());
-    for seed in seeds {
-        if until.is_some_and(|until| Instant::now() > until) {
-            break;
-        }
-        done += 1;
-        match round(programs, &Plan::new(operation, seed)) {
+    rounds: u64,
+    failures: u64,
+    in_doubt: u64,
+    copied: u64,
+    found: Found,
+    took: Duration,
+}
+
+impl Tally {
+    fn new(operation: Operation) -> Self {
+        let (found, took) = (Found::default(), Duration::ZERO);
+        Self { operation, rounds: 0, failures: 0, in_doubt: 0, copied: 0, found, took }
+    }
+
+    fn name(&self) -> String {
+        self.operation.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+    }
+
+    /// One more.
+    fn round(&mut self, programs: &Programs, seed: u64) {
+        let begun = Instant::now();
+        match round(programs, &Plan::new(self.operation, seed)) {
             Ok(found) => {
-                in_doubt += u64::from(found.in_doubt);
-                copied += u64::from(found.copied);
-                total.leaks += found.leaks;
-                total.served += found.served;
-                total.in_flight += found.in_flight;
-                total.behind += found.behind;
+                self.in_doubt += u64::from(found.in_doubt);
+                self.copied += u64::from(found.copied);
+                self.found.leaks += found.leaks;
+                self.found.served += found.served;
+                self.found.in_flight += found.in_flight;
+                self.found.behind += found.behind;
             }
             Err(Failed { folder, wrong }) => {
-                failures += 1;
+                self.failures += 1;
+                let name = self.name();
                 println!("\n{name}: round with seed {seed} FAILED: {wrong}");
                 println!("  the images are in {}", folder.display());
                 println!(
@@ -138,17 +167,26 @@ fn rounds(
                 );
             }
         }
+        self.rounds += 1;
+        self.took += begun.elapsed();
     }
-    println!(
-        "{name:8} {done} rounds, {failures} failures; {} requests answered, {} changes cut off, {in_doubt} kills in \
-         the midst of a change of the chain, {copied} finished copies, {} sectors back at their last flush, {} clusters leaked; {:.0} s",
-        total.served,
-        total.in_flight,
-        total.behind,
-        total.leaks,
-        begun.elapsed().as_secs_f64()
-    );
-    failures
+}
+
+impl Display for Tally {
+    fn fmt(&self, out: &mut Formatter<'_>) -> std::fmt::Result {
+        let Self { rounds, failures, in_doubt, copied, found, took, .. } = self;
+        write!(
+            out,
+            "{:8} {rounds} rounds, {failures} failures; {} requests answered, {} changes cut off, {in_doubt} kills in \
+             the midst of a change of the chain, {copied} finished copies, {} sectors back at their last flush, {} clusters leaked; {:.0} s",
+            self.name(),
+            found.served,
+            found.in_flight,
+            found.behind,
+            found.leaks,
+            took.as_secs_f64()
+        )
+    }
 }
 
 /// A round that found something.
