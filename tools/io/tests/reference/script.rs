@@ -42,7 +42,8 @@ struct Side {
 /// bitmaps had written to it. Nothing is waited for for ever, and no server is left.
 const HELPERS: &str = r#"
 serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); }
-over() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done" || kill $server; }
+gone() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done"; }
+over() { gone || { kill $server; gone; } || { kill -9 $server; gone; }; }
 ready() { timeout 10 sh -c "until qemu-nbd -L -k '$PWD/s' > /dev/null 2>&1; do sleep 0.01; done"; }
 held() { mkfifo input; qemu-io "$1" < input > held & exec 3> input; echo length >&3
          timeout 10 sh -c "until grep -qs MiB held; do sleep 0.01; done"; }
