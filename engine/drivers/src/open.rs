@@ -13,6 +13,7 @@ use underlay_graph::{
     Graph, GraphError, Kind, Limits, NewNode, Node, NodeId, NodeName, NodeOptions, Plan, Role, View, Wiring,
 };
 use underlay_qcow2::{Corruption, Qcow2};
+use underlay_qmp::json::Object;
 
 use crate::error::OpenError;
 use crate::filter::copy_before_write::{CbwOptions, CopyBeforeWrite};
@@ -21,7 +22,7 @@ use crate::filter::snapshot_access::SnapshotAccess;
 use crate::filter::throttle::Throttle;
 use crate::format::raw::Raw;
 use crate::names;
-use crate::options::{Backing, Child, DriverSpec, Inherited, NodeSpec};
+use crate::options::{Backing, Child, DriverSpec, Inherited, NodeSpec, probed};
 use crate::probe::probe;
 use crate::protocol::file::FileNode;
 use crate::protocol::nbd::NbdNode;
@@ -207,9 +208,10 @@ impl Opener {
         }
         let auto_read_only = spec.auto_read_only.unwrap_or(inherited.auto_read_only);
         let for_file = Inherited { read_only, auto_read_only, discard: true, ..inherit(&options) };
-        if let DriverSpec::Probe { file } = &spec.driver {
+        if let DriverSpec::Probe { file, rest } = &mut spec.driver {
+            let rest = std::mem::take(rest);
             let file = self.open_child(file.clone(), for_file).await?;
-            return self.open_probed(spec, file, read_only, options).await;
+            return self.open_probed(spec, rest, file, read_only, options).await;
         }
         let (node, file): (Arc<dyn Node>, Opened) = match &mut spec.driver {
             DriverSpec::File(file) => {
@@ -301,24 +303,18 @@ impl Opener {
     async fn open_probed(
         &self,
         mut spec: NodeSpec,
+        rest: Object,
         file: Opened,
         read_only: bool,
         options: NodeOptions,
     ) -> Result<Unbacked, OpenError> {
-        let child = Child::Reference(String::new());
-        let format = probe(&file.view.cx()).await?;
-        let node: Arc<dyn Node> = match format {
-            "raw" => {
-                spec.driver = DriverSpec::Raw { file: child, options: Default::default() };
-                let raw = Raw::open(&file.view.cx(), Default::default())?.guessed();
+        spec.driver = probed(probe(&file.view.cx()).await?, rest)?;
+        let node: Arc<dyn Node> = match &spec.driver {
+            DriverSpec::Raw { options, .. } => {
+                let raw = Raw::open(&file.view.cx(), options.clone())?.guessed();
                 Arc::new(raw.with_bitmaps(&file.view).await)
             }
-            "qcow2" => {
-                spec.driver =
-                    DriverSpec::Qcow2 { file: child, backing: Backing::FromImage, options: Box::default() };
-                self.open_qcow2(&spec, &file).await?
-            }
-            other => return Err(OpenError::UnknownDriver(other.to_owned())),
+            _ => self.open_qcow2(&spec, &file).await?,
         };
         Ok(Unbacked { spec, node, read_only, options, file, target: None })
     }

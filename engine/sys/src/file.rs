@@ -47,6 +47,8 @@ pub enum FileKind {
     Regular,
     /// A block device.
     BlockDevice,
+    /// A character device: mostly nothing to read, and everything can be written (`/dev/null`).
+    CharacterDevice,
     /// Something that has no bytes at offsets.
     Other,
 }
@@ -171,6 +173,7 @@ impl File {
         let kind = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
             FileType::RegularFile => FileKind::Regular,
             FileType::BlockDevice => FileKind::BlockDevice,
+            FileType::CharacterDevice => FileKind::CharacterDevice,
             _ => FileKind::Other,
         };
         let memory = kind == FileKind::Regular

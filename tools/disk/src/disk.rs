@@ -182,7 +182,7 @@ fn protocol(spec: &NodeSpec) -> &DriverSpec {
     match &spec.driver {
         DriverSpec::Raw { file: Child::Inline(file), .. }
         | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
-        | DriverSpec::Probe { file: Child::Inline(file) } => protocol(file),
+        | DriverSpec::Probe { file: Child::Inline(file), .. } => protocol(file),
         other => other,
     }
 }
@@ -192,7 +192,7 @@ fn set_aio(spec: &mut NodeSpec, aio: Aio) {
         DriverSpec::File(file) => file.aio = aio,
         DriverSpec::Raw { file: Child::Inline(file), .. }
         | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
-        | DriverSpec::Probe { file: Child::Inline(file) } => set_aio(file, aio),
+        | DriverSpec::Probe { file: Child::Inline(file), .. } => set_aio(file, aio),
         _ => {}
     }
 }

@@ -110,6 +110,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let Some((target, sources)) = others.split_last().filter(|(_, sources)| !sources.is_empty()) else {
         return Err(Failure::new("Must specify image file name"));
     };
+    request.caches.1.as_ref().map_or(Ok(()), |mode| check_cache(mode, "source cache"))?;
     let progress = Progress::start(request.progress);
     convert(sources, target, &request, &progress).await
 }
@@ -163,7 +164,7 @@ impl Request {
             "n" => self.no_create = true,
             "q" => self.quiet = true,
             "U" => self.force_share = true,
-            "l" => self.snapshot = Some(Wanted::parse(&value)?),
+            "l" => self.snapshot = Some(Wanted::parse("qemu-img", &value)?),
             "t" => self.caches.0 = Some(value),
             "T" => self.caches.1 = Some(value),
             "C" => self.offload = true,
@@ -181,14 +182,20 @@ impl Request {
 
     /// What must not be asked for together.
     fn check(&mut self) -> Outcome {
-        if self.no_create && (self.help || self.options.is_some()) {
-            return Err(Failure::new("-o has no effect when skipping image creation"));
+        if self.skip_broken_bitmaps && !self.bitmaps {
+            return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
         if self.offload && self.sparse.is_some() {
             return Err(Failure::new("Cannot enable copy offloading when -S is used"));
         }
         if self.offload && self.compressed {
             return Err(Failure::new("Cannot enable copy offloading when -c is used"));
+        }
+        if self.offload && self.salvage {
+            return Err(Failure::new("Cannot use copy offloading in salvaging mode"));
+        }
+        if self.no_create && (self.help || self.options.is_some()) {
+            return Err(Failure::new("-o has no effect when skipping image creation"));
         }
         if self.target_image_opts && !self.no_create {
             return Err(Failure::new("--target-image-opts requires use of -n flag"));
@@ -199,9 +206,6 @@ impl Request {
         if self.target_is_zero && self.backing.is_some() {
             let text = "Cannot use --target-is-zero when the destination image has a backing file";
             return Err(Failure::new(text));
-        }
-        if self.skip_broken_bitmaps && !self.bitmaps {
-            return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
         let format = self.target_format().to_owned();
         let mut backing = (None, None);
@@ -214,7 +218,6 @@ impl Request {
         }
         self.backing = self.backing.take().or(backing.0);
         self.backing_format = self.backing_format.take().or(backing.1);
-        self.caches.1.as_ref().map_or(Ok(()), |mode| check_cache(mode, "source cache"))?;
         self.progress &= !self.quiet;
         Ok(())
     }
@@ -259,22 +262,26 @@ async fn make(target: &str, size: u64, request: &Request) -> Outcome {
 }
 
 async fn convert(sources: &[String], target: &str, request: &Request, progress: &Progress) -> Outcome {
-    let mut inputs = Vec::new();
+    let (mut opened, mut inputs) = (Vec::new(), Vec::new());
     let mut total = 0_u64;
     for name in sources {
         let (format, force_share) = (request.format.as_deref(), request.force_share);
         let image_opts = request.image_opts;
         let how = How { format, image_opts, force_share, no_share: !force_share, ..How::default() };
         let input = image(name, how).await?;
-        if let Some(wanted) = &request.snapshot {
-            if sources.len() > 1 {
-                return Err(Failure::new("No support for concatenating multiple snapshot"));
-            }
-            let inside = input.root.enter().await.map_err(|error| Failure::new(error.to_string()))?;
-            wanted.show(&inside.cx()).await.map_err(Failure::new)?;
+        opened.push(Arc::new(input));
+    }
+    if let (Some(wanted), Some(first)) = (&request.snapshot, opened.first()) {
+        // Of several sources, options of a snapshot are for the first.
+        if opened.len() > 1 && matches!(wanted, Wanted::Either(_)) {
+            return Err(Failure::new("No support for concatenating multiple snapshot"));
         }
+        let inside = first.root.enter().await.map_err(|error| Failure::new(error.to_string()))?;
+        wanted.show(&inside.cx()).await.map_err(Failure::new)?;
+    }
+    for input in opened {
         let length = input.length().await?;
-        inputs.push((total, length, Arc::new(input)));
+        inputs.push((total, length, input));
         total = total.checked_add(length).ok_or_else(|| Failure::new("the images together are too large"))?;
     }
     match request.no_create {
@@ -339,7 +346,7 @@ async fn copy_all(
     };
     let mut pace = Pace::default();
     for (start, length, input) in inputs {
-        let below = if no_backing { None } else { Some(shared_backing(&input, output)) };
+        let below = if no_backing { None } else { shared_backing(&input, output) };
         let copy = Copy {
             input: &input,
             output,
@@ -397,8 +404,8 @@ struct Copy<'a> {
     cluster: u64,
     /// From here on the output reads zeroes where nothing is written.
     zero_from: u64,
-    /// The target has a backing file, and this is where the source's own data ends (`None`: it has nothing below).
-    below: Option<Option<NodeId>>,
+    /// The target has a backing file, and from this layer of the source on downwards they have the same.
+    below: Option<NodeId>,
     progress: &'a Progress,
 }
 
@@ -533,7 +540,7 @@ impl Copy<'_> {
         let until = self.zero_from.saturating_sub(self.start);
         let rest = if rest.start() < until { rest.before(until) } else { rest };
         let inside = self.input.root.enter().await?;
-        let found = status(&inside.cx(), rest, self.below.flatten()).await?;
+        let found = status(&inside.cx(), rest, self.below).await?;
         let compressed = self.request.compressed;
         let kind = match (self.below, found.allocated, found.zero) {
             (Some(_), false, _) => Kind::Shared,

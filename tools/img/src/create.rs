@@ -167,7 +167,7 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
     }
     request.backing = request.backing.or(backing.0);
     request.backing_format = request.backing_format.or(backing.1);
-    if request.backing.as_deref() == Some("") {
+    if request.backing.as_deref() == Some("") && request.format == "qcow2" {
         return Err(cannot("Expected backing file name, got empty string"));
     }
     let known = matches!(request.format.as_str(), "qcow2" | "raw" | "file");
@@ -195,13 +195,14 @@ fn raw_options(options: Vec<(String, String)>) -> Result<(Option<u64>, Option<St
 }
 
 async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
-    if request.backing.is_some() {
-        let text = format!("Backing file not supported for file format '{}'", request.format);
-        return Err(cannot(text));
-    }
     let (wanted, mode) = raw_options(request.options)?;
     let shown = mode.as_ref().map(|mode| format!(" preallocation={mode}")).unwrap_or_default();
     let size = only_one(size, wanted)?;
+    for (unsupported, what) in [(&request.backing, "file"), (&request.backing_format, "file format")] {
+        if unsupported.is_some() {
+            return Err(cannot(format!("Backing {what} not supported for file format '{}'", request.format)));
+        }
+    }
     let size = size.ok_or_else(|| cannot("Image creation needs a size parameter"))?;
     if !request.quiet {
         println!("Formatting '{name}', fmt={} size={size}{shown}", request.format);
@@ -226,7 +227,7 @@ fn size_option(name: &str, value: &str) -> Result<u64, Refused> {
     sizes::option(value, name).map_err(Refused::Option)
 }
 
-fn flag(name: &str, value: &str) -> Result<bool, Refused> {
+pub(crate) fn flag(name: &str, value: &str) -> Result<bool, Refused> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -235,7 +236,7 @@ fn flag(name: &str, value: &str) -> Result<bool, Refused> {
 }
 
 /// A number, perhaps hexadecimal.
-fn number(name: &str, value: &str) -> Result<u64, Refused> {
+pub(crate) fn number(name: &str, value: &str) -> Result<u64, Refused> {
     let parsed = match value.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => value.parse(),

@@ -53,7 +53,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "f" => request.format = Some(value),
-            "l" => request.snapshot = Some(Wanted::parse(&value)?),
+            "l" => request.snapshot = Some(Wanted::parse("qemu-img", &value)?),
             "o" => request.options.extend(create::option_list(&value)?),
             "O" => request.target_format = Some(value),
             "U" => request.force_share = true,

@@ -74,6 +74,9 @@ pub async fn image_in(graph: Arc<Graph>, name: &str, how: How<'_>) -> Result<Ima
         false => NodeSpec::image_as(name, how.format, how.unmap).map_err(|error| failed(&error, None))?,
     };
     if how.protocol {
+        if how.write && spec.read_only == Some(true) {
+            return Err(failed(&"Block node is read-only", None));
+        }
         spec = stored_in(spec);
     }
     let probed = matches!(spec.driver, DriverSpec::Probe { .. });
@@ -153,9 +156,13 @@ fn listed(
     for warning in list.warnings {
         eprintln!("qemu-img: {warning}");
     }
-    let options = nest(list.options);
+    let mut options = nest(list.options);
     if options.get("backing").is_some_and(|backing| *backing == Value::Str(String::new())) {
         eprintln!("qemu-img: warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+        if options.get("driver").and_then(Value::as_str) == Some("raw") {
+            // That there is nothing below may be said of everything.
+            options.remove("backing");
+        }
     }
     if let Some(Value::Str(node)) = options.get("file") {
         // There is no other node.
@@ -189,7 +196,7 @@ fn backing_option(backing: Option<&Value>) -> Option<String> {
 fn stored_in(spec: NodeSpec) -> NodeSpec {
     match spec.driver {
         DriverSpec::Qcow2 { file: Child::Inline(file), .. }
-        | DriverSpec::Probe { file: Child::Inline(file) } => *file,
+        | DriverSpec::Probe { file: Child::Inline(file), .. } => *file,
         _ => spec,
     }
 }

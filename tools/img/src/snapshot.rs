@@ -177,14 +177,14 @@ pub enum Wanted {
 }
 
 impl Wanted {
-    /// From the argument of `-l`.
-    pub fn parse(text: &str) -> Result<Self, Failure> {
+    /// From the argument of `-l` of that program.
+    pub fn parse(program: &str, text: &str) -> Result<Self, Failure> {
         if !text.starts_with("snapshot.") {
             return Ok(Self::Either(text.to_owned()));
         }
         let list = underlay_disk::parse_options(text, None);
         for warning in list.warnings {
-            eprintln!("qemu-img: {warning}");
+            eprintln!("{program}: {warning}");
         }
         let (mut id, mut name) = (None, None);
         for (key, value) in list.options {

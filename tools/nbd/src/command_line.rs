@@ -98,6 +98,7 @@ const KNOWN: Known = Known {
         ("bind", "b", true),
         ("port", "p", true),
         ("socket", "k", true),
+        ("snapshot", "s", false),
         ("shared", "e", true),
         ("persistent", "t", false),
         ("verbose", "v", false),
@@ -120,7 +121,6 @@ const KNOWN: Known = Known {
         ("disconnect", "d", false),
         ("format", "f", true),
         ("read-only", "r", false),
-        ("snapshot", "s", false),
         ("load-snapshot", "l", true),
         ("nocache", "n", false),
         ("cache", "cache", true),
@@ -251,7 +251,7 @@ impl Said {
     fn plain(&mut self, option: &str) {
         match option {
             "r" => self.request.read_only = true,
-            "s" => (self.request.temporary, self.per_device) = (true, true),
+            "s" => self.request.temporary = true,
             "t" => self.serving.persistent = true,
             "v" => self.serving.verbose = true,
             "fork" => self.serving.fork = true,
@@ -295,7 +295,7 @@ impl Said {
             }
             "f" => (self.request.format, self.per_device) = (Some(value), true),
             "l" => {
-                let wanted = Wanted::parse(&value).map_err(|failure| {
+                let wanted = Wanted::parse("qemu-nbd", &value).map_err(|failure| {
                     let why = failure.message.unwrap_or_default();
                     let why = why.lines().next().unwrap_or_default();
                     format!("{why}\nqemu-nbd: Failed in parsing snapshot param `{value}'")
@@ -359,8 +359,10 @@ impl Said {
     }
 }
 
-/// A whole number, decimal, octal (0…) or hexadecimal (0x…); `None` for anything else.
+/// A whole number, decimal, octal (0…) or hexadecimal (0x…), perhaps with blanks and a plus in front of it; `None` for anything else.
 fn integer(text: &str) -> Option<u64> {
+    let text = text.trim_ascii_start();
+    let text = text.strip_prefix('+').unwrap_or(text);
     let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) => (hex, 16),
         None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),

@@ -13,6 +13,19 @@ use crate::format::raw::RawOptions;
 use crate::protocol::file::{Aio, Locking};
 use crate::protocol::nbd::spec::NbdSpec;
 
+/// What was given for an image that has turned out to be of `format`. Its file is open already.
+pub(crate) fn probed(format: &str, mut rest: Object) -> Result<DriverSpec, OpenError> {
+    rest.insert("file", "");
+    let mut fields = Fields { object: rest, prefix: String::new() };
+    let spec = driver_spec(&mut fields, format, 0)?;
+    match fields.object.iter().next() {
+        None => Ok(spec),
+        Some((option, _)) => {
+            Err(OpenError::UnknownFormatOption { driver: format.to_owned(), option: option.to_owned() })
+        }
+    }
+}
+
 pub(super) fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Result<DriverSpec, OpenError> {
     let missing = |child: &str| OpenError::text(format!("A block device must be specified for \"{child}\""));
     let given = fields.given(&["offset", "size", "read-zeroes"]);
@@ -54,7 +67,10 @@ pub(super) fn driver_spec(fields: &mut Fields, driver: &str, depth: u32) -> Resu
             let file = fields.child("file", depth)?.ok_or_else(|| missing("file"))?;
             Ok(DriverSpec::SnapshotAccess { file })
         }
-        "" => Ok(DriverSpec::Probe { file: fields.child("file", depth)?.ok_or_else(|| missing("file"))? }),
+        "" => {
+            let file = fields.child("file", depth)?.ok_or_else(|| missing("file"))?;
+            Ok(DriverSpec::Probe { file, rest: std::mem::take(&mut fields.object) })
+        }
         other => Err(OpenError::UnknownDriver(other.to_owned())),
     }
 }

@@ -11,6 +11,7 @@ use underlay_graph::plan::DetectZeroes;
 use underlay_qcow2::OpenOptions as Qcow2Options;
 use underlay_qmp::json::{Object, Value};
 
+pub(crate) use self::drivers::probed;
 use self::drivers::{driver_spec, null_by_name};
 use self::fields::Fields;
 pub use self::fields::{is_out_of_range, nest, not_a_size, parse_size};
@@ -102,6 +103,8 @@ pub enum DriverSpec {
     Probe {
         /// Where the image is.
         file: Child,
+        /// Options of the format, whatever it is.
+        rest: Object,
     },
 }
 
@@ -179,8 +182,9 @@ fn json_options(json: &str) -> Result<Object, OpenError> {
 impl NodeSpec {
     /// A local file as a protocol node.
     pub fn file(filename: &str) -> Self {
+        // Who says `file:` means no device.
+        let driver = if is_device(filename) { "host_device" } else { "file" };
         let filename = crate::names::plain_path(filename).to_owned();
-        let driver = if is_block_device(&filename) { "host_device" } else { "file" };
         let (locking, aio) = (Locking::default(), Aio::default());
         Self::with_driver(DriverSpec::File(FileSpec { driver, filename, locking, aio }))
     }
@@ -221,7 +225,7 @@ impl NodeSpec {
         let DriverSpec::File(file) = (match &plain.driver {
             DriverSpec::Raw { file: Child::Inline(file), .. }
             | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
-            | DriverSpec::Probe { file: Child::Inline(file) } => &file.driver,
+            | DriverSpec::Probe { file: Child::Inline(file), .. } => &file.driver,
             own => own,
         }) else {
             return Err(OpenError::text(format!("Options for '{name}' are not supported yet")));
@@ -263,7 +267,7 @@ impl NodeSpec {
         }
         let file = Child::Inline(Box::new(protocol));
         let driver = match format {
-            None => DriverSpec::Probe { file },
+            None => DriverSpec::Probe { file, rest: Object::new() },
             Some("raw") => DriverSpec::Raw { file, options: RawOptions::default() },
             Some("qcow2") => DriverSpec::Qcow2 { file, backing: Backing::FromImage, options: Box::default() },
             Some("file" | "host_device") if !is_export => return Ok(Self::file(name)),
@@ -316,6 +320,7 @@ impl NodeSpec {
         }
         let force_share = fields.flag("force-share")?;
         let driver = match (fields.text("driver")?, fields.object.get("filename").is_some()) {
+            (Some(driver), _) if driver.is_empty() => return Err(OpenError::UnknownDriver(driver)),
             (Some(driver), _) => driver,
             (None, true) if depth > 0 => "file".to_owned(),
             (None, _) if fields.object.get("file").is_some() => String::new(),
@@ -377,7 +382,8 @@ pub struct Inherited {
     pub force_share: bool,
 }
 
-fn is_block_device(path: &str) -> bool {
+fn is_device(path: &str) -> bool {
     use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device())
+    let kind = std::fs::metadata(path).map(|meta| meta.file_type());
+    kind.is_ok_and(|kind| kind.is_block_device() || kind.is_char_device())
 }

@@ -180,7 +180,8 @@ impl FileNode {
             _ => could_not_open(name, error),
         })?;
         match (spec.driver, file.kind()) {
-            ("file", FileKind::Regular) | ("host_device", FileKind::BlockDevice) => {}
+            ("file", FileKind::Regular)
+            | ("host_device", FileKind::BlockDevice | FileKind::CharacterDevice) => {}
             ("file", _) => {
                 return Err(OpenError::text(format!("'file' driver requires '{name}' to be a regular file")));
             }
@@ -413,7 +414,8 @@ impl Node for FileNode {
     }
 
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
-        if self.no_flush.load(Ordering::Relaxed) {
+        // Of a character device nothing is kept that could be made durable.
+        if self.no_flush.load(Ordering::Relaxed) || self.file().kind() == FileKind::CharacterDevice {
             return Ok(());
         }
         if self.lost_writes.load(Ordering::Acquire) {
@@ -507,6 +509,8 @@ impl Node for FileNode {
                     }
                 }
                 Preallocation::Full => {
+                    // What no file can be as long as is refused before the disk is full.
+                    file.set_len(size).map_err(|error| cannot(error, "Could not resize file"))?;
                     if let Err(error) = self.fill(ByteRange::between(length, size)).await {
                         let _ = file.set_len(length);
                         return Err(error.context("Could not write zeros for preallocation"));
@@ -564,8 +568,7 @@ impl Node for FileNode {
     }
 
     fn image_info(&self) -> ImageInfo {
-        let format_specific =
-            (self.spec.driver == "file").then(|| FormatInfo { kind: "file", fields: Vec::new() });
+        let format_specific = Some(FormatInfo { kind: "file", fields: Vec::new() });
         ImageInfo { format_specific, dirty: Some(false), ..ImageInfo::default() }
     }
 }
