@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod ahead;
+mod amend;
 mod bitmap_writer;
 pub mod bitmaps;
 pub mod cache;

@@ -321,6 +321,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn no_cut_during_a_change_of_the_version_leaves_a_mixture() {
+        for bits in [9, 12, 13, 16] {
+            for name in
+                [None, Some(30), Some(200), Some(900)].into_iter().filter(|n| bits > 9 || *n < Some(201))
+            {
+                for format in [None, Some("raw"), Some("fifteen--letter")] {
+                    let versions = [Version::V2, Version::V3];
+                    let [old, mut new] = versions.map(|version| header(version, bits, name, format));
+                    assert_safe(&old, &new);
+                    assert_safe(&new, &old);
+                    new.compatible = features::LAZY_REFCOUNTS;
+                    assert_safe(&new, &old);
+                }
+            }
+        }
+    }
+
     /// The extension of the bitmaps begins in the first sector and ends in the next.
     #[test]
     fn no_cut_during_a_change_of_the_bitmaps_mixes_two_directories() {

@@ -1,6 +1,7 @@
 //! The command line of qemu-img on Underlay's engine: a file per subcommand.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod bitmap;
 mod check;
 mod commit;
@@ -85,6 +86,7 @@ const HELP: &str = "\
 Usage: qemu-img SUBCOMMAND [options]
 Makes, checks, converts and resizes disk images.
 
+  amend [-f FMT] [-t CACHE] [-p] [-q] -o OPTIONS FILENAME
   bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE)... [-f FMT]
          [-b SOURCE_FILENAME [-F SOURCE_FMT]] FILENAME BITMAP
   check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME
@@ -106,7 +108,7 @@ no -f. So is OUTPUT with --target-image-opts, which needs -n.
 Formats: qcow2, raw. Sizes take the suffixes k, M, G, T, P and E.
 ";
 
-const LATER: [&str; 2] = ["amend", "bench"];
+const LATER: [&str; 1] = ["bench"];
 
 /// Most threads that copy.
 const MOST_THREADS: usize = 4;
@@ -164,6 +166,7 @@ fn run(command: &str, rest: &[String]) -> Outcome {
             println!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
             Ok(())
         }
+        "amend" => on_one_thread(amend::run(rest)),
         "bitmap" => on_one_thread(bitmap::run(rest)),
         "check" => on_one_thread(check::run(rest)),
         "commit" => on_one_thread(commit::run(rest)),

@@ -48,9 +48,7 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
             println!("Supported options:");
         }
     }
-    for (name, kind, text) in rows {
-        println!("  {:<22} - {text}", format!("{name}=<{kind}>"));
-    }
+    print_rows(rows);
     if name.is_none() {
         println!(
             "\nThe protocol level may support further options.\n\
@@ -58,6 +56,31 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
         );
     }
     Ok(())
+}
+
+/// Options that `amend` can change.
+const AMENDABLE: [&str; 6] =
+    ["backing_file", "backing_fmt", "compat", "lazy_refcounts", "refcount_bits", "size"];
+
+/// Prints what can be amended of an image of this format.
+pub fn print_amendable(format: &str) -> Outcome {
+    match format {
+        "qcow2" => {
+            println!("Amend options for 'qcow2':");
+            print_rows(QCOW2.into_iter().filter(|(name, _, _)| AMENDABLE.contains(name)));
+            Ok(())
+        }
+        "raw" | "file" | "host_device" | "nbd" | "null-co" | "null-aio" | "throttle" | "copy-on-read" => {
+            Err(Failure::new(format!("Format driver '{format}' does not support option amendment")))
+        }
+        other => Err(Failure::new(format!("Unknown file format '{other}'"))),
+    }
+}
+
+fn print_rows(rows: impl IntoIterator<Item = Row>) {
+    for (name, kind, text) in rows {
+        println!("  {:<22} - {text}", format!("{name}=<{kind}>"));
+    }
 }
 
 /// Whether a name is that of a local file; else it is that of an NBD export.

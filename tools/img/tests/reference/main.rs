@@ -15,6 +15,43 @@ fn command_lines() {
 }
 
 #[test]
+fn amend() {
+    compare(include_str!("../scripts/amend.txt"));
+}
+
+/// What version 2 could only say in part, or not at all, is refused rather than lost. (The reference loses it.)
+#[test]
+fn not_amended() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |line: &str| {
+        let mut program = std::process::Command::new(script::example("qemu-img"));
+        let done = program.args(line.split(' ')).current_dir(&folder).output().expect("our program");
+        (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    for (name, line, why) in [
+        ("zstd", "create -q -f qcow2 -o compression_type=zstd zstd 1M", "incompatible features 0x8 set"),
+        ("bitmaps", "bitmap --add bitmaps b", "persistent bitmaps"),
+        ("snapshots", "snapshot -c s snapshots", "internal snapshots"),
+    ] {
+        if name != "zstd" {
+            assert_eq!(run(&format!("create -q -f qcow2 {name} 1M")).0, Some(0));
+        }
+        assert_eq!(run(line), (Some(0), String::new()), "{line}");
+        let before = std::fs::read(folder.path().join(name)).expect("an image");
+        let (status, said) = run(&format!("amend -o compat=v2 {name}"));
+        assert_eq!(status, Some(1));
+        assert!(said.contains("Cannot downgrade an image with") && said.contains(why), "{said}");
+        // That the bitmaps are in use was noted when it was opened.
+        let after = std::fs::read(folder.path().join(name)).expect("an image");
+        assert!(after == before || name == "bitmaps", "{name}");
+        assert_eq!(run(&format!("check -q {name}")), (Some(0), String::new()));
+    }
+    let (status, said) = run("amend -o refcount_bits=8 zstd");
+    assert_eq!(status, Some(1));
+    assert!(said.contains("Changing refcount_bits is not supported"), "{said}");
+}
+
+#[test]
 fn create_info_map() {
     compare(include_str!("../scripts/create_info_map.txt"));
 }
@@ -140,6 +177,7 @@ fn refused_options() {
     let folder = tempfile::tempdir().expect("a folder");
     for (line, status, option) in [
         ("create -f qcow2 --object secret,id=a,data=b x 1M", 1, "--object"),
+        ("amend --object secret,id=a,data=b -o size=1M x", 1, "--object"),
         ("info --object secret,id=a,data=b x", 1, "--object"),
         ("check --object secret,id=a,data=b x", 1, "--object"),
         ("map --object secret,id=a,data=b x", 1, "--object"),
