@@ -1,28 +1,29 @@
-//! Standard input and output without blocking the thread.
+//! Standard input and output without blocking the thread. Both belong to other processes too: they stay as blocking as they are.
 
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use crate::driver;
 
-fn input() -> io::Result<&'static Arc<OwnedFd>> {
-    static INPUT: OnceLock<Arc<OwnedFd>> = OnceLock::new();
-    if let Some(fd) = INPUT.get() {
+/// A descriptor of our own for the same.
+fn second(of: &'static OnceLock<Arc<OwnedFd>>, fd: &impl AsFd) -> io::Result<&'static Arc<OwnedFd>> {
+    if let Some(fd) = of.get() {
         return Ok(fd);
     }
-    let fd = Arc::new(driver::duplicate(&io::stdin())?);
-    Ok(INPUT.get_or_init(|| fd))
+    let fd = Arc::new(driver::duplicate(fd)?);
+    Ok(of.get_or_init(|| fd))
 }
 
 /// Reads what is there, at least a byte; 0 at the end.
 pub async fn read(into: &mut [u8]) -> io::Result<usize> {
-    driver::read(input()?, into).await
+    static INPUT: OnceLock<Arc<OwnedFd>> = OnceLock::new();
+    driver::read(second(&INPUT, &io::stdin())?, into).await
 }
 
-/// Writes all of `bytes`.
+/// Writes all of `bytes`, behind what was printed.
 pub async fn write_all(bytes: &[u8]) -> io::Result<()> {
-    let mut output = io::stdout().lock();
-    output.write_all(bytes)?;
-    output.flush()
+    static OUTPUT: OnceLock<Arc<OwnedFd>> = OnceLock::new();
+    io::stdout().flush()?;
+    driver::write_all_blocking(second(&OUTPUT, &io::stdout())?, bytes).await
 }
