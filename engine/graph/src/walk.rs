@@ -25,6 +25,8 @@ struct Said {
     /// Where each of the extents begins, in order. On their own, so that a search touches little memory.
     starts: Vec<u64>,
     extents: Vec<Extent>,
+    /// Extents in 2^64 bytes, on average.
+    density: u64,
     /// The one that was needed last.
     last: usize,
 }
@@ -95,8 +97,28 @@ impl Said {
                 return Some(found);
             }
         }
-        self.last = self.starts.partition_point(|start| *start <= byte).checked_sub(1)?;
+        self.last = self.search(byte)?;
         self.at(self.last).filter(|(start, extent)| has(*start, extent, byte))
+    }
+
+    /// The last extent that does not begin behind the byte. Begins where it would be if all were of one length, which is next to it
+    /// where a format has put its tables at regular distances, and looks further and further away.
+    fn search(&self, byte: u64) -> Option<usize> {
+        let is_behind = |index: usize| self.starts.get(index).is_none_or(|start| *start > byte);
+        let behind_first = byte.saturating_sub(*self.starts.first()?);
+        let guess = (u128::from(behind_first) * u128::from(self.density)) >> 64;
+        let guess = usize::try_from(guess).unwrap_or(usize::MAX).min(self.starts.len() - 1);
+        let (mut low, mut high, mut stride) = (guess, guess + 1, 1);
+        while low > 0 && is_behind(low) {
+            (low, high) = (low.saturating_sub(stride), low);
+            stride *= 2;
+        }
+        while !is_behind(high) {
+            (low, high) = (high, high + stride);
+            stride *= 2;
+        }
+        let between = &self.starts[low..high.min(self.starts.len())];
+        (low + between.partition_point(|start| *start <= byte)).checked_sub(1)
     }
 
     fn at(&self, index: usize) -> Option<(u64, Extent)> {
@@ -134,6 +156,10 @@ impl Said {
         let old = self.starts[self.last..].iter().take_while(|other| **other < end).count();
         self.starts.splice(self.last..self.last + old, starts);
         self.extents.splice(self.last..self.last + old, new.iter().copied());
+        if let [first, .., last] = self.starts[..] {
+            let all = (self.starts.len() as u128 - 1) << 64;
+            self.density = u64::try_from(all / u128::from(last - first)).unwrap_or(u64::MAX);
+        }
     }
 }
 
@@ -172,6 +198,15 @@ mod tests {
                 _ => None,
             };
             assert_eq!(found, wanted, "{byte}");
+        }
+        let mut far = Said::default();
+        // Short ones first, so that every guess is a bad one, in either direction.
+        for start in (0..600).map(|at: u64| at * at * at) {
+            far.learn(start, &[data(start, 1)]);
+        }
+        for byte in (0..600u64.pow(3)).step_by(997).chain([0, 1, 8, u64::MAX]) {
+            let wanted = far.starts.partition_point(|start| *start <= byte).checked_sub(1);
+            assert_eq!(far.search(byte), wanted, "{byte}");
         }
         said.learn(60, &[data(60, 90)]);
         assert_eq!(said.starts, [20, 60, 150]);

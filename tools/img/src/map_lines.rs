@@ -133,17 +133,18 @@ impl Lines {
 /// The middle of a line, which mostly is that of the line before.
 #[derive(Default)]
 struct Middle {
-    of: Option<(u32, [bool; 5])>,
+    of: Option<(u64, u32, [bool; 5])>,
     text: Vec<u8>,
 }
 
 impl Middle {
     fn text(&mut self, s: &Status) -> &[u8] {
-        let of = Some((s.depth, [s.allocated, s.zero, s.data, s.encoded, s.offset.is_some()]));
+        let of = Some((s.len, s.depth, [s.allocated, s.zero, s.data, s.encoded, s.offset.is_some()]));
         if self.of != of {
             self.of = of;
             self.text = format!(
-                ", \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \"compressed\": {}{}",
+                ", \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \"compressed\": {}{}",
+                s.len,
                 s.depth,
                 s.allocated,
                 s.zero,
@@ -160,8 +161,6 @@ impl Middle {
 fn json_line(out: &mut Vec<u8>, middle: &mut Middle, at: u64, s: &Status) {
     out.extend(b"{ \"start\": ");
     decimal(out, at);
-    out.extend(b", \"length\": ");
-    decimal(out, s.len);
     out.extend(middle.text(s));
     if let Some(offset) = s.offset {
         decimal(out, offset);
@@ -172,13 +171,20 @@ fn json_line(out: &mut Vec<u8>, middle: &mut Middle, at: u64, s: &Status) {
 fn decimal(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [0; 20];
     let mut at = digits.len();
-    // Two at a time: half the divisions.
+    // Four at a time: a quarter of the long divisions, which wait for each other.
+    while number >= 10_000 {
+        let mut four = number % 10_000;
+        number /= 10_000;
+        at -= 4;
+        for digit in digits[at..at + 4].iter_mut().rev() {
+            *digit = b'0' + (four % 10).to_le_bytes()[0];
+            four /= 10;
+        }
+    }
     while number >= 10 {
-        let pair = (number % 100).to_le_bytes()[0];
-        number /= 100;
-        at -= 2;
-        digits[at] = b'0' + pair / 10;
-        digits[at + 1] = b'0' + pair % 10;
+        at -= 1;
+        digits[at] = b'0' + (number % 10).to_le_bytes()[0];
+        number /= 10;
     }
     if number > 0 || at == digits.len() {
         at -= 1;
