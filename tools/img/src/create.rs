@@ -1,6 +1,6 @@
 //! `create`: makes an image.
 
-use underlay_drivers::create;
+use underlay_drivers::create::{self, NewFile};
 use underlay_drivers::names::resolve_backing;
 use underlay_graph::{BackingRef, Preallocation};
 use underlay_qcow2::{Compression, CreateOptions, Version};
@@ -171,8 +171,11 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
         return Err(cannot("Expected backing file name, got empty string"));
     }
     let known = matches!(request.format.as_str(), "qcow2" | "raw" | "file");
-    if known && let Err(failure) = option_help::stored_in_file(name) {
-        return Err(Refused::Option(failure));
+    if known && !option_help::stored_in_file(name).map_err(Refused::Option)? {
+        let of_files = request.options.iter().find(|(option, _)| FileHints::NAMES.contains(&option.as_str()));
+        if let Some((option, _)) = of_files {
+            return Err(bad_option(format!("Invalid parameter '{option}'")));
+        }
     }
     match request.format.as_str() {
         "qcow2" => make_qcow2(name, size, request).await,
@@ -181,22 +184,75 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
     }
 }
 
-/// The size and the mode of preallocation of a raw image.
-fn raw_options(options: Vec<(String, String)>) -> Result<(Option<u64>, Option<String>), Refused> {
-    let (mut size, mut mode) = (None, None);
+/// Wishes about the file that an image is stored in.
+#[derive(Default)]
+struct FileHints {
+    /// As it was written, and what it says.
+    nocow: Option<(String, bool)>,
+    /// Bytes.
+    extent_size: Option<u64>,
+}
+
+impl FileHints {
+    const NAMES: [&str; 2] = ["nocow", "extent_size_hint"];
+
+    /// Whether the option was one of these.
+    fn take(&mut self, name: &str, value: &str) -> Result<bool, Refused> {
+        match name {
+            "nocow" => self.nocow = Some((value.to_owned(), flag(name, value)?)),
+            "extent_size_hint" => self.extent_size = Some(size_option(name, value)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The words of `Formatting …` before and after those of preallocation, where that is the file's.
+    fn shown(&self) -> (String, String) {
+        let nocow = self.nocow.as_ref().map(|(value, _)| format!(" nocow={value}"));
+        let extent_size = self.extent_size.map(|bytes| format!(" extent_size_hint={bytes}"));
+        (nocow.unwrap_or_default(), extent_size.unwrap_or_default())
+    }
+
+    /// Makes an empty file with them, if there are any: a file takes them only while nothing is in it.
+    async fn make(&self, name: &str) -> Result<(), Refused> {
+        if self.nocow.is_none() && self.extent_size.is_none() {
+            return Ok(());
+        }
+        let new = NewFile {
+            filename: name.to_owned(),
+            size: 0,
+            preallocation: Preallocation::Off,
+            nocow: matches!(self.nocow, Some((_, true))),
+            extent_size: self.extent_size.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+        };
+        create::file(&new).await.map_err(failed)
+    }
+}
+
+/// What the options of a raw image say.
+#[derive(Default)]
+struct RawOptions {
+    size: Option<u64>,
+    /// The mode of preallocation.
+    mode: Option<String>,
+    hints: FileHints,
+}
+
+fn raw_options(options: Vec<(String, String)>) -> Result<RawOptions, Refused> {
+    let mut wanted = RawOptions::default();
     for (option, value) in options {
         match option.as_str() {
-            "size" => size = Some(size_option(&option, &value)?),
-            "preallocation" => mode = Some(value),
+            "size" => wanted.size = Some(size_option(&option, &value)?),
+            "preallocation" => wanted.mode = Some(value),
+            other if wanted.hints.take(other, &value)? => {}
             other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
         }
     }
-    Ok((size, mode))
+    Ok(wanted)
 }
 
 async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(), Refused> {
-    let (wanted, mode) = raw_options(request.options)?;
-    let shown = mode.as_ref().map(|mode| format!(" preallocation={mode}")).unwrap_or_default();
+    let RawOptions { size: wanted, mode, hints } = raw_options(request.options)?;
     let size = only_one(size, wanted)?;
     for (unsupported, what) in [(&request.backing, "file"), (&request.backing_format, "file format")] {
         if unsupported.is_some() {
@@ -205,11 +261,14 @@ async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(),
     }
     let size = size.ok_or_else(|| cannot("Image creation needs a size parameter"))?;
     if !request.quiet {
-        println!("Formatting '{name}', fmt={} size={size}{shown}", request.format);
+        let shown = mode.as_ref().map(|mode| format!(" preallocation={mode}")).unwrap_or_default();
+        let (nocow, extent_size) = hints.shown();
+        println!("Formatting '{name}', fmt={} size={size}{nocow}{shown}{extent_size}", request.format);
     }
     let unknown = |mode: &str| cannot(format!("invalid parameter value: {mode}"));
     let mode =
         mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode).ok_or_else(|| unknown(&mode)))?;
+    hints.make(name).await?;
     create::raw(name, size.next_multiple_of(512), mode).await.map_err(failed)
 }
 
@@ -256,6 +315,7 @@ pub struct Wanted {
     compression: Option<String>,
     /// As it was written.
     flags: [Option<String>; 2],
+    hints: FileHints,
 }
 
 /// Reads the options of a qcow2 image, but for those of its backing file.
@@ -268,6 +328,7 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
         preallocation: None,
         compression: None,
         flags: [None, None],
+        hints: FileHints::default(),
     };
     let options = &mut wanted.options;
     for (name, value) in list {
@@ -289,6 +350,7 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
             "encryption" | "encrypt.format" | "data_file" | "data_file_raw" => {
                 return Err(cannot(format!("Option '{name}' is not supported yet")));
             }
+            other if wanted.hints.take(other, value)? => {}
             other => return Err(bad_option(format!("Invalid parameter '{other}'"))),
         }
     }
@@ -297,8 +359,8 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
 
 impl Wanted {
     /// Reads the words, in the reference's order.
-    fn finish(self, request: &Request) -> Result<CreateOptions, Refused> {
-        let mut options = self.options;
+    fn finish(&self, request: &Request) -> Result<CreateOptions, Refused> {
+        let mut options = self.options.clone();
         let refused = |name: &str, value: &str| {
             Err(cannot(format!("Parameter '{name}' does not accept value '{value}'")))
         };
@@ -338,7 +400,9 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(
     if !request.quiet {
         println!("{}", formatting(name, &wanted, &request));
     }
-    create::qcow2(name, &wanted.finish(&request)?).await.map_err(failed)
+    let options = wanted.finish(&request)?;
+    wanted.hints.make(name).await?;
+    create::qcow2(name, &options).await.map_err(failed)
 }
 
 /// The size is an argument or an option.
@@ -381,6 +445,8 @@ fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
         say(format!(" backing_fmt={format}"));
     }
     say(format!(" lazy_refcounts={lazy} refcount_bits={}", options.refcount_bits));
+    let (nocow, extent_size) = wanted.hints.shown();
+    say(nocow + &extent_size);
     line
 }
 

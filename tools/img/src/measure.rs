@@ -146,17 +146,9 @@ fn invalid(text: &str, format: &str) -> Failure {
 }
 
 fn of_raw(size: u64, request: &Request) -> Result<Sizes, Failure> {
-    for (name, value) in &request.options {
-        match name.as_str() {
-            "size" => {
-                let text = |failure: Failure| invalid(&failure.message.unwrap_or_default(), "raw");
-                sizes::option(value, name).map_err(text)?;
-            }
-            // It makes no difference.
-            "preallocation" => {}
-            other => return Err(invalid(&format!("Invalid parameter '{other}'"), "raw")),
-        }
-    }
+    // They make no difference.
+    create::understood("raw", &request.options)
+        .map_err(|failure| invalid(&failure.message.unwrap_or_default(), "raw"))?;
     Ok(Sizes { required: size, fully_allocated: size, bitmaps: None })
 }
 

@@ -24,8 +24,12 @@ const QCOW2: [Row; 10] = [
     SIZE,
 ];
 
-/// What a local file adds to the options of a format that does not have it.
-const FILE: Row = ("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)");
+/// What a local file adds to the options of a format that does not have them.
+const FILE: [Row; 3] = [
+    ("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"),
+    ("nocow", FLAG, "Turn off copy-on-write (valid only on btrfs)"),
+    ("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),
+];
 
 /// Whether a list of options asks for help.
 pub fn is_asked(list: &str) -> bool {
@@ -42,8 +46,10 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
     match name {
         None => println!("Supported {format} options:"),
         Some(name) => {
-            if stored_in_file(name)? && rows.iter().all(|(known, _, _)| *known != FILE.0) {
-                rows.insert(0, FILE);
+            if stored_in_file(name)? {
+                let own = rows.clone();
+                rows.extend(FILE.iter().filter(|(name, _, _)| own.iter().all(|(known, _, _)| known != name)));
+                rows.sort_unstable();
             }
             println!("Supported options:");
         }
