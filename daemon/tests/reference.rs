@@ -3,6 +3,8 @@
 //! Scripts are in `tests/qmp`; [`script`] says what their lines mean. Replies are compared in their order and events in
 //! theirs; how the two interleave is a matter of timing.
 
+#[path = "../../tools/io/tests/reference/loops.rs"]
+mod loops;
 mod script;
 
 use std::path::PathBuf;
@@ -31,6 +33,13 @@ fn compare(name: &str) {
 #[test]
 fn nodes() {
     compare("nodes");
+}
+
+#[test]
+fn block_devices() {
+    if loops::can_be_made() {
+        compare("block_devices");
+    }
 }
 
 #[test]

@@ -63,11 +63,10 @@ pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Command
         true => named_below(daemon, source, &file, &mut node).await?,
         false => below,
     };
-    let fresh = !existing && mode == "full";
+    let target_is_new = !existing && below.is_none();
     let target = Target::New { node: Box::new(node), backing: below };
     let unmap = arguments.flag("unmap", true);
-    let args =
-        MirrorArgs { target_is_zero: fresh, unmap, ..args(&plan, arguments, source, target, &mode, job_id)? };
+    let args = MirrorArgs { target_is_new, unmap, ..args(&plan, arguments, source, target, &mode, job_id)? };
     drop(plan);
     job::start(daemon, daemon.jobs.mirror(&daemon.graph, args).await?);
     Ok(())
@@ -152,6 +151,7 @@ fn args(
         buf_size: optional_number(arguments, "buf-size"),
         write_blocking: arguments.optional_text("copy-mode").as_deref() == Some("write-blocking"),
         target_is_zero: false,
+        target_is_new: false,
         unmap: true,
         filter_node_name: arguments.optional_text("filter-node-name"),
     })

@@ -73,6 +73,10 @@ async fn write_image(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), OpenErr
 /// Makes (or empties) the file `name` as a raw image of `size` bytes.
 pub async fn raw(name: &str, size: u64, preallocation: Preallocation) -> Result<(), OpenError> {
     let view = exclusive_file(name).await?;
+    if preallocation != Preallocation::Off && !view.node().is_zero_when_made(&view.cx()) {
+        let text = format!("Unsupported preallocation mode '{}'", preallocation.name());
+        return Err(OpenError::text(text));
+    }
     filled(&view, size, preallocation).await
 }
 

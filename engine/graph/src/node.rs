@@ -78,6 +78,18 @@ pub enum Preallocation {
     Full,
 }
 
+impl Preallocation {
+    /// As users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+}
+
 /// The backing file as an image names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingRef {
@@ -177,6 +189,12 @@ pub trait Node: Debug + Send + Sync {
     fn doubts(&self) -> u64 {
         0
     }
+    /// Whether an image reads as zeroes that was just made here, with nothing written to it since. Not so where what was there
+    /// before shows: a block device, an export.
+    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+        false
+    }
+
     /// Before a node leaves the graph: everything written out, the image marked clean.
     async fn close(&self, cx: &Cx<'_>) -> Result<()> {
         self.flush(cx).await

@@ -86,6 +86,8 @@ pub struct MirrorArgs {
     pub write_blocking: bool,
     /// `target-is-zero`
     pub target_is_zero: bool,
+    /// The target was made just now, and reads as zeroes where its nodes say so ([`underlay_graph::Node::is_zero_when_made`]).
+    pub target_is_new: bool,
     /// `unmap`: zeroes may be holes at the target.
     pub unmap: bool,
     /// `filter-node-name`
@@ -122,7 +124,8 @@ impl Jobs {
             tracked.has_new_doubts(wires.view(id).cx().doubts());
         }
         job.set_copy_mode(tracked.blocking.clone());
-        let MirrorArgs { settings, source, target, replaces, sync, target_is_zero, unmap, .. } = args;
+        let MirrorArgs { settings, source, target, replaces, sync, unmap, .. } = args;
+        let (target_is_zero, target_is_new) = (args.target_is_zero, args.target_is_new);
         let name = args.filter_node_name.as_deref();
         let wired = graph.change(|plan| wire(plan, source, target, name, &job, &tracked)).await;
         let wiring = wired.map_err(|why| self.refused(&job, &settings, why))?;
@@ -130,8 +133,18 @@ impl Jobs {
         let (source, target) = (wiring.source, wiring.target);
         job.set_last_resort(move || chain::give_up(&of_job.plan(), source, target));
         let means = Arc::new(Means::new(true));
-        let mirror =
-            Mirror { graph, replaces, sync, target_is_zero, unmap, wiring, tracked, means, switch: false };
+        let mirror = Mirror {
+            graph,
+            replaces,
+            sync,
+            target_is_zero,
+            target_is_new,
+            unmap,
+            wiring,
+            tracked,
+            means,
+            switch: false,
+        };
         self.launch(job, &settings, Box::new(mirror)).await
     }
 }
@@ -277,6 +290,7 @@ struct Mirror {
     replaces: Option<NodeId>,
     sync: SyncMode,
     target_is_zero: bool,
+    target_is_new: bool,
     unmap: bool,
     wiring: Wiring,
     tracked: Arc<Tracked>,
@@ -395,10 +409,12 @@ impl Mirror {
 impl Work for Mirror {
     async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         let root = self.root()?;
-        let (length, of_target) = {
+        let (length, of_target, is_zero_when_made) = {
             let inside = root.enter().await?;
-            (inside.cx().length(), MirrorTop::target(&inside.cx()).length())
+            let target = MirrorTop::target(&inside.cx());
+            (inside.cx().length(), target.length(), target.node().is_zero_when_made(&target))
         };
+        self.target_is_zero |= self.target_is_new && is_zero_when_made;
         if length != of_target {
             return Err(Stop::Failed("Source and target image have different sizes".into()));
         }

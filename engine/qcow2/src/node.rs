@@ -36,6 +36,11 @@ impl Node for Qcow2 {
         self.size()
     }
 
+    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+        // What is preallocated is zeroed where it has to be.
+        true
+    }
+
     fn limits(&self, _cx: &Cx<'_>) -> Limits {
         let preferred_zero = u32::try_from(self.layout.sub()).unwrap_or(0);
         Limits { preferred_zero, ..Limits::default() }

@@ -139,8 +139,12 @@ async fn resize(opened: &Image, now: u64, total: u64, mode: Preallocation) -> Ou
     let cx = inside.cx();
     // Such a node would take a smaller size for as good as its own.
     let file = if opened.is_raw() { cx.below() } else { cx };
-    if file.node().driver() == "nbd" && total != now {
-        return Err(Failure::new("Cannot resize NBD nodes"));
+    match file.node().driver() {
+        "nbd" if total != now => return Err(Failure::new("Cannot resize NBD nodes")),
+        "host_device" if total != now && mode == Preallocation::Off => {
+            return Err(Failure::new("Cannot resize device files"));
+        }
+        _ => {}
     }
     cx.node().resize(&cx, total, mode).await.map_err(failed)?;
     cx.flush().await.map_err(failed)?;

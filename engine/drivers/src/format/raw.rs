@@ -194,6 +194,10 @@ impl Node for Raw {
         self.size.map_or(rest, |size| size.min(rest))
     }
 
+    fn is_zero_when_made(&self, cx: &Cx<'_>) -> bool {
+        cx.below().node().is_zero_when_made(&cx.below())
+    }
+
     fn limits(&self, cx: &Cx<'_>) -> Limits {
         let below = cx.below().limits();
         let smallest = if self.guessed { 512 } else { 1 };

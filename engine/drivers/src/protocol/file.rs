@@ -270,10 +270,26 @@ impl FileNode {
         Ok(())
     }
 
+    /// Something was written as far as `end`. A block device that takes it has grown since it was opened.
     fn grown_to(&self, end: u64) {
-        if self.grows && end > self.length.load(Ordering::Relaxed) {
+        if end > self.length.load(Ordering::Relaxed) && self.file().kind() != FileKind::CharacterDevice {
             self.length.fetch_max(end, Ordering::AcqRel);
         }
+    }
+
+    /// A device is as long as it is. Whoever has made it longer tells us with this.
+    fn resize_device(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        if preallocation != Preallocation::Off {
+            let mode = preallocation.name();
+            let text = format!("Preallocation mode '{mode}' unsupported for this non-regular file");
+            return Err(IoError::ENOTSUP.with(text));
+        }
+        let length = self.file().len()?;
+        if size > length {
+            return Err(IoError::EINVAL.with("Cannot grow device files"));
+        }
+        self.length.store(length, Ordering::Release);
+        Ok(())
     }
 
     /// Its options.
@@ -358,6 +374,10 @@ impl Node for FileNode {
     /// In whole sectors, as QEMU counts; a file that ends in the middle of one reads as zeroes up to its end.
     fn length(&self, _cx: &Cx<'_>) -> u64 {
         self.length.load(Ordering::Acquire).next_multiple_of(SECTOR)
+    }
+
+    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+        self.grows
     }
 
     fn limits(&self, _cx: &Cx<'_>) -> Limits {
@@ -486,10 +506,7 @@ impl Node for FileNode {
 
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {
         if !self.grows {
-            return match size <= self.length(cx) {
-                true => Ok(()),
-                false => Err(IoError::EINVAL.with("Cannot grow device files")),
-            };
+            return self.resize_device(size, preallocation);
         }
         let _alone = self.growth.write().await;
         self.forget_data();

@@ -311,6 +311,7 @@ fn mirror_args(lab: &Lab, target: NodeId) -> MirrorArgs {
         buf_size: None,
         write_blocking: false,
         target_is_zero: false,
+        target_is_new: false,
         unmap: true,
         filter_node_name: None,
     }

@@ -163,6 +163,8 @@ async fn play(seed: u64) {
         buf_size: None,
         write_blocking: case.write_blocking,
         target_is_zero: case.target_is_zero,
+        // The nodes here do not say that this makes them zero.
+        target_is_new: lot.one_in(2),
         unmap: lot.one_in(2),
         filter_node_name: lot.one_in(2).then(|| "filter".to_owned()),
     };

@@ -94,6 +94,7 @@ fn arguments(source: NodeId, case: &Case, target: Target, rng: &mut Rng) -> Mirr
         buf_size: None,
         write_blocking: case.write_blocking,
         target_is_zero: case.copy.ground == Ground::Nothing && rng.one_in(2),
+        target_is_new: case.copy.ground == Ground::Nothing && rng.one_in(2),
         unmap: rng.one_in(2),
         filter_node_name: rng.one_in(2).then(|| "filter".into()),
     }

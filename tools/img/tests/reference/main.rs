@@ -3,6 +3,9 @@
 #[path = "../../../io/tests/reference/script.rs"]
 mod script;
 
+#[path = "../../../io/tests/reference/loops.rs"]
+mod loops;
+
 fn compare(script: &str) {
     if script::has(&["qemu-img", "qemu-io"]) {
         script::run(script, "qemu-img", &script::example("qemu-img"));
@@ -115,6 +118,13 @@ fn snapshot() {
 #[test]
 fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
+}
+
+#[test]
+fn devices() {
+    if loops::can_be_made() {
+        compare(include_str!("../scripts/devices.txt"));
+    }
 }
 
 #[test]
