@@ -5,7 +5,9 @@ use std::path::Path;
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
-use underlay_graph::{BackingRef, GraphError, NewNode, NodeId, Plan, Preallocation, Role, View};
+use underlay_graph::{
+    Access, BackingRef, GraphError, NewNode, NodeId, Perms, Plan, Preallocation, Role, View,
+};
 
 use underlay_qcow2::CreateOptions;
 
@@ -80,7 +82,9 @@ pub fn snapshot(daemon: &Daemon, plan: &mut Plan, node: &str, overlay: &str) -> 
 
 /// Wires `overlay` between `disk` and its users; `disk` is only read from then on.
 fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), GraphError> {
-    if plan.roots_of(overlay).next().is_some() || plan.parents(overlay).next().is_some() {
+    // A job may be writing to it (`allow-write-only-overlay`): a mirror whose target gets what is below it before the end.
+    let access = plan.check()?.get(&overlay).copied().unwrap_or(Access::UNUSED);
+    if access.required.has(Perms::CONSISTENT_READ) {
         return Err(GraphError::new("The overlay is already in use"));
     }
     let node = &plan.node(overlay).node;

@@ -180,7 +180,8 @@ fn check(plan: &Plan, args: &BackupArgs) -> Result<Arc<CopyBeforeWrite>, JobErro
     if source.cx().length() != target.cx().length() {
         return Err(wrong("Source and target image have different sizes".into()));
     }
-    let filter = CopyBeforeWrite::new(&source, &target, args.how)
+    let every_zero = args.sync != BackupSync::Full;
+    let filter = CopyBeforeWrite::new(&source, &target, CbwOptions { every_zero, ..args.how })
         .map_err(|why| wrong(format!("Could not create node: {why}")))?;
     let cluster = cluster_for(&target, args.how.min_cluster).map_err(wrong)?;
     if args.how.max_chunk != 0 && args.how.max_chunk < cluster {

@@ -86,7 +86,7 @@ pub struct MirrorArgs {
     pub write_blocking: bool,
     /// `target-is-zero`
     pub target_is_zero: bool,
-    /// The target was made just now, and reads as zeroes where its nodes say so ([`underlay_graph::Node::is_zero_when_made`]).
+    /// The target was made just now, and reads as zeroes where its nodes say so ([`underlay_graph::Node::unwritten_is_zero`]).
     pub target_is_new: bool,
     /// `unmap`: zeroes may be holes at the target.
     pub unmap: bool,
@@ -119,7 +119,8 @@ impl Jobs {
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
-        let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
+        let tracked =
+            Tracked::new(length, granularity, [unbacked, args.sync != SyncMode::Full], args.write_blocking);
         if let Target::Existing(id) = args.target {
             tracked.has_new_doubts(wires.view(id).cx().doubts());
         }
@@ -366,7 +367,7 @@ impl Mirror {
             return Ok((!found.zero, found.len));
         }
         let already = status(&MirrorTop::target(cx), range.split(found.len).0, None).await?;
-        Ok((!shows_zero(&already, self.tracked.unbacked), already.len))
+        Ok((!shows_zero(&already, self.tracked.every_zero), already.len))
     }
 
     /// The target is as read-only as what it has replaced. Should it not become so, it stays as it is.
@@ -409,12 +410,12 @@ impl Mirror {
 impl Work for Mirror {
     async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         let root = self.root()?;
-        let (length, of_target, is_zero_when_made) = {
+        let (length, of_target, unwritten_is_zero) = {
             let inside = root.enter().await?;
             let target = MirrorTop::target(&inside.cx());
-            (inside.cx().length(), target.length(), target.node().is_zero_when_made(&target))
+            (inside.cx().length(), target.length(), target.unwritten_is_zero())
         };
-        self.target_is_zero |= self.target_is_new && is_zero_when_made;
+        self.target_is_zero |= self.target_is_new && unwritten_is_zero;
         if length != of_target {
             return Err(Stop::Failed("Source and target image have different sizes".into()));
         }
@@ -556,7 +557,7 @@ impl Copier for Copying {
 
 impl Copying {
     fn how(&self) -> HowToZero {
-        HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked }
+        HowToZero { unmap: self.unmap, every_zero: self.tracked.every_zero }
     }
 
     async fn flush(&self) -> Result<(), underlay_graph::IoError> {
@@ -608,12 +609,12 @@ struct HowToZero {
     /// As holes, perhaps.
     unmap: bool,
     /// See [`Tracked`].
-    unbacked: bool,
+    every_zero: bool,
 }
 
 /// Whether the target shows zeroes, and will when it has its backing node.
-fn shows_zero(already: &Status, unbacked: bool) -> bool {
-    already.zero && (already.allocated || !unbacked)
+fn shows_zero(already: &Status, every_zero: bool) -> bool {
+    already.zero && (already.allocated && already.depth == 0 || !every_zero)
 }
 
 /// Zeroes what does not show zeroes yet.
@@ -622,7 +623,7 @@ async fn zero(target: &Cx<'_>, mut rest: ByteRange, how: HowToZero) -> Result<()
         let already = status(target, rest, None).await?;
         let (run, later) = rest.split(already.len);
         rest = later;
-        if !shows_zero(&already, how.unbacked) {
+        if !shows_zero(&already, how.every_zero) {
             target.write_zeroes(run, ZeroFlags { may_unmap: how.unmap, no_fallback: false }).await?;
         }
     }
@@ -644,7 +645,7 @@ impl LastStep for CopyRest {
     async fn run(self: Box<Self>, old: &Wires, _new: &Wires) -> Result<(), GraphError> {
         let filter = old.view(self.filter);
         let means = Means::new(false);
-        let how = HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked };
+        let how = HowToZero { unmap: self.unmap, every_zero: self.tracked.every_zero };
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
             copy_now(&filter.cx(), range, &means, how).await.map_err(|fault| fault.error)?;
         }

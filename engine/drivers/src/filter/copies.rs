@@ -44,6 +44,8 @@ pub struct HowToCopy {
     pub discard_source: bool,
     /// Share storage with the disk where that can be.
     pub reflink: bool,
+    /// The target must hold every zero itself: who has only a part of the disk there gives it a backing file some day.
+    pub every_zero: bool,
 }
 
 /// A copy that failed.
@@ -266,7 +268,9 @@ impl Copies {
     /// Makes the target hold zeroes itself: what it shows from below may be the very disk that is about to change.
     async fn zero(&self, target: Cx<'_>, range: ByteRange) -> Result<()> {
         let _readers = target.overwrite(range).await;
-        let is_based = target.skip_filters().backing().is_some();
+        let own = target.skip_filters();
+        // Its header may name a backing file that it was opened without.
+        let is_based = self.how.every_zero || own.backing().is_some() || own.node().backing_ref().is_some();
         let mut rest = range;
         while !rest.is_empty() {
             let found = status(&target, rest, None).await?;

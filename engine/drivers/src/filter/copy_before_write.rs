@@ -49,6 +49,8 @@ pub struct CbwOptions {
     pub discard_source: bool,
     /// Copy every byte, though storage could be shared.
     pub no_reflink: bool,
+    /// See [`HowToCopy::every_zero`].
+    pub every_zero: bool,
 }
 
 /// See the module.
@@ -77,10 +79,10 @@ impl CopyBeforeWrite {
             .map_err(|why| format!("Cannot create block-copy-state: {why}"))?;
         let chunk = if options.max_chunk == 0 { CHUNK } else { options.max_chunk };
         let chunk = (chunk - chunk % cluster).max(cluster);
-        let CbwOptions { compress, discard_source, on_error, timeout, .. } = options;
+        let CbwOptions { compress, discard_source, on_error, timeout, every_zero, .. } = options;
         // Who bounds the copies means copies.
         let reflink = !options.no_reflink && !compress && options.max_chunk == 0;
-        let how = HowToCopy { cluster, chunk, compress, discard_source, reflink };
+        let how = HowToCopy { cluster, chunk, compress, discard_source, reflink, every_zero };
         let copies = Copies::new(source.cx().length(), how);
         Ok(Arc::new(Self { copies, on_error, timeout, late: watch::channel(0).0 }))
     }

@@ -34,6 +34,7 @@ fn features(command: &str) -> &'static [&'static str] {
     match command {
         "nbd-server-add" | "nbd-server-remove" => &["deprecated"],
         "x-debug-query-block-graph" | "x-debug-block-dirty-bitmap-sha256" => &["unstable"],
+        "blockdev-snapshot" => &["allow-write-only-overlay"],
         "device_add" => &["json-cli", "json-cli-hotplug"],
         _ => &[],
     }
