@@ -57,7 +57,14 @@ async fn exclusive(spec: &FileSpec) -> Result<Arc<View>, OpenError> {
         tracing::debug!(file = name, %error, "it is not certain that the new file will be found after a power cut");
     }
     let options_of_node = NodeOptions { discard: true, ..NodeOptions::default() };
-    let node = Arc::new(FileNode::open(spec, &options_of_node, false, false).await?);
+    let opened = FileNode::open(spec, &options_of_node, false, false).await;
+    let node = Arc::new(opened.map_err(|error| match path.is_file() {
+        true => error,
+        false => OpenError::text(format!(
+            "Protocol driver 'host_device' does not support creating new images, so an existing image must be selected as \
+             the target; however, opening the given target as an existing image failed: {error}"
+        )),
+    })?);
     let view = View::detached(node, []);
     let cx = view.cx();
     cx.node().set_access(&cx, crate::protocol::file::EXCLUSIVE).await?;
@@ -73,7 +80,7 @@ async fn write_image(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), OpenErr
 /// Makes (or empties) the file `name` as a raw image of `size` bytes.
 pub async fn raw(name: &str, size: u64, preallocation: Preallocation) -> Result<(), OpenError> {
     let view = exclusive_file(name).await?;
-    if preallocation != Preallocation::Off && !view.node().is_zero_when_made(&view.cx()) {
+    if preallocation != Preallocation::Off && !view.cx().unwritten_is_zero() {
         let text = format!("Unsupported preallocation mode '{}'", preallocation.name());
         return Err(OpenError::text(text));
     }
@@ -133,7 +140,8 @@ async fn filled(view: &View, size: u64, preallocation: Preallocation) -> Result<
     };
     if sized.is_ok() && size > 0 {
         // As the reference does: programs that probe a file's alignment want something to read.
-        let head = ByteRange::between(0, size.clamp(512, 4096));
+        let head = if cx.unwritten_is_zero() { size.clamp(512, 4096) } else { 512 };
+        let head = ByteRange::between(0, head);
         sized = cx.write(head, Iov::zeroed(head.buffer_len()), Default::default()).await;
     }
     let closed = cx.node().close(&cx).await;

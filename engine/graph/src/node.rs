@@ -189,9 +189,9 @@ pub trait Node: Debug + Send + Sync {
     fn doubts(&self) -> u64 {
         0
     }
-    /// Whether an image reads as zeroes that was just made here, with nothing written to it since. Not so where what was there
-    /// before shows: a block device, an export.
-    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+    /// Whether what nobody has written to reads as zeroes: in an image that was just made here, and behind what was its end until now.
+    /// Not so where what was there before shows: in a block device, in an export. Ask by [`Cx::unwritten_is_zero`].
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
         false
     }
 

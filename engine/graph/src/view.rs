@@ -178,6 +178,12 @@ impl<'a> Cx<'a> {
         self.child(Role::File).expect("a format or filter node has a file child")
     }
 
+    /// [`Node::unwritten_is_zero`], below all filters.
+    pub fn unwritten_is_zero(&self) -> bool {
+        let at = self.skip_filters();
+        at.node().unwritten_is_zero(&at)
+    }
+
     /// The backing child.
     pub fn backing(&self) -> Option<Cx<'a>> {
         self.child(Role::Backing)

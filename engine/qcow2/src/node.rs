@@ -36,7 +36,7 @@ impl Node for Qcow2 {
         self.size()
     }
 
-    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
         // What is preallocated is zeroed where it has to be.
         true
     }

@@ -33,7 +33,7 @@ const SECTOR_ENTRIES: usize = 64;
 pub(crate) struct Allocated {
     /// Offset of the first.
     pub host: u64,
-    /// They have never been used and lie behind the end of the file: they read as zeroes.
+    /// They have never been used, lie behind the end of the file, and read as zeroes for it.
     pub fresh: bool,
 }
 
@@ -372,7 +372,7 @@ impl Qcow2 {
             match self.refcounts.try_take(count, &mut stopped) {
                 Try::Done(found) => {
                     self.check_allocated(cx, found.host, count).await?;
-                    return Ok(found);
+                    return Ok(Allocated { fresh: found.fresh && cx.below().unwritten_is_zero(), ..found });
                 }
                 Try::Load(slice) => self.load_refcounts(cx, slice).await?,
                 Try::Missing { block, from } => {

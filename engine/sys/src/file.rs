@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 
 use crate::buf::Iov;
 use crate::stat::Stat;
-use crate::{background, driver, hints, pool, reflink, ring, rt};
+use crate::{background, device, driver, hints, pool, reflink, ring, rt};
 
 /// Buffered writes up to this size only copy to the page cache; that is quicker here than on another thread.
 const SMALL_WRITE: usize = 128 << 10;
@@ -411,6 +411,23 @@ impl File {
         self.plain(entry, otherwise, [at, len]).await
     }
 
+    /// Whether it is a block device that refuses writes, however it was opened.
+    pub fn is_read_only_device(&self) -> io::Result<bool> {
+        Ok(self.kind == FileKind::BlockDevice && device::is_read_only(&*self.fd)?)
+    }
+
+    /// Gives back the space of a range that nobody needs any more: of a file by a hole; a block device may forget what was there,
+    /// or not. EOPNOTSUPP where that cannot be.
+    pub async fn discard(&self, at: u64, len: u64) -> io::Result<()> {
+        if self.kind != FileKind::BlockDevice {
+            return self.allocate(Allocate::PunchHole, at, len).await;
+        }
+        position(at.saturating_add(len))?;
+        let fd = self.fd.clone();
+        // The device may take its time.
+        pool::run(move || device::discard(&*fd, at, len)).await?
+    }
+
     /// Makes the `len` bytes at `at` share the storage of those at `from_at` of another file of the same file system; both are
     /// regular files. EINVAL if they do not lie on whole blocks.
     pub async fn reflink(&self, at: u64, from: &Self, from_at: u64, len: u64) -> io::Result<()> {
@@ -425,10 +442,7 @@ impl File {
     /// Current length (of a block device: its size).
     pub fn len(&self) -> io::Result<u64> {
         if self.kind == FileKind::BlockDevice {
-            let mut size = 0_u64;
-            // SAFETY: the kernel writes eight bytes into `size`.
-            retried(|| unsafe { libc::ioctl(self.raw(), BLKGETSIZE64, &raw mut size) as isize })?;
-            return Ok(size);
+            return device::size(&*self.fd);
         }
         Ok(u64::try_from(rustix::fs::fstat(&*self.fd)?.st_size).unwrap_or(0))
     }
@@ -556,8 +570,6 @@ const RAMFS: i64 = 0x8584_58f6;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-/// `_IOR(0x12, 114, size_t)`
-const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,7 @@ mod background;
 pub mod buf;
 pub mod buffers;
 pub mod clock;
+mod device;
 mod driver;
 mod exec;
 pub mod file;

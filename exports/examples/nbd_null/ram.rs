@@ -58,6 +58,9 @@ impl Node for Ram {
     fn limits(&self, _cx: &Cx<'_>) -> Limits {
         self.limits
     }
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
+        true
+    }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.wait().await;
         into.copy_from(&self.part(range));

@@ -91,6 +91,8 @@ struct State {
     written: Duration,
     /// Writes that somebody was told of, if he must be.
     announced: Option<Arc<AtomicU64>>,
+    /// As a block device that has grown: what was behind the end until a write came is this.
+    behind: u8,
 }
 
 /// The disk.
@@ -118,6 +120,7 @@ impl Disk {
             room: LONGEST,
             written: Duration::ZERO,
             announced: None,
+            behind: if seed % 3 == 0 { 0xee } else { 0 },
         };
         Arc::new(Self { power, state: Mutex::new(state) })
     }
@@ -276,7 +279,7 @@ impl State {
             return;
         }
         if self.now.len() < index(end) {
-            self.now.resize(index(end), 0);
+            self.now.resize(index(end), self.behind);
         }
         self.now[index(at)..index(end)].copy_from_slice(data);
         self.moment += 1;
@@ -321,6 +324,9 @@ impl Node for Disk {
     }
     fn length(&self, _cx: &Cx<'_>) -> u64 {
         self.lock().now.len() as u64
+    }
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
+        self.lock().behind == 0
     }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.begin(Op::Read).await?;

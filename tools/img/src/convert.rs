@@ -341,8 +341,7 @@ async fn copy_all(
     let zero_from = match (no_backing, request.no_create) {
         (true, false) => {
             let inside = output.root.enter().await.map_err(|error| Failure::new(error.to_string()))?;
-            let cx = inside.cx();
-            if cx.node().is_zero_when_made(&cx) { 0 } else { u64::MAX }
+            if inside.cx().unwritten_is_zero() { 0 } else { u64::MAX }
         }
         (true, true) if request.target_is_zero => 0,
         (_, true) => u64::MAX,

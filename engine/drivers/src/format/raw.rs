@@ -194,8 +194,8 @@ impl Node for Raw {
         self.size.map_or(rest, |size| size.min(rest))
     }
 
-    fn is_zero_when_made(&self, cx: &Cx<'_>) -> bool {
-        cx.below().node().is_zero_when_made(&cx.below())
+    fn unwritten_is_zero(&self, cx: &Cx<'_>) -> bool {
+        cx.below().unwritten_is_zero()
     }
 
     fn limits(&self, cx: &Cx<'_>) -> Limits {

@@ -18,6 +18,7 @@ use underlay_sys::file::{Allocate, File, FileKind, OpenOptions};
 
 use super::locks::{self, Held};
 use crate::error::OpenError;
+use crate::names;
 use crate::options::FileSpec;
 
 /// `locking`: whether other processes are told by locks what the image is used for.
@@ -141,8 +142,23 @@ impl Known {
     }
 }
 
-fn open_file(name: &str, write: bool, direct: bool) -> std::io::Result<File> {
-    File::open(Path::new(name), OpenOptions { write, direct, ..OpenOptions::default() })
+fn open_file(name: &str, write: bool, direct: bool) -> Result<File> {
+    let opened = File::open(Path::new(name), OpenOptions { write, direct, ..OpenOptions::default() });
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(22) if direct => IoError::from(error)
+            .with(format!("Could not open '{name}': file system may not support O_DIRECT")),
+        _ => could_not_open(name, error),
+    })?;
+    check_writable(&file, write)?;
+    Ok(file)
+}
+
+/// A device that refuses writes can be opened for them all the same.
+fn check_writable(file: &File, write: bool) -> Result<()> {
+    match write && file.is_read_only_device()? {
+        true => Err(IoError::EACCES.with("The device is not writable: Permission denied")),
+        false => Ok(()),
+    }
 }
 
 fn could_not_open(name: &str, error: std::io::Error) -> IoError {
@@ -174,11 +190,7 @@ impl FileNode {
             }
             other => other,
         };
-        let file = opened.map_err(|error| match error.raw_os_error() {
-            Some(22) if direct => IoError::from(error)
-                .with(format!("Could not open '{name}': file system may not support O_DIRECT")),
-            _ => could_not_open(name, error),
-        })?;
+        let file = opened?;
         match (spec.driver, file.kind()) {
             ("file", FileKind::Regular)
             | ("host_device", FileKind::BlockDevice | FileKind::CharacterDevice) => {}
@@ -323,6 +335,7 @@ impl FileNode {
         };
         let file =
             Arc::new(open.file.reopen(options).map_err(|error| could_not_open(&self.spec.filename, error))?);
+        check_writable(&file, writable)?;
         let mut held = Held::default();
         if self.locking {
             locks::carry_over(&file, &mut held, open.held)?;
@@ -343,9 +356,9 @@ impl FileNode {
     }
 }
 
-fn may_not_write(error: &std::io::Error) -> bool {
+fn may_not_write(error: &IoError) -> bool {
     // EACCES, EPERM, EROFS
-    matches!(error.raw_os_error(), Some(13 | 1 | 30))
+    matches!(error.errno(), 13 | 1 | 30)
 }
 
 /// The kernel's ways of saying that a file system cannot do something become ENOTSUP.
@@ -376,7 +389,7 @@ impl Node for FileNode {
         self.length.load(Ordering::Acquire).next_multiple_of(SECTOR)
     }
 
-    fn is_zero_when_made(&self, _cx: &Cx<'_>) -> bool {
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
         self.grows
     }
 
@@ -424,7 +437,7 @@ impl Node for FileNode {
         if range.is_empty() {
             return Ok(());
         }
-        let punched = self.file().allocate(Allocate::PunchHole, range.start(), range.len()).await;
+        let punched = self.file().discard(range.start(), range.len()).await;
         self.discards.count(range.len(), punched.is_ok());
         self.forget_data();
         match punched.map_err(unsupported) {
@@ -571,7 +584,9 @@ impl Node for FileNode {
     }
 
     fn exact_filename(&self) -> Option<String> {
-        Some(self.spec.filename.clone())
+        let name = &self.spec.filename;
+        // Who reads `a:b` somewhere would take `a` for a protocol.
+        Some(if names::has_protocol(name) { format!("./{name}") } else { name.clone() })
     }
 
     fn allocated_size(&self) -> Option<u64> {

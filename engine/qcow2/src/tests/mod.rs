@@ -81,6 +81,8 @@ struct Bytes {
     forget: bool,
     /// Every request takes equally long.
     steady: bool,
+    /// As a block device that has grown: behind the end there is something.
+    rubbish: bool,
 }
 
 /// A disk in memory.
@@ -101,6 +103,7 @@ impl Disk {
             cuts: None,
             forget: false,
             steady: false,
+            rubbish: seed % 3 == 0,
         })))
     }
     fn lock(&self) -> MutexGuard<'_, Bytes> {
@@ -179,7 +182,8 @@ impl Disk {
         }
         assert!(at + data.len() < 1 << 30, "a write far away");
         if bytes.now.len() < at + data.len() {
-            bytes.now.resize(at + data.len(), 0);
+            let behind = if bytes.rubbish { 0xee } else { 0 };
+            bytes.now.resize(at + data.len(), behind);
         }
         bytes.now[at..at + data.len()].copy_from_slice(data);
         if bytes.forget {
@@ -208,6 +212,9 @@ impl Node for Disk {
     }
     fn length(&self, _cx: &Cx<'_>) -> u64 {
         self.lock().now.len() as u64
+    }
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
+        !self.lock().rubbish
     }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.pause().await;

@@ -57,6 +57,9 @@ impl Node for Late {
     fn length(&self, cx: &Cx<'_>) -> u64 {
         self.disk.length(cx)
     }
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
+        true
+    }
     async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.disk.read(cx, range, into).await?;
         let is_held = || range.len() == 1024 && self.hold.load(Ordering::SeqCst);

@@ -91,6 +91,9 @@ impl Node for Memory {
     fn length(&self, _cx: &Cx<'_>) -> u64 {
         self.inner.lock().unwrap().len
     }
+    fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
+        true
+    }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         into.fill(0);
         let inner = self.inner.lock().unwrap();
