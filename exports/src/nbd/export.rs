@@ -111,7 +111,10 @@ impl Entry {
         let inside = export.root.enter().await?;
         let cx = inside.cx();
         let limits = cx.limits();
+        let size = cx.length() & !511;
         let minimum = limits.request_alignment.clamp(1, 64 << 10);
+        // Clients do not take an end within a block; what lies across it is done for them.
+        let minimum = if size.is_multiple_of(u64::from(minimum)) { minimum } else { 1 };
         let mut flags = flags::HAS_FLAGS | flags::SEND_FLUSH | flags::SEND_FUA | flags::SEND_CACHE;
         if export.writable {
             flags |= flags::SEND_TRIM | flags::SEND_WRITE_ZEROES | flags::SEND_FAST_ZERO;
@@ -124,7 +127,7 @@ impl Entry {
         Ok(ExportInfo {
             name: export.name.clone(),
             description: export.description.clone(),
-            size: cx.length() & !511,
+            size,
             flags,
             minimum_block: minimum,
             preferred_block: minimum.max(4096),

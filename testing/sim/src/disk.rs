@@ -120,7 +120,7 @@ impl Disk {
             room: LONGEST,
             written: Duration::ZERO,
             announced: None,
-            behind: if seed % 3 == 0 { 0xee } else { 0 },
+            behind: if seed.is_multiple_of(3) { 0xee } else { 0 },
         };
         Arc::new(Self { power, state: Mutex::new(state) })
     }

@@ -103,7 +103,7 @@ impl Disk {
             cuts: None,
             forget: false,
             steady: false,
-            rubbish: seed % 3 == 0,
+            rubbish: seed.is_multiple_of(3),
         })))
     }
     fn lock(&self) -> MutexGuard<'_, Bytes> {

@@ -128,6 +128,13 @@ fn devices() {
 }
 
 #[test]
+fn nbdkit() {
+    if script::has(&["nbdkit"]) {
+        compare(include_str!("../scripts/nbdkit.txt"));
+    }
+}
+
+#[test]
 fn everyday() {
     compare(include_str!("../scripts/everyday.txt"));
 }

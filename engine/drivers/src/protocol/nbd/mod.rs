@@ -182,8 +182,10 @@ impl Node for NbdNode {
 
     async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         let whole = Extent::new(Place::Data(range.start()), range.len());
-        let here = self.first(range.before(self.length(cx)));
-        if self.link.granted().contexts.is_empty() || here.is_empty() {
+        let (length, granted) = (self.length(cx), self.link.granted());
+        let block = u64::from(granted.minimum_block.max(1));
+        let here = self.first(range.align_out(block).before(length));
+        if granted.contexts.is_empty() || range.start() >= length {
             return Ok(whole);
         }
         let ask = || Ask {
@@ -195,13 +197,19 @@ impl Node for NbdNode {
         };
         let found = self.link.ask(ask).await?;
         let Some(first) = found.first().filter(|first| first.length > 0) else { return Ok(whole) };
+        let (mut flags, mut len) = (first.flags, first.length.min(here.len()));
+        // Some servers change their mind within a block, and would then not be asked about the rest of it.
+        if !len.is_multiple_of(block) && here.start() + len < length {
+            (flags, len) = if len > block { (flags, len - len % block) } else { (0, block.min(here.len())) };
+        }
         // Of a bitmap, what is dirty looks like a hole that is not zero.
-        let place = match (first.flags & STATE_ZERO != 0, first.flags & STATE_HOLE != 0) {
+        let place = match (flags & STATE_ZERO != 0, flags & STATE_HOLE != 0) {
             (true, _) => Place::Zero,
             (false, true) => Place::Unknown,
-            (false, false) => Place::Data(here.start()),
+            (false, false) => Place::Data(range.start()),
         };
-        Ok(Extent::new(place, first.length.min(here.len())))
+        let before = range.start() - here.start();
+        Ok(Extent::new(place, (len - before).min(range.len())))
     }
 
     async fn resize(&self, cx: &Cx<'_>, size: u64, _preallocation: Preallocation) -> Result<()> {
