@@ -189,6 +189,13 @@ impl<'a> Cx<'a> {
         self.child(Role::Backing)
     }
 
+    /// Whether the image's header names a backing file that it was opened without: what reads as zeroes now will show something
+    /// else then, unless the image holds the zeroes itself.
+    pub fn lacks_backing(&self) -> bool {
+        let at = self.skip_filters();
+        at.node().backing_ref().is_some() && at.backing().is_none()
+    }
+
     /// The first node at or below this one that is no filter.
     pub fn skip_filters(self) -> Cx<'a> {
         let mut at = self;

@@ -415,10 +415,11 @@ impl Copier for Push {
         if !found.zero {
             return Ok((Step::Copy, found.len));
         }
-        // Zeroes over zeroes cost nothing.
+        // Zeroes over zeroes cost nothing, where the base will go on showing them.
         let inside = self.base.enter().await.map_err(Fault::read)?;
         let already = status(&inside.cx(), range.split(found.len).0, None).await.map_err(Fault::read)?;
-        Ok((if already.zero { Step::Skip } else { Step::Zero }, already.len))
+        let stays = already.allocated || !inside.cx().lacks_backing();
+        Ok((if already.zero && stays { Step::Skip } else { Step::Zero }, already.len))
     }
 
     async fn copy(&self, range: ByteRange, step: Step) -> Result<(), Fault> {

@@ -19,8 +19,8 @@ use underlay_graph::root::Drained;
 use underlay_graph::status::{Status, status};
 use underlay_graph::view::Tracker;
 use underlay_graph::{
-    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, NodeId, Perms, Plan, Role, Root, RootId,
-    WriteFlags, ZeroFlags,
+    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, Node, NodeId, Perms, Plan, Role, Root,
+    RootId, WriteFlags, ZeroFlags,
 };
 use underlay_sys::buffers::Buffers;
 
@@ -99,17 +99,20 @@ impl Jobs {
     pub async fn mirror(self: &Arc<Self>, graph: &Arc<Graph>, args: MirrorArgs) -> Result<Started, JobError> {
         let granularity = check(&graph.wires(), &args)?;
         let wires = graph.wires();
+        // What is only a part of the disk gets the rest below it some day, if not now.
+        let is_part = args.sync != SyncMode::Full;
+        let about = |node: &dyn Node, has_backing: bool| {
+            let is_based = node.backing_ref().is_some() || is_part && node.supports_backing();
+            (node.image_info().cluster_size, is_based && !has_backing)
+        };
         let (cluster, unbacked) = match &args.target {
             Target::Existing(id) => {
                 let view = wires.view(*id);
                 let cx = view.cx().skip_filters();
-                let unbacked = cx.node().backing_ref().is_some() && cx.backing().is_none();
-                (cx.node().image_info().cluster_size, unbacked)
+                about(cx.node(), cx.backing().is_some())
             }
             Target::New { node, .. } => {
-                let has_backing = node.children.iter().any(|(role, _)| *role == Role::Backing);
-                let unbacked = node.node.backing_ref().is_some() && !has_backing;
-                (node.node.image_info().cluster_size, unbacked)
+                about(&*node.node, node.children.iter().any(|(role, _)| *role == Role::Backing))
             }
         };
         let default = cluster.map_or(64 << 10, |cluster| cluster.clamp(4 << 10, 64 << 10));
@@ -119,8 +122,7 @@ impl Jobs {
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
         let length = wires.view(args.source).cx().length();
-        let tracked =
-            Tracked::new(length, granularity, [unbacked, args.sync != SyncMode::Full], args.write_blocking);
+        let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
         if let Target::Existing(id) = args.target {
             tracked.has_new_doubts(wires.view(id).cx().doubts());
         }
@@ -367,7 +369,7 @@ impl Mirror {
             return Ok((!found.zero, found.len));
         }
         let already = status(&MirrorTop::target(cx), range.split(found.len).0, None).await?;
-        Ok((!shows_zero(&already, self.tracked.every_zero), already.len))
+        Ok((!shows_zero(&already, self.tracked.unbacked), already.len))
     }
 
     /// The target is as read-only as what it has replaced. Should it not become so, it stays as it is.
@@ -557,7 +559,7 @@ impl Copier for Copying {
 
 impl Copying {
     fn how(&self) -> HowToZero {
-        HowToZero { unmap: self.unmap, every_zero: self.tracked.every_zero }
+        HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked }
     }
 
     async fn flush(&self) -> Result<(), underlay_graph::IoError> {
@@ -609,12 +611,12 @@ struct HowToZero {
     /// As holes, perhaps.
     unmap: bool,
     /// See [`Tracked`].
-    every_zero: bool,
+    unbacked: bool,
 }
 
 /// Whether the target shows zeroes, and will when it has its backing node.
-fn shows_zero(already: &Status, every_zero: bool) -> bool {
-    already.zero && (already.allocated && already.depth == 0 || !every_zero)
+fn shows_zero(already: &Status, unbacked: bool) -> bool {
+    already.zero && (already.allocated || !unbacked)
 }
 
 /// Zeroes what does not show zeroes yet.
@@ -623,7 +625,7 @@ async fn zero(target: &Cx<'_>, mut rest: ByteRange, how: HowToZero) -> Result<()
         let already = status(target, rest, None).await?;
         let (run, later) = rest.split(already.len);
         rest = later;
-        if !shows_zero(&already, how.every_zero) {
+        if !shows_zero(&already, how.unbacked) {
             target.write_zeroes(run, ZeroFlags { may_unmap: how.unmap, no_fallback: false }).await?;
         }
     }
@@ -645,7 +647,7 @@ impl LastStep for CopyRest {
     async fn run(self: Box<Self>, old: &Wires, _new: &Wires) -> Result<(), GraphError> {
         let filter = old.view(self.filter);
         let means = Means::new(false);
-        let how = HowToZero { unmap: self.unmap, every_zero: self.tracked.every_zero };
+        let how = HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked };
         while let Some(range) = self.tracked.dirty.take(0, CHUNK) {
             copy_now(&filter.cx(), range, &means, how).await.map_err(|fault| fault.error)?;
         }

@@ -34,8 +34,6 @@ pub(crate) struct Tracked {
     /// The target does not show yet what will be below it: it must get whole clusters, and every zero. A granule is a cluster at
     /// least then, and only whole granules are written.
     pub(crate) unbacked: bool,
-    /// The target gets every zero, too, where it only has a part of the disk: it may be given a backing file some day.
-    pub(crate) every_zero: bool,
     /// The copy mode: `write-blocking`, or else `background`.
     pub(crate) blocking: Arc<AtomicBool>,
     /// Bytes of guests' writes that went to the target, for the job to count.
@@ -47,17 +45,11 @@ pub(crate) struct Tracked {
 }
 
 impl Tracked {
-    pub(crate) fn new(
-        size: u64,
-        granularity: u64,
-        [unbacked, is_part]: [bool; 2],
-        blocking: bool,
-    ) -> Arc<Self> {
+    pub(crate) fn new(size: u64, granularity: u64, unbacked: bool, blocking: bool) -> Arc<Self> {
         Arc::new(Self {
             dirty: DirtyBitmap::new(size, granularity),
             turns: RangeLock::default(),
             unbacked,
-            every_zero: unbacked || is_part,
             blocking: Arc::new(AtomicBool::new(blocking)),
             copied: AtomicU64::new(0),
             doubts: AtomicU64::new(0),

@@ -1,7 +1,7 @@
 //! `create`: makes an image.
 
 use underlay_drivers::create::{self, NewFile};
-use underlay_drivers::names::resolve_backing;
+use underlay_drivers::names::{plain_path, resolve_backing};
 use underlay_graph::{BackingRef, Preallocation};
 use underlay_qcow2::{Compression, CreateOptions, Version};
 
@@ -171,7 +171,8 @@ async fn make(name: &str, size: Option<u64>, mut request: Request) -> Result<(),
         return Err(cannot("Expected backing file name, got empty string"));
     }
     let known = matches!(request.format.as_str(), "qcow2" | "raw" | "file");
-    if known && !option_help::stored_in_file(name).map_err(Refused::Option)? {
+    if known && (!option_help::stored_in_file(name).map_err(Refused::Option)? || option_help::is_device(name))
+    {
         let of_files = request.options.iter().find(|(option, _)| FileHints::NAMES.contains(&option.as_str()));
         if let Some((option, _)) = of_files {
             return Err(bad_option(format!("Invalid parameter '{option}'")));
@@ -219,7 +220,7 @@ impl FileHints {
             return Ok(());
         }
         let new = NewFile {
-            filename: name.to_owned(),
+            filename: plain_path(name).to_owned(),
             size: 0,
             preallocation: Preallocation::Off,
             nocow: matches!(self.nocow, Some((_, true))),
@@ -401,6 +402,8 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(
         println!("{}", formatting(name, &wanted, &request));
     }
     let options = wanted.finish(&request)?;
+    // Nothing is emptied for an image that cannot be.
+    options.check().map_err(|error| cannot(error.to_string()))?;
     wanted.hints.make(name).await?;
     create::qcow2(name, &options).await.map_err(failed)
 }

@@ -1,6 +1,7 @@
 //! `-o help`: the options that an image can be made with. Texts are the reference's; options that we refuse are not told.
 
-use underlay_drivers::names;
+use underlay_drivers::options::DriverSpec;
+use underlay_drivers::{NodeSpec, names};
 
 use crate::{Failure, Outcome};
 
@@ -31,6 +32,9 @@ const FILE: [Row; 3] = [
     ("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),
 ];
 
+/// What a device adds to them.
+const DEVICE: [Row; 1] = [("preallocation", "str", "Preallocation mode (allowed values: off)")];
+
 /// Whether a list of options asks for help.
 pub fn is_asked(list: &str) -> bool {
     list.replace(",,", "\0").split(',').any(|word| matches!(word, "help" | "?"))
@@ -48,7 +52,8 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
         Some(name) => {
             if stored_in_file(name)? {
                 let own = rows.clone();
-                rows.extend(FILE.iter().filter(|(name, _, _)| own.iter().all(|(known, _, _)| known != name)));
+                let adds: &[Row] = if is_device(name) { &DEVICE } else { &FILE };
+                rows.extend(adds.iter().filter(|(name, _, _)| own.iter().all(|(known, _, _)| known != name)));
                 rows.sort_unstable();
             }
             println!("Supported options:");
@@ -96,6 +101,11 @@ pub fn stored_in_file(name: &str) -> Result<bool, Failure> {
         Some("nbd" | "nbd+tcp" | "nbd+unix") => Ok(false),
         Some(other) => Err(Failure::new(format!("Unknown protocol '{other}'"))),
     }
+}
+
+/// Whether a name of a local file is that of a device.
+pub fn is_device(name: &str) -> bool {
+    matches!(NodeSpec::file(name).driver, DriverSpec::File(file) if file.driver == "host_device")
 }
 
 #[cfg(test)]

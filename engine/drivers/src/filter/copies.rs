@@ -268,9 +268,8 @@ impl Copies {
     /// Makes the target hold zeroes itself: what it shows from below may be the very disk that is about to change.
     async fn zero(&self, target: Cx<'_>, range: ByteRange) -> Result<()> {
         let _readers = target.overwrite(range).await;
-        let own = target.skip_filters();
-        // Its header may name a backing file that it was opened without.
-        let is_based = self.how.every_zero || own.backing().is_some() || own.node().backing_ref().is_some();
+        let is_based =
+            self.how.every_zero || target.skip_filters().backing().is_some() || target.lacks_backing();
         let mut rest = range;
         while !rest.is_empty() {
             let found = status(&target, rest, None).await?;

@@ -284,7 +284,8 @@ impl FileNode {
 
     /// Something was written as far as `end`. A block device that takes it has grown since it was opened.
     fn grown_to(&self, end: u64) {
-        if end > self.length.load(Ordering::Relaxed) && self.file().kind() != FileKind::CharacterDevice {
+        let is_longer = end > self.length.load(Ordering::Relaxed);
+        if is_longer && (self.grows || self.file().kind() == FileKind::BlockDevice) {
             self.length.fetch_max(end, Ordering::AcqRel);
         }
     }

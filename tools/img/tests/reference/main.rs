@@ -120,6 +120,25 @@ fn image_opts() {
     compare(include_str!("../scripts/image_opts.txt"));
 }
 
+/// A command that is refused has not emptied the image that was there. (The reference removes it.)
+#[test]
+fn what_cannot_be_made_leaves_what_is_there() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |line: &str| {
+        let mut program = std::process::Command::new(script::example("qemu-img"));
+        let done = program.args(line.split(' ')).current_dir(&folder).output().expect("our program");
+        done.status.code()
+    };
+    assert_eq!(run("create -q -f qcow2 a 1M"), Some(0));
+    let before = std::fs::read(folder.path().join("a")).expect("an image");
+    for options in
+        ["cluster_size=3", "nocow=on,cluster_size=3", "nocow=on,refcount_bits=5", "extent_size_hint=8G"]
+    {
+        assert_eq!(run(&format!("create -q -f qcow2 -o {options} a 1M")), Some(1), "{options}");
+        assert_eq!(std::fs::read(folder.path().join("a")).expect("an image"), before, "{options}");
+    }
+}
+
 #[test]
 fn devices() {
     if loops::can_be_made() {
