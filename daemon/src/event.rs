@@ -56,8 +56,8 @@ impl Outbox {
         self.changed.notify_one();
     }
 
-    /// Waits until the client has read so much of what waits for it that it may ask for more. False when it never will.
-    pub async fn has_room(&self) -> bool {
+    /// Waits until the client has read so much of what waits for it that it may ask for more, or never will read it.
+    pub async fn room(&self) {
         loop {
             let taken = self.taken.notified();
             let mut taken = std::pin::pin!(taken);
@@ -65,7 +65,7 @@ impl Outbox {
             {
                 let state = self.state();
                 if state.closed || state.bytes < ENOUGH_WAITING {
-                    return !state.closed;
+                    return;
                 }
             }
             taken.await;

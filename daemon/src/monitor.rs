@@ -208,9 +208,7 @@ async fn listen(
             let Ok(place) = orders.reserve().await else { return };
             match incoming {
                 Incoming::Urgent(reply) => {
-                    if !outbox.has_room().await {
-                        return;
-                    }
+                    outbox.room().await;
                     push(outbox, reply, pretty);
                 }
                 incoming => place.send(Order { incoming, negotiated: session.is_negotiated() }),
@@ -223,12 +221,10 @@ async fn listen(
     }
 }
 
-/// Executes one command after the other, each once its client has read enough of the replies before.
+/// Executes one command after the other, each once its client has read enough of the replies before, or reads no more.
 async fn work(daemon: Arc<Daemon>, mut waiting: mpsc::Receiver<Order>, outbox: Arc<Outbox>, pretty: bool) {
     while let Some(Order { incoming, negotiated }) = waiting.recv().await {
-        if !outbox.has_room().await {
-            return;
-        }
+        outbox.room().await;
         let reply = match incoming {
             Incoming::Reply(reply) | Incoming::Urgent(reply) => reply,
             Incoming::Request(request) => execute(&daemon, request).await,

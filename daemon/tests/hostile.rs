@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use underlay_qmp::blocking::{Failure, Monitor};
@@ -186,6 +186,22 @@ fn events_for_a_client_that_never_reads() {
     }
     drop((stream, good));
     daemon.expect_unhurt();
+}
+
+/// What it has sent is carried out all the same. (Its events and replies go nowhere.)
+#[test]
+fn a_client_whose_standard_output_nobody_reads() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_underlay"));
+    command.args(["storage-daemon", "--chardev", "stdio,id=m", "--monitor", "m"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the daemon starts");
+    drop(child.stdout.take());
+    let mut input = child.stdin.take().expect("a pipe");
+    input.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").expect("written");
+    for _ in 0..100 {
+        input.write_all(b"{\"execute\": \"query-version\"}\n").expect("written");
+    }
+    input.write_all(b"{\"execute\": \"quit\"}\n").expect("written");
+    assert!(child.wait().expect("it ends").success());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! A clean bitmap of a huge disk costs next to nothing and a full one a bit per granule.
 
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::bits::Bits;
@@ -19,6 +20,8 @@ pub struct DirtyBitmap {
     /// Bytes per bit, a power of two.
     granularity: u64,
     state: Mutex<State>,
+    /// Grows before and after anything is made clean.
+    forgotten: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -33,7 +36,7 @@ impl DirtyBitmap {
     pub fn new(size: u64, granularity: u64) -> Self {
         assert!(granularity.is_power_of_two(), "granularity {granularity}");
         let bits = Bits::new(size.div_ceil(granularity));
-        Self { granularity, state: Mutex::new(State { size, bits }) }
+        Self { granularity, state: Mutex::new(State { size, bits }), forgotten: AtomicU64::new(0) }
     }
 
     /// Whether there can be a bitmap of that granularity for so many bytes.
@@ -52,6 +55,17 @@ impl DirtyBitmap {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// For a change that makes something clean.
+    fn forgetting<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state();
+        self.forgotten.fetch_add(1, Ordering::SeqCst);
+        let result = change(&mut state);
+        self.forgotten.fetch_add(1, Ordering::SeqCst);
+        // What the caller reads now, he reads after that.
+        fence(Ordering::SeqCst);
+        result
+    }
+
     /// Bytes per bit.
     pub fn granularity(&self) -> u64 {
         self.granularity
@@ -64,7 +78,7 @@ impl DirtyBitmap {
 
     /// The node has another length now; what was added is clean.
     pub fn resize(&self, size: u64) {
-        self.state().resize(self.granularity, size);
+        self.forgetting(|state| state.resize(self.granularity, size));
     }
 
     /// Grows with every change: as long as it stays, so does what the bitmap says.
@@ -98,7 +112,7 @@ impl DirtyBitmap {
 
     /// Marks every granule that `range` touches as clean.
     pub fn clear(&self, range: ByteRange) {
-        self.state().put(self.granularity, range, false);
+        self.forgetting(|state| state.put(self.granularity, range, false));
     }
 
     /// Whether the first granule that `range` touches is dirty, and for how many bytes of `range` it stays so.
@@ -123,10 +137,11 @@ impl DirtyBitmap {
 
     /// As [`DirtyBitmap::peek`], and clears it. Whoever takes it copies it.
     pub fn take(&self, from: u64, max: u64) -> Option<ByteRange> {
-        let mut state = self.state();
-        let (run, range) = state.run(self.granularity, from, max)?;
-        state.bits.put_all(run, false);
-        Some(range)
+        self.forgetting(|state| {
+            let (run, range) = state.run(self.granularity, from, max)?;
+            state.bits.put_all(run, false);
+            Some(range)
+        })
     }
 
     /// Marks what is dirty in `other`, whose granules may be larger or smaller.
@@ -199,6 +214,14 @@ impl Tracker for DirtyBitmap {
             state.resize(self.granularity, range.end());
         }
         state.put(self.granularity, range, true);
+    }
+
+    fn granularity(&self) -> Option<u64> {
+        Some(self.granularity)
+    }
+
+    fn forgotten(&self) -> u64 {
+        self.forgotten.load(Ordering::SeqCst)
     }
 }
 

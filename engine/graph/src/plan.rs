@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 use crate::align::Blocks;
 use crate::bitmaps::{Moment, PlanBitmap};
 use crate::error::{Conflict, GraphError};
+use crate::marks::Marks;
 use crate::node::{Kind, Node};
 use crate::perm::{self, Access, Perms};
 use crate::root::{Door, Drained};
@@ -670,11 +671,12 @@ fn view_of(plan: &Plan, views: &mut HashMap<NodeId, Arc<View>>, id: NodeId) -> A
         }
         todo.pop();
         let children = node.children.iter().map(|(role, id)| (*role, views[id].clone())).collect();
-        let mut trackers = Trackers { after: node.trackers.clone(), ..Trackers::default() };
+        let (mut before, mut after) = (SmallVec::new(), node.trackers.clone());
         for bitmap in &node.bitmaps {
-            let when = if bitmap.persistent { &mut trackers.before } else { &mut trackers.after };
+            let when = if bitmap.persistent { &mut before } else { &mut after };
             when.extend(bitmap.tracker());
         }
+        let trackers = Trackers { before: Marks::new(before), after: Marks::new(after) };
         let (options, blocks) = (node.options, node.blocks.clone());
         views.entry(id).or_insert_with(|| {
             View::new(id, node.name.clone(), node.node.clone(), children, trackers, options, blocks)

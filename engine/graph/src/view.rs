@@ -9,6 +9,7 @@ use crate::align::{self, Blocks};
 use crate::chain::Chain;
 use crate::error::{IoError, Result};
 use crate::format::Extent;
+use crate::marks::Marks;
 use crate::node::{Kind, Limits, Node, WriteFlags, ZeroFlags};
 use crate::plan::{DetectZeroes, NodeId, NodeOptions};
 use crate::range_lock::{Mode, RangeGuard};
@@ -40,15 +41,26 @@ impl Role {
 pub trait Tracker: Send + Sync + std::fmt::Debug {
     /// A write, zeroing or discard of `range` has ended, well or badly, or is about to begin.
     fn touched(&self, range: ByteRange);
+
+    /// If to be told twice is the same as once, until it has [forgotten](Self::forgotten): to be told of a byte is to be told of the so
+    /// many bytes around it, a power of two.
+    fn granularity(&self) -> Option<u64> {
+        None
+    }
+
+    /// Grows before it forgets anything, and after it has.
+    fn forgotten(&self) -> u64 {
+        0
+    }
 }
 
 /// Who wants to know of writes.
 #[derive(Debug, Default)]
 pub(crate) struct Trackers {
     /// Before: what they know survives a crash.
-    pub(crate) before: SmallVec<[Arc<dyn Tracker>; 1]>,
+    pub(crate) before: Marks,
     /// When they have ended.
-    pub(crate) after: SmallVec<[Arc<dyn Tracker>; 1]>,
+    pub(crate) after: Marks,
 }
 
 /// One node and all below it, as it was wired at some moment.
@@ -399,7 +411,7 @@ impl<'a> Cx<'a> {
         if self.view.trackers.before.is_empty() {
             return Ok(());
         }
-        self.view.trackers.before.iter().for_each(|tracker| tracker.touched(range));
+        self.view.trackers.before.touched(range, || self.length());
         match self.node().as_bitmap_store() {
             Some(store) if !store.covers(range) => store.cover(self, range).await,
             _ => Ok(()),
@@ -408,8 +420,6 @@ impl<'a> Cx<'a> {
 
     fn touched(&self, range: ByteRange) {
         self.view.blocks.reliers.end();
-        for tracker in &self.view.trackers.after {
-            tracker.touched(range);
-        }
+        self.view.trackers.after.touched(range, || self.length());
     }
 }

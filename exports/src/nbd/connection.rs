@@ -267,6 +267,9 @@ impl Receiver {
             return true;
         }
         self.start(request, from, permit).await;
+        if self.outbox.is_heavy() {
+            self.flush().await;
+        }
         true
     }
 

@@ -10,6 +10,10 @@ use underlay_sys::net::{Part, Stream};
 /// Pieces in one system call; the kernel's limit is 1024.
 const PARTS: usize = 512;
 
+/// Payloads of so many bytes are worth a system call of their own: the client can begin with them, and they are still in the
+/// processor's cache.
+const HEAVY: usize = 256 << 10;
+
 /// Replies that are sent together.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
@@ -17,6 +21,8 @@ pub(crate) struct Batch {
     bytes: Vec<u8>,
     /// Where in `bytes` each payload belongs.
     payloads: Vec<(usize, Iov)>,
+    /// How many bytes they have together.
+    weight: usize,
     /// Room in the connection's budget, given back once sent.
     permits: Vec<OwnedSemaphorePermit>,
 }
@@ -29,6 +35,7 @@ impl Batch {
     fn clear(&mut self) {
         self.bytes.clear();
         self.payloads.clear();
+        self.weight = 0;
         self.permits.clear();
     }
 
@@ -39,6 +46,7 @@ impl Batch {
 
     /// Adds a payload behind the bytes so far.
     pub(crate) fn payload(&mut self, payload: Iov) {
+        self.weight += payload.len();
         self.payloads.push((self.bytes.len(), payload));
     }
 }
@@ -110,6 +118,11 @@ impl Outbox {
     pub(crate) fn has_work(&self) -> bool {
         let queue = self.queue();
         !queue.sending && !queue.batch.is_empty()
+    }
+
+    /// Whether so much waits that it is better sent now than together with more.
+    pub(crate) fn is_heavy(&self) -> bool {
+        self.queue().batch.weight >= HEAVY
     }
 
     /// Sends everything that is queued, unless somebody is at it, who then sends that too.

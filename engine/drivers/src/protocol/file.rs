@@ -75,7 +75,7 @@ pub struct FileNode {
     locking: bool,
     force_share: bool,
     read_only: bool,
-    alignment: AtomicU32,
+    pub(super) alignment: AtomicU32,
     grows: bool,
     length: AtomicU64,
     /// Requests that write behind the end share it; whoever sets the length has it alone, or else it could cut off
@@ -303,6 +303,18 @@ impl FileNode {
         }
         self.length.store(length, Ordering::Release);
         Ok(())
+    }
+
+    /// A file that ends within a block becomes longer when that block is written.
+    fn check_end(&self, access: Access) -> Result<()> {
+        let length = self.length.load(Ordering::Acquire).next_multiple_of(SECTOR);
+        let is_odd = !length.is_multiple_of(self.alignment.load(Ordering::Relaxed).into());
+        match is_odd && access.required.has(Perms::WRITE) && !access.required.has(Perms::RESIZE) {
+            true => Err(IoError::EINVAL.with(
+                "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Its options.
@@ -557,6 +569,7 @@ impl Node for FileNode {
     }
 
     async fn set_access(&self, _cx: &Cx<'_>, access: Access) -> Result<()> {
+        self.check_end(access)?;
         let mut open = self.open_state();
         self.holes_stay.store(false, Ordering::Release);
         self.forget_data();

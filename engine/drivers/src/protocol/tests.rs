@@ -185,6 +185,31 @@ fn growing_from_several_threads_loses_nothing() {
     });
 }
 
+/// Where blocks are larger than sectors, to write the last sectors would make the file longer.
+#[test]
+fn a_file_that_ends_within_a_block_has_no_writers_who_may_not_resize() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a");
+    std::fs::write(&path, [1; 4097 + 512]).expect("written");
+    block_on(async {
+        let file = FileNode::open(&spec(&path), &NodeOptions::default(), false, false).await.expect("opened");
+        let view = View::detached(Arc::new(file), []);
+        let file = view.node().as_any().downcast_ref::<FileNode>().expect("a file");
+        let allowed = async |required: Perms| {
+            let access = Access { writable: true, required, shared: Perms::ALL, used: true };
+            view.node().set_access(&view.cx(), access).await
+        };
+        allowed(Perms::WRITE).await.expect("sectors are blocks");
+        file.alignment.store(4096, std::sync::atomic::Ordering::Relaxed);
+        let error = allowed(Perms::WRITE).await.expect_err("refused").to_string();
+        assert!(error.starts_with("Cannot get 'write' permission without 'resize'"), "{error}");
+        allowed(Perms::WRITE | Perms::RESIZE).await.expect("it may grow");
+        allowed(Perms::CONSISTENT_READ).await.expect("nothing is written");
+        view.node().resize(&view.cx(), 8192, Preallocation::Off).await.expect("resized");
+        allowed(Perms::WRITE).await.expect("it ends with a block");
+    });
+}
+
 #[test]
 fn what_cannot_be_opened_is_said_so() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -216,7 +216,9 @@ impl Link {
             self.written.fetch_add(1, Ordering::SeqCst);
         }
         let until_now = self.written.load(Ordering::SeqCst);
-        let result = self.ask_on(ask).await;
+        // The first connection answers for all, or is lost with the server that had what was written before. A further one may have been
+        // made to another server since.
+        let result = self.ask_on(command == FLUSH, ask).await;
         if is_write {
             self.written.fetch_add(1, Ordering::SeqCst);
         }
@@ -226,9 +228,9 @@ impl Link {
         result
     }
 
-    async fn ask_on(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
+    async fn ask_on(&self, on_first: bool, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
         loop {
-            let own = self.own();
+            let own = if on_first { None } else { self.own() };
             let is_own = own.is_some();
             let connection = match own {
                 Some(own) => own,
