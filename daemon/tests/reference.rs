@@ -59,6 +59,11 @@ fn based_later() {
     compare_replies("based_later");
 }
 
+#[test]
+fn stream_keeps_bitmaps() {
+    compare_replies("stream_keeps_bitmaps");
+}
+
 /// What the reference gets wrong: the script's shell commands say what is right.
 #[test]
 fn wide_copy() {

@@ -102,7 +102,12 @@ async fn open_target(
     spec.read_only = Some(false);
     let policy = if based_on.is_some() { BackingPolicy::Ignore } else { BackingPolicy::Follow };
     let mut target = Opener::over(plan.wires(), policy, Some(daemon.on_corrupt())).open(spec).await?;
-    if let Some(source) = based_on.filter(|_| target.node.supports_backing()) {
+    if let Some(source) = based_on {
+        if !target.node.supports_backing() {
+            let (driver, view) = (target.node.driver(), target.view(&plan.wires()));
+            let text = format!("Driver '{driver}' of node '{}' does not support backing files", view.name());
+            return Err(CommandError::new(text));
+        }
         target.children.push((Role::Backing, Wiring::Existing(source)));
     }
     Ok(target)

@@ -86,7 +86,8 @@ async fn open_target(
     spec.node_name = node_name;
     spec.cache_direct = Some(like.cache_direct);
     spec.cache_no_flush = Some(like.cache_no_flush);
-    spec.discard = Some(true);
+    // The guest will be there.
+    spec.discard = Some(like.discard);
     spec.read_only = Some(false);
     let opener = daemon.opener(BackingPolicy::Ignore);
     Ok(opener.open(spec).await?)

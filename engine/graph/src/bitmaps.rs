@@ -371,6 +371,9 @@ pub trait BitmapStore: Send + Sync {
     /// Makes the image keep just these, and calls them valid: durable on return, and whatever happens on the way, none is
     /// called valid that says too little. No request is inside, and the node is not written to afterwards.
     async fn store(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()>;
+    /// Whether the image is still as [`BitmapStore::store`] left it: whoever has written to it since, be it to its header, has had it
+    /// call its bitmaps not valid.
+    fn is_stored(&self) -> bool;
     /// Takes one out, if the image has it: durable on return.
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()>;
 

@@ -370,7 +370,8 @@ impl Step<'_> {
         for (id, bitmaps) in self.bitmaps_to_store() {
             let view = self.old.view(id);
             let before = stored.iter().find(|(stored, _)| *stored == id);
-            if before.is_some_and(|(_, before)| *before == dirty(&bitmaps)) {
+            let is_stored = view.node().as_bitmap_store().is_some_and(|store| store.is_stored());
+            if is_stored && before.is_some_and(|(_, before)| *before == dirty(&bitmaps)) {
                 continue;
             }
             let result = match before {
@@ -433,11 +434,24 @@ impl Step<'_> {
             let is_filter = node.node.kind() == Kind::Filter;
             let pointless = is_filter || node.node.is_unusable() || (now.is_none() && node.is_given_up());
             let stops = !node.read_only && now.is_none_or(|node| node.read_only) && !pointless;
-            if stops {
-                self.old.view(id).cx().flush().await?;
+            if !stops {
+                continue;
+            }
+            match self.old.view(id).cx().flush().await {
+                // To keep it would not bring back what it has lost.
+                Err(error) if now.is_none() && self.is_out_of_reach(id) => {
+                    self.trouble.tell(&format!("Node '{}' could not be flushed: {error}", node.name));
+                }
+                flushed => flushed?,
             }
         }
         Ok(())
+    }
+
+    /// Whether the image in a node is somewhere that nobody gets to any more.
+    fn is_out_of_reach(&self, id: NodeId) -> bool {
+        let plan = self.old.plan();
+        plan.reachable(id).into_iter().any(|id| plan.node(id).node.is_lost())
     }
 
     /// Asks the nodes for what their users need from now on, children first.

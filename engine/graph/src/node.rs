@@ -221,6 +221,10 @@ pub trait Node: Debug + Send + Sync {
     fn is_unusable(&self) -> bool {
         false
     }
+    /// Whether what it had is out of reach, and nobody waits for that to change.
+    fn is_lost(&self) -> bool {
+        false
+    }
     /// Nobody needs what is under way here, nor what would come: a node that waits for somebody else fails it all from now
     /// on, and is unusable.
     fn give_up(&self) {}

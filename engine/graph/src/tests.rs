@@ -68,6 +68,9 @@ impl BitmapStore for Keeper {
     async fn store(&self, _cx: &Cx<'_>, _bitmaps: &[PlanBitmap]) -> Result<()> {
         Ok(())
     }
+    fn is_stored(&self) -> bool {
+        true
+    }
     async fn remove(&self, _cx: &Cx<'_>, _name: &str) -> Result<()> {
         Ok(())
     }

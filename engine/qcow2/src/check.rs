@@ -130,6 +130,8 @@ pub(crate) struct Checker<'a, 'r> {
     reserved: Vec<Range<u64>>,
     /// L2 tables met so far.
     pub tables: HashMap<u64, KnownTable>,
+    /// What is referred to behind the end of the file, in clusters, if that is to be repaired.
+    pub behind: Vec<Range<u64>>,
     /// Table entries that may still be looked at.
     budget: u64,
 }
@@ -155,6 +157,7 @@ impl<'a, 'r> Checker<'a, 'r> {
             unusable: false,
             reserved: Vec::new(),
             tables: HashMap::new(),
+            behind: Vec::new(),
             budget: BUDGET,
         })
     }

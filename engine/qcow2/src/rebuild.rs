@@ -78,6 +78,7 @@ impl Checker<'_, '_> {
         let per_block = self.header.refcounts_per_block();
         let cluster = self.header.cluster_size();
         // Nothing of the old structures may be overwritten before the header has changed over: they are not free yet.
+        self.sort_behind();
         let mut free = FreeClusters { next: 0, taken: freed.keys().copied().collect() };
         let mut plan = Plan::default();
         loop {
@@ -158,6 +159,12 @@ impl FreeClusters {
         let mut start = self.next;
         let mut at = start;
         while at - start < count {
+            let behind = checker.behind.partition_point(|clusters| clusters.end <= at);
+            if let Some(used) = checker.behind.get(behind).filter(|clusters| clusters.start <= at) {
+                // When the file reaches there, this is what is found.
+                (start, at) = (used.end, used.end);
+                continue;
+            }
             if checker.counts.get(at) != 0 || self.taken.contains(&at) {
                 start = at + 1;
             }

@@ -114,12 +114,15 @@ pub(crate) async fn load(
         if memory > MAX_MEMORY {
             return Err(BitmapError::TooMuch(MAX_MEMORY));
         }
-        let inconsistent = !is_good(entry, ahead);
+        let was_in_use = entry.flags & IN_USE != 0;
+        // Of a disk without length no bitmap can be kept.
+        let inconsistent = !is_good(entry, ahead) || was_in_use && header.virtual_size() == 0;
         let bits = DirtyBitmap::new(header.virtual_size(), granularity);
         let mut changes = None;
         if !inconsistent {
             load_bits(file, header, entry, &bits, &mut memory).await?;
-            changes = Some(bits.changes());
+            // One that is in use may be of the disk before it got another size, and is written anew.
+            changes = (!was_in_use).then(|| bits.changes());
             memory += missing_bytes(&bits, entry, ahead);
             if memory > MAX_MEMORY {
                 return Err(BitmapError::TooMuch(MAX_MEMORY));
@@ -500,6 +503,10 @@ impl BitmapStore for Qcow2 {
             return Err(IoError::EPERM);
         }
         self.store_as(cx, bitmaps, State::Valid).await
+    }
+
+    fn is_stored(&self) -> bool {
+        !self.stored().marked
     }
 
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()> {

@@ -1,5 +1,9 @@
 //! Counting what an image refers to: a walk over all its tables.
 
+use std::ops::Range;
+
+use underlay_graph::IoError;
+
 use crate::bitmaps;
 use crate::check::{CheckError, Checker, Fix, words};
 use crate::entry::{COMPRESSED, COPIED, OFFSET, ZERO};
@@ -13,6 +17,9 @@ const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits of a refcount table entry that must be zero.
 const TABLE_RESERVED: u64 = 0x1ff;
+
+/// Most places behind the end of the file, neighbours in one, that an image may refer to if its refcounts are to be made anew.
+const MOST_BEHIND: usize = 1 << 20;
 
 /// An L2 table with nothing wrong in it.
 #[derive(Debug)]
@@ -74,7 +81,7 @@ impl Checker<'_, '_> {
             self.wrong(format!(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{len:x}"
             ));
-            return Ok(());
+            return self.note_behind(offset / cluster..end.div_ceil(cluster));
         }
         // Less than a cluster behind the end still counts.
         self.clusters = self.clusters.max(end.div_ceil(cluster));
@@ -83,6 +90,34 @@ impl Checker<'_, '_> {
             self.count_cluster(at)?;
         }
         Ok(())
+    }
+
+    /// Notes what is referred to behind the end of the file: nothing new may be put there.
+    fn note_behind(&mut self, clusters: Range<u64>) -> Result<(), CheckError> {
+        if self.fix != Fix::All {
+            return Ok(());
+        }
+        self.behind.push(clusters);
+        if self.behind.len() < MOST_BEHIND {
+            return Ok(());
+        }
+        self.sort_behind();
+        match self.behind.len() < MOST_BEHIND / 2 {
+            true => Ok(()),
+            false => {
+                Err(IoError::EFBIG.with("The image refers to too much behind the end of its file").into())
+            }
+        }
+    }
+
+    /// Puts what is behind the end in order, neighbours in one.
+    pub(crate) fn sort_behind(&mut self) {
+        self.behind.sort_unstable_by_key(|clusters| clusters.start);
+        self.behind.dedup_by(|next, last| {
+            let goes_on = next.start <= last.end;
+            last.end = if goes_on { last.end.max(next.end) } else { last.end };
+            goes_on
+        });
     }
 
     fn count_cluster(&mut self, at: u64) -> Result<(), CheckError> {

@@ -462,3 +462,33 @@ fn four_million_names_for_one_table_cost_one_walk() {
     assert_eq!(outcome.corruptions, lines - outcome.leaks);
     assert_eq!(outcome.allocated_clusters, 4096 * u64::from(entries));
 }
+
+/// New refcounts do not go where tables were that the file ends before.
+#[test]
+fn what_is_behind_the_end_stays_free() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    make_images(dir.path());
+    let mut rebuilt = 0;
+    for name in ["base", "snap", "wide", "old"] {
+        let image = Image::load(dir.path(), name);
+        let (l1, entries) = (image.l1() as usize, image.quad(32) as u32 as usize);
+        for cut in (600..image.bytes.len().min(1 << 17)).step_by(3001) {
+            let mut damaged = image.clone();
+            damaged.bytes.truncate(cut);
+            let mut left = damaged.bytes.clone();
+            left.resize(left.len().max(l1 + entries * 8), 0);
+            let (_, mut repaired) = ours(&damaged, Fix::All);
+            rebuilt += usize::from(repaired[48..60] != damaged.bytes[48..60]);
+            repaired.resize(repaired.len().max(left.len()), 0);
+            // A flag may be repaired.
+            let offset = |word: &[u8]| u64::from_be_bytes(word.try_into().unwrap()) & !COPIED;
+            let table =
+                |bytes: &[u8]| bytes[l1..l1 + entries * 8].chunks(8).map(offset).collect::<Vec<u64>>();
+            assert_eq!(table(&repaired), table(&left), "{name} cut off at {cut}");
+        }
+    }
+    assert!(rebuilt > 10, "{rebuilt}");
+}

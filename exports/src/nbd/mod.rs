@@ -90,9 +90,17 @@ pub struct NbdServer {
 impl NbdServer {
     /// Listens on `address`. Connections go to the threads of `io` in turn; the first one also accepts.
     pub fn start(address: &Address, options: ServerOptions, io: Vec<Spawner>) -> Result<Self, ExportError> {
-        let listener =
-            Listener::bind(address).map_err(|error| ExportError::Listen(cannot_listen(address, &error)))?;
-        Self::serve(listener, options, io, Vec::new())
+        Self::launch(listen(address)?, options, io, Vec::new(), None)
+    }
+
+    /// The same for clients who have to wait until `begin` is raised: only then all exports are there.
+    pub fn start_later(
+        address: &Address,
+        options: ServerOptions,
+        io: Vec<Spawner>,
+        begin: StopSign,
+    ) -> Result<Self, ExportError> {
+        Self::launch(listen(address)?, options, io, Vec::new(), Some(begin))
     }
 
     /// The same on a listener that is there, with exports that the first client finds already.
@@ -101,6 +109,16 @@ impl NbdServer {
         options: ServerOptions,
         io: Vec<Spawner>,
         exports: Vec<NbdExport>,
+    ) -> Result<Self, ExportError> {
+        Self::launch(listener, options, io, exports, None)
+    }
+
+    fn launch(
+        listener: Listener,
+        options: ServerOptions,
+        io: Vec<Spawner>,
+        exports: Vec<NbdExport>,
+        begin: Option<StopSign>,
     ) -> Result<Self, ExportError> {
         let first = io.first().cloned().ok_or(ExportError::NoThread)?;
         let address = listener.local_address();
@@ -117,7 +135,14 @@ impl NbdServer {
         }
         // Taken here and not by the task: who stops the server at once must wait for it too.
         let place = shared.places.clone().try_acquire_owned().map_err(|_| ExportError::NoThread)?;
-        first.spawn(accept(shared.clone(), listener, io, place));
+        let accepting = accept(shared.clone(), listener, io, place);
+        let stopped = shared.stop.clone();
+        first.spawn(async move {
+            if let Some(begin) = begin {
+                until_stopped(&stopped, begin.raised()).await;
+            }
+            accepting.await;
+        });
         Ok(Self { shared, address })
     }
 
@@ -199,6 +224,10 @@ impl Shared {
             self.deserted.raise();
         }
     }
+}
+
+fn listen(address: &Address) -> Result<Listener, ExportError> {
+    Listener::bind(address).map_err(|error| ExportError::Listen(cannot_listen(address, &error)))
 }
 
 /// Accepts clients until the server stops.

@@ -129,6 +129,10 @@ fn check_new(request: &Request, sources: usize) -> Outcome {
     if request.compressed && format == "raw" {
         return Err(Failure::new("Compression not supported for this file format"));
     }
+    let reserves = |(name, mode): &(String, String)| name == "preallocation" && mode != "off";
+    if request.compressed && request.options.iter().flatten().any(reserves) {
+        return Err(Failure::new("Compression and preallocation not supported at the same time"));
+    }
     Ok(())
 }
 
@@ -553,7 +557,10 @@ impl Copy<'_> {
             _ => Kind::Zero,
         };
         let whole = found.len - found.len % cluster;
+        let within = (self.start + rest.start()) % cluster;
         Ok(match kind {
+            // Another input has the first part of this cluster.
+            _ if compressed && within != 0 => (Kind::Data, (cluster - within).min(rest.len())),
             Kind::Shared if compressed && whole == 0 && found.len < rest.len() => {
                 (Kind::Data, cluster.min(rest.len()))
             }
@@ -630,11 +637,29 @@ impl Piece {
             }
             let done = match is_zero {
                 true => self.output.root.write_zeroes(range, zeroes).await,
-                false => {
-                    self.output.root.write(range, data.slice(from, len), WriteFlags { compressed }).await
-                }
+                false => self.write(range, data.slice(from, len), compressed.then_some(sparse)).await,
             };
             done.map_err(writing)?;
+        }
+        Ok(())
+    }
+
+    /// Writes to the target, compressed if its clusters are told. One that another input has a part of is not.
+    async fn write(&self, range: ByteRange, data: Iov, clusters: Option<u64>) -> Result<(), IoError> {
+        let inside = self.output.root.enter().await?;
+        let cx = inside.cx();
+        let whole = match clusters.filter(|cluster| range.start().is_multiple_of(*cluster)) {
+            Some(_) if range.end() == cx.length() => range.len(),
+            Some(cluster) => range.len() - range.len() % cluster,
+            None => 0,
+        };
+        let (packed, plain) = range.split(whole);
+        let (first, rest) =
+            (data.slice(0, packed.buffer_len()), data.slice(packed.buffer_len(), plain.buffer_len()));
+        for (part, data, compressed) in [(packed, first, true), (plain, rest, false)] {
+            if !part.is_empty() {
+                cx.write(part, data, WriteFlags { compressed }).await?;
+            }
         }
         Ok(())
     }

@@ -315,7 +315,7 @@ pub struct Wanted {
     pub preallocation: Option<String>,
     compression: Option<String>,
     /// As it was written.
-    flags: [Option<String>; 2],
+    flags: [Option<String>; 4],
     hints: FileHints,
 }
 
@@ -328,7 +328,7 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
         compat: None,
         preallocation: None,
         compression: None,
-        flags: [None, None],
+        flags: [const { None }; 4],
         hints: FileHints::default(),
     };
     let options = &mut wanted.options;
@@ -348,6 +348,9 @@ pub fn wanted(list: &[(String, String)]) -> Result<Wanted, Refused> {
             "compat" => wanted.compat = Some(value.clone()),
             "compression_type" => wanted.compression = Some(value.clone()),
             "preallocation" => wanted.preallocation = Some(value.clone()),
+            // Not to have what we do not have is fine.
+            "encryption" if !flag(name, value)? => wanted.flags[2] = Some(value.clone()),
+            "data_file_raw" if !flag(name, value)? => wanted.flags[3] = Some(value.clone()),
             "encryption" | "encrypt.format" | "data_file" | "data_file_raw" => {
                 return Err(cannot(format!("Option '{name}' is not supported yet")));
             }
@@ -428,9 +431,11 @@ fn failed(error: underlay_drivers::OpenError) -> Refused {
 fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
     let options = &wanted.options;
     let compression = wanted.compression.as_deref().unwrap_or("zlib");
-    let [lazy, extended] = wanted.flags.each_ref().map(|flag| flag.as_deref().unwrap_or("off"));
+    let [lazy, extended, encryption, data_file_raw] = wanted.flags.each_ref().map(Option::as_deref);
+    let (lazy, extended) = (lazy.unwrap_or("off"), extended.unwrap_or("off"));
+    let encryption = encryption.map_or_else(String::new, |value| format!(" encryption={value}"));
     let mut line = format!(
-        "Formatting '{name}', fmt=qcow2 cluster_size={} extended_l2={extended}",
+        "Formatting '{name}', fmt=qcow2{encryption} cluster_size={} extended_l2={extended}",
         options.cluster_size,
     );
     let mut say = |text: String| line.push_str(&text);
@@ -446,6 +451,9 @@ fn formatting(name: &str, wanted: &Wanted, request: &Request) -> String {
     }
     if let Some(format) = &request.backing_format {
         say(format!(" backing_fmt={format}"));
+    }
+    if let Some(value) = data_file_raw {
+        say(format!(" data_file_raw={value}"));
     }
     say(format!(" lazy_refcounts={lazy} refcount_bits={}", options.refcount_bits));
     let (nocow, extent_size) = wanted.hints.shown();

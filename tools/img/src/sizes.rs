@@ -60,7 +60,9 @@ pub fn parse(text: &str) -> Option<u64> {
     if shift == 0 && fraction > 0 {
         return None;
     }
-    let bytes = whole.checked_mul(1 << shift)?.checked_add((fraction << shift) / 10_u128.pow(places))?;
+    let unit = 10_u128.pow(places);
+    // To the nearest byte.
+    let bytes = whole.checked_mul(1 << shift)?.checked_add(((fraction << shift) + unit / 2) / unit)?;
     u64::try_from(bytes).ok()
 }
 

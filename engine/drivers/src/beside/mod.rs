@@ -414,6 +414,10 @@ impl BitmapStore for Beside {
         }
     }
 
+    fn is_stored(&self) -> bool {
+        self.side().is_none_or(|side| side.image.is_stored())
+    }
+
     async fn remove(&self, _cx: &Cx<'_>, name: &str) -> Result<()> {
         let _turn = self.turn.lock().await;
         match self.side() {

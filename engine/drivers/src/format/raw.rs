@@ -308,6 +308,10 @@ impl BitmapStore for Raw {
         Ok(())
     }
 
+    fn is_stored(&self) -> bool {
+        true
+    }
+
     async fn remove(&self, _cx: &Cx<'_>, _name: &str) -> Result<()> {
         Ok(())
     }

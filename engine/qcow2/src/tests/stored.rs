@@ -175,6 +175,36 @@ fn an_image_that_was_not_closed_says_that_its_bitmaps_are_not_known() {
     assert_eq!(loaded(disk.content()), (BTreeMap::new(), leaked));
 }
 
+/// Its bitmaps cannot be stored, and are not known from then on. What is stored later is none of their old tables.
+#[test]
+fn a_disk_that_loses_its_length_can_be_opened() {
+    let shape = shape(4);
+    let disk = Disk::new(shape.image(false), 1);
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    let bitmap =
+        PlanBitmap { persistent: true, ..PlanBitmap::new("a", DirtyBitmap::new(shape.size, 4096), true) };
+    run(setup.image.store(&setup.view.cx(), std::slice::from_ref(&bitmap))).unwrap();
+    begin(&setup.image, &setup);
+    run(setup.image.resize(&setup.view.cx(), 0, Preallocation::Off)).unwrap();
+    bitmap.bits.resize(0);
+    run(setup.image.store(&setup.view.cx(), &[bitmap])).unwrap_err();
+    setup.close();
+    for _ in 0..2 {
+        let setup = open(disk.clone(), None, OpenOptions::default(), true);
+        let known = setup.image.loaded();
+        assert!(known[0].inconsistent);
+        begin(&setup.image, &setup);
+        run(setup.image.store(&setup.view.cx(), &known)).unwrap();
+        setup.close();
+    }
+    let setup = open(disk.clone(), None, OpenOptions::default(), true);
+    begin(&setup.image, &setup);
+    run(setup.image.remove(&setup.view.cx(), "a")).unwrap();
+    setup.close();
+    assert_eq!(loaded(disk.content()).0, BTreeMap::new());
+}
+
 /// An image with two bitmaps, and where its directory is and the table of the first.
 fn with_bitmaps() -> (Vec<u8>, usize, usize) {
     let shape = Shape { bits: 16, order: 4, extended: false, v3: true, zstd: false, size: 64 << 20 };

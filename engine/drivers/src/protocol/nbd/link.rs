@@ -310,6 +310,15 @@ impl Link {
         made
     }
 
+    /// Whether nobody waits for the server any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        if self.living().is_some() {
+            return false;
+        }
+        let lost = self.state().lost.unwrap_or_default();
+        self.is_given_up() || rt::now() >= lost + self.spec.reconnect_delay
+    }
+
     pub(crate) fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::SeqCst)
     }

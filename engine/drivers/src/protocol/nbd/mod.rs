@@ -227,6 +227,10 @@ impl Node for NbdNode {
         self.link.is_given_up()
     }
 
+    fn is_lost(&self) -> bool {
+        self.link.is_lost()
+    }
+
     fn give_up(&self) {
         self.link.give_up();
     }
