@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::range_lock::{Mode, RangeLock};
+use underlay_graph::status::status;
 use underlay_graph::view::Tracker;
 use underlay_graph::{Access, ByteRange, Cx, Kind, Limits, Node, Perms, Result, Role, WriteFlags, ZeroFlags};
 use underlay_sys::Iov;
@@ -141,7 +142,9 @@ impl Node for MirrorTop {
         let written = Self::source(cx).write(range, from.clone(), flags).await;
         self.0.take_expected(range);
         let copied = match &written {
-            Ok(()) if self.0.unbacked => copy_whole(cx, granules.before(self.length(cx))).await,
+            Ok(()) if self.0.unbacked => {
+                copy_to_unbacked(cx, range, from, granules.before(self.length(cx))).await
+            }
             Ok(()) => Self::target(cx).write(range, from, WriteFlags::default()).await,
             Err(_) => Ok(()),
         };
@@ -167,8 +170,20 @@ impl Node for MirrorTop {
     }
 }
 
-/// Writes to the target what the source shows in these granules, which are the caller's alone.
-async fn copy_whole(cx: &Cx<'_>, granules: ByteRange) -> Result<()> {
+/// Writes `from` to a target that lacks its backing node; and all of `granules`, which are the caller's alone, if it has not all of them
+/// yet: it would fill up its clusters with zeroes.
+async fn copy_to_unbacked(cx: &Cx<'_>, range: ByteRange, from: Iov, granules: ByteRange) -> Result<()> {
+    let mut missing = granules;
+    while !missing.is_empty() {
+        let found = status(&MirrorTop::target(cx), missing, None).await?;
+        if !found.allocated {
+            break;
+        }
+        missing = missing.split(found.len).1;
+    }
+    if missing.is_empty() {
+        return MirrorTop::target(cx).write(range, from, WriteFlags::default()).await;
+    }
     let bytes = Iov::scratch(granules.buffer_len());
     MirrorTop::source(cx).read(granules, bytes.clone()).await?;
     MirrorTop::target(cx).write(granules, bytes, WriteFlags::default()).await
