@@ -72,6 +72,34 @@ fn export(name: &str, root: underlay_graph::Root, writable: bool) -> NbdExport {
     }
 }
 
+/// Who comes while exports are still being added finds them all; one that never comes is not there.
+#[test]
+fn early_clients_find_what_is_about_to_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let thread = IoThread::start("io").unwrap();
+    let (address, complete) = (Address::Unix(dir.path().join("s")), underlay_sys::rt::StopSign::default());
+    let server =
+        NbdServer::start_early(&address, ServerOptions::default(), vec![thread.spawner()], complete.clone())
+            .unwrap();
+    let there = Server::Unix(dir.path().join("s"));
+    let ask = |export: &str| {
+        let (there, export) = (there.clone(), export.to_owned());
+        std::thread::spawn(move || Client::connect(&there, &export, &[]).is_ok())
+    };
+    let (late, never) = (ask("late"), ask("never"));
+    while server.connections() < 2 {
+        std::thread::yield_now();
+    }
+    let root = || block_on(ram::root(ram::Ram::new(SIZE, false, 1)));
+    server.add(export("there", root(), true)).unwrap();
+    // That one need not wait.
+    assert!(ask("there").join().unwrap());
+    server.add(export("late", root(), true)).unwrap();
+    complete.raise();
+    assert!(late.join().unwrap() && !never.join().unwrap());
+    block_on(server.stop());
+}
+
 /// Writes down what it is told.
 #[derive(Debug, Default)]
 struct Clerk {

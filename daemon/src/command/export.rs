@@ -75,7 +75,7 @@ pub fn server_start(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
     let options =
         ServerOptions { max_connections, handshake_timeout: Duration::from_secs(u64::from(seconds)) };
     // Who connects while the command line is carried out finds all of its exports.
-    let server = NbdServer::start_later(&address, options, daemon.spawners(), daemon.ready.clone())?;
+    let server = NbdServer::start_early(&address, options, daemon.spawners(), daemon.ready.clone())?;
     *running = Some(Arc::new(server));
     Ok(())
 }

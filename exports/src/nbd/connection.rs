@@ -82,9 +82,12 @@ async fn shake_hands(shared: &Shared, handle: &Arc<Handle>) -> Option<(Agreed, M
                 Ok(0) | Err(_) => return None,
                 Ok(got) => handshake.feed(&buffer[..got]),
             },
-            Step::Ask(Ask::List) => handshake.answer_list(&shared.exports.names()),
+            Step::Ask(Ask::List) => {
+                shared.complete().await;
+                handshake.answer_list(&shared.exports.names());
+            }
             Step::Ask(Ask::Export(name)) => {
-                let info = match shared.exports.find(&name) {
+                let info = match shared.find(&name).await {
                     Some(entry) => entry.info(shared.options.max_connections != 1).await.ok(),
                     None => None,
                 };

@@ -54,6 +54,8 @@ impl Default for ServerOptions {
 pub(crate) struct Shared {
     options: ServerOptions,
     exports: Exports,
+    /// Raised once the first exports are all there, if they come one by one.
+    complete: Option<StopSign>,
     stop: StopSign,
     connections: Mutex<Vec<Arc<Handle>>>,
     /// A client that had chosen an export has left, and nobody else was connected.
@@ -93,14 +95,14 @@ impl NbdServer {
         Self::launch(listen(address)?, options, io, Vec::new(), None)
     }
 
-    /// The same for clients who have to wait until `begin` is raised: only then all exports are there.
-    pub fn start_later(
+    /// The same before all exports are there: who asks for one that is not waits until `complete` is raised.
+    pub fn start_early(
         address: &Address,
         options: ServerOptions,
         io: Vec<Spawner>,
-        begin: StopSign,
+        complete: StopSign,
     ) -> Result<Self, ExportError> {
-        Self::launch(listen(address)?, options, io, Vec::new(), Some(begin))
+        Self::launch(listen(address)?, options, io, Vec::new(), Some(complete))
     }
 
     /// The same on a listener that is there, with exports that the first client finds already.
@@ -118,13 +120,14 @@ impl NbdServer {
         options: ServerOptions,
         io: Vec<Spawner>,
         exports: Vec<NbdExport>,
-        begin: Option<StopSign>,
+        complete: Option<StopSign>,
     ) -> Result<Self, ExportError> {
         let first = io.first().cloned().ok_or(ExportError::NoThread)?;
         let address = listener.local_address();
         let shared = Arc::new(Shared {
             options,
             exports: Exports::default(),
+            complete,
             stop: StopSign::default(),
             connections: Mutex::default(),
             deserted: StopSign::default(),
@@ -135,14 +138,7 @@ impl NbdServer {
         }
         // Taken here and not by the task: who stops the server at once must wait for it too.
         let place = shared.places.clone().try_acquire_owned().map_err(|_| ExportError::NoThread)?;
-        let accepting = accept(shared.clone(), listener, io, place);
-        let stopped = shared.stop.clone();
-        first.spawn(async move {
-            if let Some(begin) = begin {
-                until_stopped(&stopped, begin.raised()).await;
-            }
-            accepting.await;
-        });
+        first.spawn(accept(shared.clone(), listener, io, place));
         Ok(Self { shared, address })
     }
 
@@ -197,6 +193,23 @@ impl Drop for NbdServer {
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Handle>>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the first exports are there, or never will be.
+    async fn complete(&self) {
+        if let Some(complete) = &self.complete {
+            until_stopped(&self.stop, complete.raised()).await;
+        }
+    }
+
+    /// An export; one that is not there may be about to come.
+    async fn find(&self, name: &str) -> Option<Arc<export::Entry>> {
+        let found = self.exports.find(name);
+        if found.is_some() {
+            return found;
+        }
+        self.complete().await;
+        self.exports.find(name)
     }
 
     fn close(&self) {
