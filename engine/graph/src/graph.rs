@@ -448,10 +448,12 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Whether the image in a node is somewhere that nobody gets to any more.
+    /// Whether the image in a node is somewhere that nobody gets to any more. (Where its backing image is does not matter: a flush is not
+    /// for that.)
     fn is_out_of_reach(&self, id: NodeId) -> bool {
         let plan = self.old.plan();
-        plan.reachable(id).into_iter().any(|id| plan.node(id).node.is_lost())
+        let mut files = std::iter::successors(Some(id), |id| plan.node(*id).child(Role::File));
+        files.any(|id| plan.node(id).node.is_lost())
     }
 
     /// Asks the nodes for what their users need from now on, children first.

@@ -9,7 +9,8 @@ use underlay_sys::Iov;
 use underlay_sys::thread::block_on;
 
 use crate::bitmaps::{BitmapStore, NewBitmap, PlanBitmap, Purpose, Release};
-use crate::plan::NodeOptions;
+use crate::plan::{NodeOptions, Wiring};
+use crate::view::Role;
 use crate::{
     ByteRange, Cx, Graph, GraphError, IoError, Kind, NewNode, Node, NodeId, NodeName, Result, WriteFlags,
 };
@@ -20,6 +21,10 @@ struct Keeper {
     full: AtomicBool,
     /// Bitmaps in the image.
     kept: AtomicUsize,
+    /// Nothing can be flushed.
+    fails: AtomicBool,
+    /// Nor will it ever be.
+    lost: AtomicBool,
 }
 
 #[async_trait]
@@ -38,6 +43,12 @@ impl Node for Keeper {
     }
     fn length(&self, _cx: &Cx<'_>) -> u64 {
         1 << 20
+    }
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+    async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
+        if self.fails.load(Ordering::Relaxed) { Err(IoError::EIO) } else { Ok(()) }
     }
     async fn read(&self, _cx: &Cx<'_>, _range: ByteRange, into: Iov) -> Result<()> {
         into.fill(0);
@@ -138,5 +149,39 @@ fn a_full_disk_does_not_keep_a_job_from_giving_its_bitmap_back() {
         let bitmap = plan.bitmap(id, "a").expect("it is there");
         assert!(!bitmap.busy && bitmap.successor.is_none());
         assert_eq!(bitmap.bits.count(), 4096);
+    });
+}
+
+/// What cannot be flushed stays, but for what is out of reach itself: that its backing node is lost is no reason.
+#[test]
+fn only_what_is_lost_itself_goes_without_a_flush() {
+    block_on(async {
+        let (graph, base, id) = with_keeper().await;
+        let top = Arc::<Keeper>::default();
+        let new = NewNode {
+            name: NodeName::new("top"),
+            node: top.clone(),
+            read_only: false,
+            options: NodeOptions::default(),
+            children: vec![(Role::Backing, Wiring::Existing(id))],
+        };
+        let add = graph.change(|plan| {
+            let id = plan.add(new)?;
+            plan.node_mut(id).monitor_owned = true;
+            Ok(id)
+        });
+        let id = add.await.expect("added");
+        let remove = async || {
+            let change = graph.change(|plan| {
+                plan.node_mut(id).monitor_owned = false;
+                Ok(())
+            });
+            change.await.is_ok()
+        };
+        top.fails.store(true, Ordering::Relaxed);
+        base.lost.store(true, Ordering::Relaxed);
+        assert!(!remove().await && graph.plan().get(id).is_some());
+        top.lost.store(true, Ordering::Relaxed);
+        assert!(remove().await && graph.plan().get(id).is_none());
     });
 }
