@@ -61,7 +61,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes all bitmaps, and their tables: first those that the image has, in its order, then others, the newest first.
-    /// Of those that are `unchanged`, the image has the bits already.
+    /// Of those that are `written` and have not changed since, the image has the bits already.
     pub(crate) async fn bitmaps(
         &mut self,
         old: &[StoredBitmap],

@@ -187,7 +187,7 @@ impl Qcow2 {
         let place = |at: u64| host + (at - outer.start());
         if let Err(error) = self.write_with_copies(cx, whole, part, data, fresh, place(whole.start())).await {
             if how == How::New {
-                self.free_unused(cx, host, count).await;
+                self.return_new(cx, host, count, fresh && error.is_no_space()).await;
             }
             return Err(error);
         }
@@ -230,9 +230,7 @@ impl Qcow2 {
         }
         all.append(data);
         let tail_len = whole.end() - part.end();
-        if tail_len > 0 && !around(tail, tail_len, &mut all) {
-            self.data_end.fetch_max(host + whole.len(), Ordering::Relaxed);
-        }
+        let ends_early = tail_len > 0 && !around(tail, tail_len, &mut all);
         let range = ByteRange::new(at, all.len() as u64).ok_or(IoError::EFBIG)?;
         if whole != part && cx.below().limits().memory_alignment > 1 {
             // Pieces of any length do not go with O_DIRECT.
@@ -240,7 +238,23 @@ impl Qcow2 {
             together.copy_from(&all);
             all = together;
         }
-        cx.below().write(range, all, WriteFlags::default()).await
+        cx.below().write(range, all, WriteFlags::default()).await?;
+        if ends_early {
+            self.data_end.fetch_max(host + whole.len(), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Gives back new clusters that could not be written; `emptied`, with the space that some of them have got meanwhile: on a full
+    /// disk it may be all that there was.
+    async fn return_new(&self, cx: &Cx<'_>, host: u64, count: u64, emptied: bool) {
+        if emptied
+            && let Some(range) = ByteRange::new(host, count << self.layout.cluster_bits)
+            && let Err(error) = cx.below().discard(range).await
+        {
+            tracing::debug!(%error, "the file keeps the space of clusters that could not be written");
+        }
+        self.free_unused(cx, host, count).await;
     }
 
     /// What the guest reads in `range` now.
@@ -338,8 +352,7 @@ impl Qcow2 {
         Some(Ok(()))
     }
 
-    /// Writes data that is known to belong to clusters that are still below, as [`Qcow2::write_allocating`] without
-    /// taking the clusters: they are the caller's already.
+    /// The same as [`Qcow2::write_allocating`] without taking the clusters: they are the caller's already.
     pub(crate) async fn write_held(&self, cx: &Cx<'_>, range: ByteRange, from: Iov) -> Result<()> {
         let (mut rest, mut done) = (range, 0);
         while !rest.is_empty() {

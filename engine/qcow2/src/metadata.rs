@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
-use underlay_graph::{Cx, IoError, Result};
+use underlay_graph::{Cx, Result};
 
 use crate::cache::NumberMap;
 use crate::entry::OFFSET;
@@ -15,6 +15,9 @@ use crate::snapshots;
 
 /// Most L1 entries of snapshots that are looked at when an image becomes writable.
 const MOST_INACTIVE: u64 = 1 << 22;
+
+/// Most clusters of snapshots' L1 tables that are kept in mind.
+const MOST_OF_L1: u64 = 1 << 20;
 
 /// What a host cluster of metadata is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,12 +164,13 @@ impl Qcow2 {
             snapshots.table.len.div_ceil(cluster),
             Owner::Snapshots,
         );
+        // A damaged one may claim anything.
+        let mut most = MOST_OF_L1;
         for snapshot in &snapshots.table.snapshots {
-            all.claim_run(
-                snapshot.l1_offset / cluster,
-                snapshot.l1_bytes().div_ceil(cluster),
-                Owner::InactiveL1,
-            );
+            let first = snapshot.l1_offset / cluster;
+            let count = snapshot.l1_bytes().div_ceil(cluster).min(end.saturating_sub(first)).min(most);
+            all.claim_run(first, count, Owner::InactiveL1);
+            most -= count;
         }
         for entry in &self.l1().entries {
             if entry & OFFSET != 0 {
@@ -224,32 +228,26 @@ impl Qcow2 {
 
     /// Refuses to use a refcount block, which may be changed then, that something else claims too or that is not in the file.
     pub(crate) async fn check_refcount_block(&self, cx: &Cx<'_>, block: u64) -> Result<()> {
-        let cluster = block >> self.layout.cluster_bits;
-        let owner = self.metadata().owner(cluster, cluster + 1);
-        if matches!(owner, Some((_, Owner::RefcountBlock))) {
-            return Ok(());
-        }
-        let name = owner.map_or("nothing", |(_, owner)| owner.name());
-        let message = format!("Preventing invalid write on metadata (overlaps with {name})");
-        let found =
-            Corruption { message, offset: Some(block), size: Some(self.layout.cluster()), fatal: true };
-        Err(self.corruption(cx, found).await)
+        self.check_owner(cx, block, Owner::RefcountBlock).await
     }
 
     /// Refuses to change an L2 table that something else claims too.
     pub(crate) async fn check_own_table(&self, cx: &Cx<'_>, index: u64) -> Result<()> {
         let host = self.l1().get(index) & OFFSET;
+        self.check_owner(cx, host, Owner::L2).await
+    }
+
+    /// Refuses to change the table at `host` unless it is that and nothing else.
+    async fn check_owner(&self, cx: &Cx<'_>, host: u64, wanted: Owner) -> Result<()> {
         let cluster = host >> self.layout.cluster_bits;
-        let owner = self.metadata().owner(cluster, cluster + 1);
-        if matches!(owner, Some((_, Owner::L2))) {
+        let owner = self.metadata().owner(cluster, cluster + 1).map(|(_, owner)| owner);
+        if owner == Some(wanted) {
             return Ok(());
         }
-        let name = owner.map_or("nothing", |(_, owner)| owner.name());
+        let name = owner.map_or("nothing", Owner::name);
         let message = format!("Preventing invalid write on metadata (overlaps with {name})");
         let size = Some(self.layout.cluster());
-        let found = Corruption { message, offset: Some(host), size, fatal: true };
-        let _: IoError = self.corruption(cx, found).await;
-        Err(IoError::EIO)
+        Err(self.corruption(cx, Corruption { message, offset: Some(host), size, fatal: true }).await)
     }
 
     /// Refuses to change or move the L1 table if something else claims a cluster of it too: it could be the header.

@@ -19,7 +19,6 @@ use crate::header::{Header, MAX_L1_BYTES};
 use crate::live::Qcow2;
 use crate::metadata::Owner;
 use crate::refblocks;
-use crate::update::write_header;
 
 /// The L1 table is copied in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
@@ -82,17 +81,20 @@ impl Qcow2 {
             self.set_size(old);
             return Err(error);
         }
-        self.unmap_behind(cx, size).await?;
-        self.settle(cx).await
+        // The disk is shorter now, whatever comes: what is left behind its end is only not used.
+        let freed = match self.unmap_behind(cx, size).await {
+            Ok(()) => self.settle(cx).await,
+            failed => failed,
+        };
+        if let Err(error) = freed {
+            tracing::warn!(%error, "not all of what is behind the new end was freed");
+        }
+        Ok(())
     }
 
     /// Writes the header with another size.
     async fn store_size(&self, cx: &Cx<'_>, size: u64) -> Result<()> {
-        let _turn = self.header_turn.lock().await;
-        let header = Header { size, ..self.header() };
-        write_header(&cx.below(), &header).await?;
-        self.header_mut().size = size;
-        Ok(())
+        self.switch_header(cx, |header| header.size = size).await
     }
 
     /// Moves the L1 table to where it can have `entries` entries.
@@ -111,8 +113,14 @@ impl Qcow2 {
             return Err(context(error));
         }
         self.metadata_mut().add(host / cluster, count, Owner::L1);
-        self.name_l1(cx, &old, host, entries).await.map_err(context)?;
-        let len = usize::try_from(entries).map_err(|_| IoError::EFBIG)?;
+        let (len, l1_entries) = match (usize::try_from(entries), u32::try_from(entries)) {
+            (Ok(len), Ok(entries)) => (len, entries),
+            _ => return Err(context(IoError::EFBIG)),
+        };
+        let named =
+            self.switch_header(cx, |header| (header.l1_offset, header.l1_entries) = (host, l1_entries));
+        // After an error the new one stays allocated: it may be on disk that the header names it.
+        named.await.map_err(context)?;
         {
             let mut l1 = self.l1_mut();
             l1.offset = host;
@@ -123,22 +131,6 @@ impl Qcow2 {
             self.metadata_mut().remove(old.l1_offset / cluster, old_count);
             self.drop_clusters(old.l1_offset, old_count, true);
         }
-        Ok(())
-    }
-
-    /// Writes the header with the new L1 table. On failure the disk may name either: the old one is tried again, and the
-    /// new one stays allocated.
-    async fn name_l1(&self, cx: &Cx<'_>, old: &Header, host: u64, entries: u64) -> Result<()> {
-        let _turn = self.header_turn.lock().await;
-        let l1_entries = u32::try_from(entries).map_err(|_| IoError::EFBIG)?;
-        let header = Header { l1_offset: host, l1_entries, ..self.header() };
-        if let Err(error) = write_header(&cx.below(), &header).await {
-            if let Err(second) = write_header(&cx.below(), old).await {
-                tracing::error!(%second, "the header may name an L1 table that is not used");
-            }
-            return Err(error);
-        }
-        *self.header_mut() = header;
         Ok(())
     }
 

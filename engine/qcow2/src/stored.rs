@@ -362,26 +362,17 @@ impl Qcow2 {
 
     /// Writes the header with another directory, or without one.
     async fn name_directory(&self, cx: &Cx<'_>, new: Option<BitmapsExtension>, state: State) -> Result<()> {
-        let _turn = self.header_turn.lock().await;
-        let old = self.header();
-        let mut header = old.clone();
-        header.extensions.bitmaps = new;
-        header.autoclear = match new {
-            Some(_) => header.autoclear | features::BITMAPS,
-            None => header.autoclear & !features::BITMAPS,
-        };
-        if new.is_none() || state == State::Valid {
-            header.autoclear &= !features::DIRTY_REGIONS;
-        }
-        if let Err(error) = write_header(&cx.below(), &header).await {
-            // The disk may have the one or the other header now. It must be the old one, or nothing may be written any more.
-            if let Err(second) = write_header(&cx.below(), &old).await {
-                tracing::error!(%second, "the header may name bitmaps that are not up to date");
-                self.give_up();
+        let edit = |header: &mut Header| {
+            header.extensions.bitmaps = new;
+            header.autoclear = match new {
+                Some(_) => header.autoclear | features::BITMAPS,
+                None => header.autoclear & !features::BITMAPS,
+            };
+            if new.is_none() || state == State::Valid {
+                header.autoclear &= !features::DIRTY_REGIONS;
             }
-            return Err(error);
-        }
-        *self.header_mut() = header;
+        };
+        self.switch_header(cx, edit).await?;
         self.notice_notes();
         Ok(())
     }

@@ -25,6 +25,7 @@ use crate::ahead;
 use crate::extensions;
 use crate::features;
 use crate::header::{Header, Version};
+use crate::live::Qcow2;
 
 /// What a disk writes whole or not at all.
 const SECTOR: usize = 512;
@@ -57,6 +58,26 @@ pub async fn write_header(file: &Cx<'_>, header: &Header) -> Result<()> {
     }
     // Nobody reads what is zeroed here; it need not be durable.
     apply(file, &plan.leftovers).await
+}
+
+impl Qcow2 {
+    /// Changes the header; durable on return. Everything that it relies on then must have been flushed before. After an error it is
+    /// as it was, on disk too, or the image is unusable: nobody may go on whose header names tables that are not kept up to date.
+    pub(crate) async fn switch_header(&self, cx: &Cx<'_>, edit: impl FnOnce(&mut Header)) -> Result<()> {
+        let _turn = self.header_turn.lock().await;
+        let old = self.header();
+        let mut new = old.clone();
+        edit(&mut new);
+        if let Err(error) = write_header(&cx.below(), &new).await {
+            if let Err(second) = write_header(&cx.below(), &old).await {
+                tracing::error!(%second, "nobody knows which header is on disk");
+                self.give_up();
+            }
+            return Err(error);
+        }
+        *self.header_mut() = new;
+        Ok(())
+    }
 }
 
 /// Bytes of the header cluster that belong to the header: not those where dirty regions are noted, or a tie is.
