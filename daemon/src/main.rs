@@ -29,6 +29,7 @@ or qmp-shell, this is that program.
 ";
 
 fn main() {
+    underlay_sys::process::survive_long_files();
     underlay_sys::witness::be_one_if_asked(underlay_drivers::beside::tie::testimony);
     let mut words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
     let program = words.next().unwrap_or_default();

@@ -42,9 +42,12 @@ impl Memory {
 
     fn fresh(size: usize) -> Self {
         let layout = Self::layout(size);
-        // SAFETY: `layout` has a size of at least one byte.
-        let at = unsafe { alloc_zeroed(layout) };
-        let Some(at) = NonNull::new(at) else { handle_alloc_error(layout) };
+        let at = match size > pool::LARGEST {
+            true => map(size),
+            // SAFETY: `layout` has a size of at least one byte.
+            false => NonNull::new(unsafe { alloc_zeroed(layout) }),
+        };
+        let Some(at) = at else { handle_alloc_error(layout) };
         Self { at, size }
     }
 
@@ -64,11 +67,23 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if !pool::keep(self.at, self.size) {
-            // SAFETY: allocated in `zeroed` with this very layout, and nobody holds a lease any more.
+        if self.size > pool::LARGEST {
+            // SAFETY: mapped in `fresh` with this very size, and nobody holds a lease any more.
+            unsafe { libc::munmap(self.at.as_ptr().cast(), self.size) };
+        } else if !pool::keep(self.at, self.size) {
+            // SAFETY: allocated in `fresh` with this very layout, and nobody holds a lease any more.
             unsafe { dealloc(self.at.as_ptr(), Self::layout(self.size)) }
         }
     }
+}
+
+/// Zeroed memory of which the kernel gives each page when it is first written to: a client that announces much and sends little
+/// costs little. (The allocator would write zeroes to all of it.)
+fn map(size: usize) -> Option<NonNull<u8>> {
+    let (rights, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping, where there is none.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), size, rights, flags, -1, 0) };
+    NonNull::new(at.cast()).filter(|_| at != libc::MAP_FAILED)
 }
 
 /// Memory that was used and will be again: each thread keeps some, by size, so that a request costs neither an
@@ -81,7 +96,7 @@ mod pool {
     use super::{ALIGNMENT, Memory};
 
     /// Largest size that is kept, in bytes.
-    const LARGEST: usize = 2 << 20;
+    pub(super) const LARGEST: usize = 2 << 20;
     /// Powers of two from [`ALIGNMENT`] to [`LARGEST`].
     const CLASSES: usize = 10;
     const _: () = assert!(ALIGNMENT << (CLASSES - 1) == LARGEST);

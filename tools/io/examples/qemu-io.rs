@@ -2,5 +2,6 @@
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
+    underlay_sys::process::survive_long_files();
     std::process::exit(underlay_io::main("qemu-io", &words));
 }
