@@ -34,7 +34,8 @@ pub async fn qcow2_into(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), Open
 /// Opens the file `name`, made if need be, for nobody else. An export is there or not, and is not locked.
 async fn exclusive_file(name: &str) -> Result<Arc<View>, OpenError> {
     if nbd::spec::is_name(name) {
-        let node = NbdNode::open(&nbd::spec::NbdSpec::parse(name)?, false, false).await?;
+        let opened = NbdNode::open(&nbd::spec::NbdSpec::parse(name)?, false, false).await;
+        let node = opened.map_err(|error| only_existing("nbd", &error))?;
         return Ok(View::detached(Arc::new(node), []));
     }
     let DriverSpec::File(spec) = NodeSpec::file(name).driver else {
@@ -60,15 +61,20 @@ async fn exclusive(spec: &FileSpec) -> Result<Arc<View>, OpenError> {
     let opened = FileNode::open(spec, &options_of_node, false, false).await;
     let node = Arc::new(opened.map_err(|error| match path.is_file() {
         true => error,
-        false => OpenError::text(format!(
-            "Protocol driver 'host_device' does not support creating new images, so an existing image must be selected as \
-             the target; however, opening the given target as an existing image failed: {error}"
-        )),
+        false => only_existing("host_device", &error),
     })?);
     let view = View::detached(node, []);
     let cx = view.cx();
     cx.node().set_access(&cx, crate::protocol::file::EXCLUSIVE).await?;
     Ok(view)
+}
+
+/// What `driver` reaches cannot be made, only used if it is there; which it is not.
+fn only_existing(driver: &str, error: &impl std::fmt::Display) -> OpenError {
+    OpenError::text(format!(
+        "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected as \
+         the target; however, opening the given target as an existing image failed: {error}"
+    ))
 }
 
 async fn write_image(cx: &Cx<'_>, options: &CreateOptions) -> Result<(), OpenError> {

@@ -51,6 +51,11 @@ pub fn of(view: &View) -> String {
     exact(view).unwrap_or_else(|| format!("json:{}", Value::Object(options(view))))
 }
 
+/// The name of a node in the header of an image that shall open without the daemon's objects: no filter appears in it.
+pub fn for_header(view: &View) -> String {
+    of(&view.without_filters())
+}
+
 /// The file name of the image file itself, whatever is below the image: for relative names inside it.
 pub fn of_file(view: &View) -> Option<String> {
     match view.node().kind() {

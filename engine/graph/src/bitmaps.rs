@@ -318,7 +318,8 @@ impl Plan {
             self.node_mut(node).bitmaps.sort_by_key(|bitmap| *bitmap.name == *name);
         }
         self.touch(node);
-        // What the image has and what was noted since is no less; a full disk must not keep a job from its end.
+        // What the image has and what was noted since is no less. It is told later: a full disk must not keep a job from its end,
+        // and after a crash nothing may be clean by a job of whose end nobody has heard.
         self.let_images_lag();
         self.at_the_moment(move || {
             let kept = match &how {

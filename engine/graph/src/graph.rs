@@ -51,7 +51,7 @@ pub struct Graph {
     trouble: Trouble,
     /// Changes of persistent bitmaps go to their images at once.
     lasts: AtomicBool,
-    /// Some image has not been told of them yet, as that failed.
+    /// Some image has not been told of them yet.
     lags: AtomicBool,
 }
 
@@ -118,15 +118,17 @@ impl Graph {
     pub async fn refresh_bitmaps(&self) {
         let _turn = self.turn.lock().await;
         let wires = self.wires();
+        let lags = self.lags.swap(false, Ordering::Relaxed);
         for (id, node) in wires.plan().nodes().filter(|(_, node)| !node.read_only) {
-            let store = node.node.as_bitmap_store().filter(|store| store.is_worth_refreshing());
+            let store = node.node.as_bitmap_store().filter(|store| lags || store.is_worth_refreshing());
             let (Some(store), view) = (store, wires.view(id)) else { continue };
             let bitmaps = persistent(node);
-            let refreshed = match self.lags.load(Ordering::Relaxed) {
+            let refreshed = match lags {
                 true => refresh_cleaner(store, &view, &bitmaps).await,
                 false => store.refresh(&view.cx(), &bitmaps).await,
             };
             if let Err(error) = refreshed {
+                self.lags.fetch_or(lags, Ordering::Relaxed);
                 tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
             }
         }
@@ -339,15 +341,11 @@ impl Step<'_> {
             let before = self.old.plan().get(id).map_or_else(|| store.loaded(), persistent);
             let now = persistent(node);
             let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
-            if !is_same {
+            if !is_same && done.may_lag {
+                self.lags.store(true, Ordering::Relaxed);
+            } else if !is_same {
                 done.refreshed.push(id);
-                match refresh_cleaner(store, &self.new.view(id), &now).await {
-                    Err(error) if done.may_lag => {
-                        self.lags.store(true, Ordering::Relaxed);
-                        tracing::warn!(%error, "the bitmaps were not refreshed");
-                    }
-                    result => result?,
-                }
+                refresh_cleaner(store, &self.new.view(id), &now).await?;
             }
         }
         Ok(())
@@ -555,7 +553,7 @@ impl Step<'_> {
 /// What a change has done so far, in case it cannot go on.
 #[derive(Default)]
 struct Done {
-    /// Images need not be told of other bitmaps.
+    /// Images are told of other bitmaps later ([`Graph::refresh_bitmaps`]).
     may_lag: bool,
     /// Nodes that were asked to get ready for more.
     gained: Vec<NodeId>,

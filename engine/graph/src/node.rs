@@ -184,11 +184,14 @@ pub trait Node: Debug + Send + Sync {
     async fn set_access(&self, _cx: &Cx<'_>, _access: Access) -> Result<()> {
         Ok(())
     }
-    /// How often so far it lost sight of what keeps its bytes, with writes acknowledged and not flushed: they may be gone,
-    /// though a later flush succeeds. For who cannot live with that, as whoever makes a copy.
+    /// How often so far it lost sight of what keeps its bytes, with writes acknowledged and not flushed that may be gone. No flush
+    /// succeeds after that, unless it is forgiven.
     fn doubts(&self) -> u64 {
         0
     }
+    /// All of its content will be written once more: what was lost before does not matter, and flushes may succeed again.
+    fn forgive(&self) {}
+
     /// Whether what nobody has written to reads as zeroes: in an image that was just made here, and behind what was its end until now.
     /// Not so where what was there before shows: in a block device, in an export. Ask by [`Cx::unwritten_is_zero`].
     fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
@@ -221,7 +224,7 @@ pub trait Node: Debug + Send + Sync {
     fn is_unusable(&self) -> bool {
         false
     }
-    /// Whether what it had is out of reach, and nobody waits for that to change.
+    /// Whether what it had is gone, or out of reach and nobody waits for that to change.
     fn is_lost(&self) -> bool {
         false
     }

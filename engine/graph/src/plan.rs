@@ -293,6 +293,15 @@ impl Plan {
         std::iter::successors(Some(self.skip_filters(top)), |id| self.backing(*id))
     }
 
+    /// The same with the filters among the images.
+    pub fn chain_with_filters(&self, top: NodeId) -> impl Iterator<Item = NodeId> {
+        std::iter::successors(Some(top), |id| {
+            let node = self.node(*id);
+            let file = node.child(Role::File).filter(|_| node.node.kind() == Kind::Filter);
+            file.or(node.child(Role::Backing))
+        })
+    }
+
     /// Adds a node and the new nodes below it.
     pub fn add(&mut self, new: NewNode) -> Result<NodeId, GraphError> {
         let taken = |names: &HashMap<_, _>, name: &Option<NodeName>| match name {

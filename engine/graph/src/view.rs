@@ -102,6 +102,17 @@ impl View {
         )
     }
 
+    /// The same images without the filters among them, for how they are called: nobody reads through it.
+    pub fn without_filters(&self) -> Arc<Self> {
+        let mut at = self;
+        while at.node.kind() == Kind::Filter {
+            let Some(below) = at.child(Role::File).or(at.child(Role::Backing)) else { break };
+            at = below;
+        }
+        let children = at.children.iter().map(|(role, child)| (*role, child.without_filters()));
+        Self::detached_as(at.name.clone(), at.node.clone(), children)
+    }
+
     pub(crate) fn new(
         id: NodeId,
         name: NodeName,
@@ -226,6 +237,16 @@ impl<'a> Cx<'a> {
             todo.extend(view.children.iter().map(|(_, child)| &**child));
         }
         sum
+    }
+
+    /// Forgives the doubts of this node and all below it ([`Node::forgive`]). False if that cannot be: what a format keeps for itself
+    /// is not written once more.
+    pub fn forgive(&self) -> bool {
+        if self.doubts() == 0 {
+            return true;
+        }
+        self.node().forgive();
+        !self.node().keeps_metadata() && self.view.children.iter().all(|(_, child)| child.cx().forgive())
     }
 
     /// Current length of the node in bytes.

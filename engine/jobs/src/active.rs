@@ -59,8 +59,6 @@ pub(crate) struct Active {
     part: Part,
     wiring: Wiring,
     dirty: Arc<DirtyBitmap>,
-    /// The base's at the start.
-    doubts: u64,
     /// At the end, switch the users over.
     switch: bool,
 }
@@ -75,9 +73,8 @@ impl Active {
     ) -> Result<Self, GraphError> {
         let length = graph.wires().view(part.top).cx().length();
         let dirty = Arc::new(DirtyBitmap::new(length, GRANULARITY));
-        let doubts = graph.wires().view(part.base).cx().doubts();
         let wiring = graph.change(|plan| wire(plan, graph, &args, &part, job, dirty.clone())).await?;
-        Ok(Self { graph: graph.clone(), args, part, wiring, dirty, doubts, switch: false })
+        Ok(Self { graph: graph.clone(), args, part, wiring, dirty, switch: false })
     }
 
     fn root(&self, id: RootId) -> Result<Root, Stop> {
@@ -152,7 +149,7 @@ impl Work for Active {
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let edit = |plan: &mut Plan| {
             self.unwire(plan, self.switch)?;
-            let note = Note::new(&self.args, &self.part, overlays.clone(), self.doubts);
+            let note = Note::new(&self.args, &self.part, overlays.clone());
             let rest = CopyRest { dirty: self.dirty.clone(), top: self.part.top, base: self.part.base, note };
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
         };
@@ -193,12 +190,12 @@ impl Follow for Following<'_> {
         self.mirror.dirty.count()
     }
 
-    async fn flush(&self) -> Result<(), Stop> {
+    async fn flush(&self) -> Result<bool, Stop> {
         while let Err(error) = self.mirror.push.base.flush().await {
             self.job.on_error(&error, false)?;
             self.job.doze(NAP).await?;
         }
-        Ok(())
+        Ok(true)
     }
 }
 

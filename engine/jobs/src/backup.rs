@@ -127,13 +127,21 @@ impl Jobs {
         job.set_total(filter.copies().left());
         let BackupArgs { settings, source, target, sync, bitmap, most_in_flight, filter_node_name, .. } =
             args;
-        let doubts = match &target {
-            BackupTarget::Existing(node) => plan.wires().view(*node).cx().doubts(),
-            BackupTarget::New(_) => 0,
-        };
+        if let (BackupTarget::Existing(node), BackupSync::Full) = (&target, sync) {
+            plan.wires().view(*node).cx().forgive();
+        }
         let (graph, copies) = (graph.clone(), filter.copies().clone());
-        let mut work =
-            Backup { graph, sync, bitmap, most_in_flight, copies, source, wiring: None, begun: true, doubts };
+        let mut work = Backup {
+            graph,
+            sync,
+            bitmap,
+            most_in_flight,
+            copies,
+            source,
+            wiring: None,
+            begun: true,
+            changes_bitmap: false,
+        };
         let mut wired = work.wire(plan, &job, target, filter, filter_node_name.as_deref());
         // What users do not get on is for each backup to say, and not for the draft as a whole.
         wired = wired.and_then(|()| plan.check().map(|_| ()));
@@ -247,8 +255,8 @@ struct Backup {
     wiring: Option<Wiring>,
     /// Else the graph has only been prepared for it.
     begun: bool,
-    /// The target's at the start.
-    doubts: u64,
+    /// The bitmap has been given back, and its image has yet to hear of it.
+    changes_bitmap: bool,
 }
 
 impl Backup {
@@ -307,15 +315,6 @@ impl Backup {
         loop {
             self.check_lost()?;
             job.doze(10 * NAP).await?;
-        }
-    }
-
-    /// What was overwritten on the disk since cannot be copied again.
-    async fn check_doubts(&self, root: &Root) -> Result<(), Stop> {
-        let doubts = CopyBeforeWrite::ends(&root.enter().await?.cx()).target.doubts();
-        match doubts == self.doubts {
-            true => Ok(()),
-            false => Err(Stop::Failed(copy::DOUBTFUL.to_owned())),
         }
     }
 
@@ -387,13 +386,14 @@ impl Backup {
                     plan.replace(wiring.filter, below, |_| false)?;
                 }
             }
-            if let (Some(bitmap), Some(how)) = (&self.bitmap, failed) {
-                plan.release_bitmap(self.source, &bitmap.name, how);
+            if let (Some(bitmap), Some(how)) = (&self.bitmap, &failed) {
+                plan.release_bitmap(self.source, &bitmap.name, how.clone());
             }
             Ok(((), None))
         };
         job.change(&self.graph, edit).await?;
         self.wiring = None;
+        self.changes_bitmap = failed.is_some() && self.bitmap.is_some();
         Ok(())
     }
 
@@ -403,7 +403,7 @@ impl Backup {
         let rest = self.copies.rest();
         let inside = root.enter().await.ok()?;
         let target = CopyBeforeWrite::ends(&inside.cx()).target;
-        let is_kept = target.flush().await.is_ok() && target.doubts() == self.doubts;
+        let is_kept = target.flush().await.is_ok();
         if !is_kept && self.sync == BackupSync::Bitmap {
             return None;
         }
@@ -441,8 +441,7 @@ impl Work for Backup {
         let copying = Arc::new(Copying { root: root.clone(), copies, most });
         copy::walk(job, &copying, ByteRange::between(0, length), Ignored::TryAgain).await?;
         self.check_lost()?;
-        self.flush(job, &root).await?;
-        self.check_doubts(&root).await
+        self.flush(job, &root).await
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
@@ -452,12 +451,19 @@ impl Work for Backup {
 
     async fn commit(&mut self, job: &Arc<Job>) {
         let Some(bitmap) = self.bitmap.take() else { return };
+        self.changes_bitmap = true;
         let edit = |plan: &mut Plan| {
             plan.release_bitmap(self.source, &bitmap.name, bitmap.on_success());
             Ok(((), None))
         };
         if let Err(error) = job.change(&self.graph, edit).await {
             tracing::error!(?job, %error, "the bitmap cannot be given back");
+        }
+    }
+
+    async fn told(&mut self) {
+        if self.changes_bitmap {
+            self.graph.refresh_bitmaps().await;
         }
     }
 

@@ -120,10 +120,9 @@ impl Jobs {
         let work: Box<dyn Work> = if is_top || has_writer {
             Box::new(Active::prepare_chain(graph, args, part, &job).await?)
         } else {
-            let doubts = graph.wires().view(part.base).cx().doubts();
             let wiring = graph.change(|plan| wire(plan, graph, &args, &part, &job)).await?;
             let buffers = Arc::default();
-            Box::new(Commit { graph: graph.clone(), args, part, wiring, buffers, doubts })
+            Box::new(Commit { graph: graph.clone(), args, part, wiring, buffers })
         };
         self.launch(job, &settings, work).await
     }
@@ -221,8 +220,6 @@ struct Commit {
     part: Part,
     wiring: Wiring,
     buffers: Arc<Buffers>,
-    /// The base's at the start.
-    doubts: u64,
 }
 
 #[async_trait]
@@ -250,7 +247,11 @@ impl Work for Commit {
         let (wiring, part, args) = (&self.wiring, &self.part, &self.args);
         let edit = |plan: &mut Plan| {
             wiring.unwire(plan, part.base)?;
-            let note = Note::new(args, part, overlays.clone(), self.doubts);
+            // A filter that was named as the top goes with what it filtered.
+            if let Some(named) = args.top.filter(|top| *top != part.top && plan.get(*top).is_some()) {
+                plan.replace(named, part.base, |_| false)?;
+            }
+            let note = Note::new(args, part, overlays.clone());
             let kept = Afterlife::begin(plan, &self.graph, &wiring.claim, job);
             Ok((kept, Some(Box::new(note) as Box<dyn LastStep>)))
         };
@@ -316,19 +317,16 @@ pub(crate) struct Note {
     file: Option<String>,
     mask_protocol: bool,
     names: BackingNames,
-    doubts: u64,
 }
 
 impl Note {
-    /// `doubts` are the base's at the start of the job.
-    pub(crate) fn new(args: &CommitArgs, part: &Part, overlays: Vec<NodeId>, doubts: u64) -> Self {
+    pub(crate) fn new(args: &CommitArgs, part: &Part, overlays: Vec<NodeId>) -> Self {
         Self {
             overlays,
             base: part.base,
             file: args.backing_file.clone(),
             mask_protocol: args.backing_mask_protocol,
             names: args.names.clone(),
-            doubts,
         }
     }
 }
@@ -339,7 +337,6 @@ impl LastStep for Note {
         // Never a header that relies on what a power cut could take away.
         let flushed = old.view(self.base);
         flushed.cx().flush().await?;
-        copy::check_doubts(&flushed.cx(), self.doubts)?;
         let base = new.view(self.base);
         for overlay in self.overlays {
             let overlay = new.view(overlay);

@@ -21,7 +21,6 @@ use underlay_sys::rt::StopSign;
 use crate::active::copy_still;
 use crate::chain::Claim;
 use crate::commit::{base_needs, chunk_unit, lengthen};
-use crate::copy;
 use crate::filter::Pass;
 use crate::settings::Kind;
 
@@ -51,12 +50,11 @@ impl From<GraphError> for Refusal {
 /// Commits the image `top` into the one below it, and empties it. Ends early, with nothing lost, when `stop` is raised.
 pub async fn commit_now(graph: &Graph, top: NodeId, stop: &StopSign) -> Result<(), Refusal> {
     let base = ends(&graph.plan(), top)?;
-    let doubts = graph.wires().view(base).cx().doubts();
     let wiring = graph.change(|plan| wire(plan, top, base)).await?;
     let stop = stop.clone();
     let edit = |plan: &mut Plan| {
         plan.touch(top);
-        Ok(((), Some(Box::new(Empty { top, base, doubts, stop }) as Box<dyn LastStep>)))
+        Ok(((), Some(Box::new(Empty { top, base, stop }) as Box<dyn LastStep>)))
     };
     let done = graph.change_with(edit).await;
     unwire(graph, wiring).await;
@@ -138,8 +136,6 @@ async fn unwire(graph: &Graph, mut held: Held) {
 struct Empty {
     top: NodeId,
     base: NodeId,
-    /// The base's before anything was written.
-    doubts: u64,
     stop: StopSign,
 }
 
@@ -163,7 +159,6 @@ impl LastStep for Empty {
             rest = later;
         }
         base.flush().await?;
-        copy::check_doubts(&base, self.doubts)?;
         Ok(top.node().make_empty(&top).await?)
     }
 }

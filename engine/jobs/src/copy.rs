@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
-use underlay_graph::{ByteRange, Cx, GraphError, IoError};
+use underlay_graph::{ByteRange, IoError};
 use underlay_sys::rt;
 
 use crate::error::Stop;
@@ -30,20 +30,11 @@ const ZEROES: u64 = 256 << 20;
 /// guests wait longer.
 const PER_LANE: usize = 4;
 
-/// Most lanes: 8 MiB in memory.
+/// Most lanes: with [`PER_LANE`] 8 MiB in memory, 16 MiB where chunks are of 1 MiB.
 const LANES: usize = 4;
 
 /// A failed chunk that the policy ignores is tried again after this time.
 const RETRY: Duration = Duration::from_millis(100);
-
-/// Why a job fails whose target was lost for a while ([`underlay_graph::Node::doubts`]).
-pub(crate) const DOUBTFUL: &str =
-    "The target was lost for a while, and may not have kept what it had not flushed";
-
-/// Refuses to rely on what was written at `cx` or below since it had so many doubts. To be asked after a flush.
-pub(crate) fn check_doubts(cx: &Cx<'_>, before: u64) -> Result<(), GraphError> {
-    if cx.doubts() == before { Ok(()) } else { Err(GraphError::new(DOUBTFUL)) }
-}
 
 /// What to do with the first bytes of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

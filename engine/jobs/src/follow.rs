@@ -34,8 +34,8 @@ pub(crate) trait Follow: Send + Sync {
     async fn round(&self) -> Result<(), Stop>;
     /// Dirty bytes.
     fn left(&self) -> u64;
-    /// Makes what was copied durable, while the guest goes on.
-    async fn flush(&self) -> Result<(), Stop>;
+    /// Makes what was copied durable, while the guest goes on. False: some of it was lost, and is to be copied once more.
+    async fn flush(&self) -> Result<bool, Stop>;
 }
 
 /// How near the copy comes to the disk, round by round.
@@ -64,16 +64,12 @@ pub(crate) async fn until_ended(job: &Job, copy: &impl Follow) -> Result<bool, S
         copy.round().await?;
         let rest = rt::now().saturating_sub(begun).saturating_mul(REST).clamp(NAP, LONGEST_REST);
         let near = approach.is_near(copy.left());
-        if !ready && near {
-            copy.flush().await?;
+        if !ready && near && copy.flush().await? {
             job.becomes_ready().await?;
             (ready, approach) = (true, Approach::default());
         }
         match job.end_wanted() {
-            Some(switch) if ready && near => {
-                copy.flush().await?;
-                return Ok(switch);
-            }
+            Some(switch) if ready && near && copy.flush().await? => return Ok(switch),
             None if ready => {
                 approach = Approach::default();
                 job.doze(rest).await?;

@@ -19,8 +19,8 @@ use underlay_graph::root::Drained;
 use underlay_graph::status::{Status, status};
 use underlay_graph::view::Tracker;
 use underlay_graph::{
-    ByteRange, Cx, Graph, GraphError, Kind as NodeKind, NewNode, Node, NodeId, Perms, Plan, Role, Root,
-    RootId, WriteFlags, ZeroFlags,
+    ByteRange, Cx, Graph, GraphError, IoError, Kind as NodeKind, NewNode, Node, NodeId, Perms, Plan, Role,
+    Root, RootId, WriteFlags, ZeroFlags,
 };
 use underlay_sys::buffers::Buffers;
 
@@ -124,7 +124,11 @@ impl Jobs {
         let length = wires.view(args.source).cx().length();
         let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
         if let Target::Existing(id) = args.target {
-            tracked.has_new_doubts(wires.view(id).cx().doubts());
+            let view = wires.view(id);
+            if !is_part {
+                view.cx().forgive();
+            }
+            tracked.begin_with(view.cx().doubts());
         }
         job.set_copy_mode(tracked.blocking.clone());
         let MirrorArgs { settings, source, target, replaces, sync, unmap, .. } = args;
@@ -353,12 +357,7 @@ impl Mirror {
     }
 
     /// Whether the first bytes of `range` have to be copied, and for how many of them that is so.
-    async fn look(
-        &self,
-        cx: &Cx<'_>,
-        range: ByteRange,
-        only_top: bool,
-    ) -> Result<(bool, u64), underlay_graph::IoError> {
+    async fn look(&self, cx: &Cx<'_>, range: ByteRange, only_top: bool) -> Result<(bool, u64), IoError> {
         let source = MirrorTop::source(cx);
         let below = source.skip_filters().backing().filter(|_| only_top);
         let found = status(&source, range, below.map(|below| below.view().id())).await?;
@@ -383,6 +382,15 @@ impl Mirror {
         if let Err(error) = job.change(&self.graph, edit).await {
             tracing::warn!(?job, %error, "the target stays writable");
         }
+    }
+
+    /// Everything is copied, and the job's part in the graph is over.
+    fn last_change(&self, plan: &mut Plan) -> Result<((), Option<Box<dyn LastStep>>), GraphError> {
+        self.unwire(plan, self.switch)?;
+        let Wiring { source, target, filter, .. } = self.wiring;
+        let shows_source = self.switch && plan.reachable(target).contains(&source);
+        let rest = CopyRest { tracked: self.tracked.clone(), filter, unmap: self.unmap, shows_source };
+        Ok(((), Some(Box::new(rest))))
     }
 
     fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
@@ -428,18 +436,17 @@ impl Work for Mirror {
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
-        follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
         let replaced = self.replaces.unwrap_or(self.wiring.source);
         let was_read_only = self.switch && self.graph.plan().get(replaced).is_some_and(|node| node.read_only);
-        let edit = |plan: &mut Plan| {
-            self.unwire(plan, self.switch)?;
-            let Wiring { source, target, filter, .. } = self.wiring;
-            let shows_source = self.switch && plan.reachable(target).contains(&source);
-            let tracked = self.tracked.clone();
-            let rest = CopyRest { tracked, filter, unmap: self.unmap, shows_source };
-            Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
-        };
-        job.change(&self.graph, edit).await?;
+        loop {
+            follow::catch_up(&Following { job, copying: self.copying().await? }).await?;
+            let doubts = self.tracked.doubts();
+            match job.change(&self.graph, |plan| self.last_change(plan)).await {
+                // The target was lost meanwhile, and all of it is to be copied once more.
+                Err(_) if self.tracked.doubts() != doubts => {}
+                result => break result?,
+            }
+        }
         job.advance(self.tracked.take_copied());
         job.set_remaining(0);
         if was_read_only {
@@ -481,12 +488,14 @@ impl Follow for Following<'_> {
         self.copying.tracked.dirty.count()
     }
 
-    async fn flush(&self) -> Result<(), Stop> {
-        while let Err(error) = self.copying.flush().await {
-            self.job.on_error(&error, false)?;
+    async fn flush(&self) -> Result<bool, Stop> {
+        loop {
+            match self.copying.flush().await {
+                Ok(kept) => return Ok(kept),
+                Err(error) => self.job.on_error(&error, false)?,
+            };
             self.job.doze(NAP).await?;
         }
-        Ok(())
     }
 }
 
@@ -562,15 +571,9 @@ impl Copying {
         HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked }
     }
 
-    async fn flush(&self) -> Result<(), underlay_graph::IoError> {
+    async fn flush(&self) -> Result<bool, IoError> {
         let inside = self.root.enter().await?;
-        let target = MirrorTop::target(&inside.cx());
-        target.flush().await?;
-        if self.tracked.has_new_doubts(target.doubts()) {
-            // Who knows what is there: all of it once more.
-            self.tracked.dirty.set(ByteRange::between(0, self.length));
-        }
-        Ok(())
+        self.tracked.flush(&MirrorTop::target(&inside.cx())).await
     }
 }
 
@@ -620,7 +623,7 @@ fn shows_zero(already: &Status, unbacked: bool) -> bool {
 }
 
 /// Zeroes what does not show zeroes yet.
-async fn zero(target: &Cx<'_>, mut rest: ByteRange, how: HowToZero) -> Result<(), underlay_graph::IoError> {
+async fn zero(target: &Cx<'_>, mut rest: ByteRange, how: HowToZero) -> Result<(), IoError> {
     while !rest.is_empty() {
         let already = status(target, rest, None).await?;
         let (run, later) = rest.split(already.len);
@@ -654,11 +657,9 @@ impl LastStep for CopyRest {
         if self.shows_source {
             MirrorTop::source(&filter.cx()).flush().await?;
         }
-        let target = MirrorTop::target(&filter.cx());
-        target.flush().await?;
-        match self.tracked.has_new_doubts(target.doubts()) {
-            false => Ok(()),
-            true => Err(GraphError::new(crate::copy::DOUBTFUL)),
+        match self.tracked.flush(&MirrorTop::target(&filter.cx())).await? {
+            true => Ok(()),
+            false => Err(IoError::EIO.into()),
         }
     }
 }

@@ -62,9 +62,26 @@ impl Tracked {
         self.blocking.load(Ordering::Relaxed)
     }
 
-    /// Notes what doubts the target has: whether there are more than before.
-    pub(crate) fn has_new_doubts(&self, doubts: u64) -> bool {
-        self.doubts.swap(doubts, Ordering::Relaxed) != doubts
+    /// The target's doubts that have been seen to.
+    pub(crate) fn doubts(&self) -> u64 {
+        self.doubts.load(Ordering::Relaxed)
+    }
+
+    /// What was written to the target before the job does not concern it.
+    pub(crate) fn begin_with(&self, doubts: u64) {
+        self.doubts.store(doubts, Ordering::Relaxed);
+    }
+
+    /// Makes the target durable. False: it has lost something, and all of it is to be copied once more.
+    pub(crate) async fn flush(&self, target: &Cx<'_>) -> Result<bool> {
+        let flushed = target.flush().await;
+        let doubts = target.doubts();
+        if self.doubts() == doubts || !target.forgive() {
+            return flushed.map(|()| true);
+        }
+        self.doubts.store(doubts, Ordering::Relaxed);
+        self.dirty.set(ByteRange::between(0, self.dirty.size()));
+        Ok(false)
     }
 
     /// Bytes that guests have written to the target since the last call.

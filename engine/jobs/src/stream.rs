@@ -70,13 +70,11 @@ impl Jobs {
         }
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Stream, &args.settings);
-        let doubts = graph.wires().view(args.top).cx().doubts();
         let wiring = graph.change(|plan| wire(plan, &args, copied, &job)).await?;
         let settings = args.settings.clone();
         let idle = wiring.top == wiring.bottom;
-        let mut started = self
-            .launch(job, &settings, Box::new(Stream { graph: graph.clone(), args, wiring, doubts }))
-            .await?;
+        let mut started =
+            self.launch(job, &settings, Box::new(Stream { graph: graph.clone(), args, wiring })).await?;
         // With nothing to copy it is over before the command's reply, as clients have come to expect.
         if idle && settings.auto_finalize {
             started.task.await;
@@ -177,8 +175,6 @@ struct Stream {
     graph: Arc<Graph>,
     args: StreamArgs,
     wiring: Wiring,
-    /// The top's at the start.
-    doubts: u64,
 }
 
 #[async_trait]
@@ -217,7 +213,6 @@ impl Work for Stream {
                 file: args.backing_file.clone(),
                 mask_protocol: args.backing_mask_protocol,
                 names: args.names.clone(),
-                doubts: self.doubts,
             };
             let last: Option<Box<dyn LastStep>> = if had_one { Some(Box::new(note)) } else { None };
             Ok((Afterlife::begin(plan, &self.graph, &wiring.claim, job), last))
@@ -250,7 +245,6 @@ struct Note {
     file: Option<String>,
     mask_protocol: bool,
     names: BackingNames,
-    doubts: u64,
 }
 
 #[async_trait]
@@ -260,7 +254,6 @@ impl LastStep for Note {
         // Never a header that relies on what a power cut could take away.
         let flushed = old.view(self.top);
         flushed.cx().flush().await?;
-        copy::check_doubts(&flushed.cx(), self.doubts)?;
         let backing = self.base.map(|base| new.view(new.plan().skip_filters(base)));
         let backing = backing.map(|base| {
             let file = self.file.unwrap_or_else(|| (self.names)(&top, &base));

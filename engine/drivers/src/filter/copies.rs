@@ -28,6 +28,10 @@ use super::snapshot_access::SnapshotAccess;
 /// Bytes in one copy, if nobody wants it smaller.
 pub const CHUNK: u64 = 1 << 20;
 
+/// Bytes of one copy that are in memory at a time, however large the clusters are: the largest cluster that an image can
+/// have, which is written as a whole.
+const MOST_IN_MEMORY: u64 = 2 << 20;
+
 /// The smallest cluster. Source: `design/qemu-surface.md` 3.
 pub const LEAST_CLUSTER: u64 = 64 << 10;
 
@@ -239,18 +243,30 @@ impl Copies {
             return Ok(shared);
         }
         let piece = data.split(self.how.chunk).0;
-        let buffer = self.buffers.take(piece.buffer_len());
-        let bytes = buffer.slice(0, piece.buffer_len());
-        let result = match ends.source.read(piece, bytes.clone()).await {
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let (part, later) = rest.split(MOST_IN_MEMORY);
+            self.copy_part(ends, part).await?;
+            rest = later;
+        }
+        Ok(piece)
+    }
+
+    /// Copies bytes.
+    async fn copy_part(&self, ends: Ends<'_>, part: ByteRange) -> std::result::Result<(), CopyError> {
+        let buffer = self.buffers.take(part.buffer_len());
+        let bytes = buffer.slice(0, part.buffer_len());
+        let result = match ends.source.read(part, bytes.clone()).await {
             Ok(()) => {
-                let _readers = ends.target.overwrite(piece).await;
+                let _readers = ends.target.overwrite(part).await;
                 let flags = WriteFlags { compressed: self.how.compress };
-                ends.target.write(piece, bytes, flags).await.map_err(of_write)
+                let written = ends.target.write(part, bytes, flags).await;
+                written.map_err(|error| CopyError { error, is_read: false })
             }
-            Err(error) => Err(of_read(error)),
+            Err(error) => Err(CopyError { error, is_read: true }),
         };
         self.buffers.put(buffer);
-        result.map(|()| piece)
+        result
     }
 
     /// Copies the first clusters of `data` without copying their bytes, if that can be.

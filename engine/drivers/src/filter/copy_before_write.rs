@@ -77,7 +77,7 @@ impl CopyBeforeWrite {
     pub fn new(source: &View, target: &View, options: CbwOptions) -> std::result::Result<Arc<Self>, String> {
         let cluster = cluster_for(target, options.min_cluster)
             .map_err(|why| format!("Cannot create block-copy-state: {why}"))?;
-        let chunk = if options.max_chunk == 0 { CHUNK } else { options.max_chunk };
+        let chunk = if options.max_chunk == 0 { CHUNK } else { options.max_chunk.min(CHUNK) };
         let chunk = (chunk - chunk % cluster).max(cluster);
         let CbwOptions { compress, discard_source, on_error, timeout, every_zero, .. } = options;
         // Who bounds the copies means copies.

@@ -110,12 +110,8 @@ fn file_spec(fields: &mut Fields, driver: &'static str) -> Result<DriverSpec, Op
             return Err(OpenError::text(format!("Option '{unsupported}' is not supported yet")));
         }
     }
-    Ok(DriverSpec::File(FileSpec {
-        driver,
-        filename: crate::names::plain_path(&filename).to_owned(),
-        locking,
-        aio,
-    }))
+    // An option is the path itself, whatever it looks like.
+    Ok(DriverSpec::File(FileSpec { driver, filename, locking, aio }))
 }
 
 fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {

@@ -43,6 +43,7 @@ pub struct State {
     pub faults: Faults,
     pub mapped: u64,
     pub doubts: u64,
+    pub forgiven: u64,
 }
 
 #[derive(Debug)]
@@ -188,6 +189,9 @@ impl Node for Image {
         self.fail(|f| &mut f.flushes, IoError::EIO)?;
         self.dither().await;
         let mut state = self.state();
+        if state.doubts != state.forgiven {
+            return Err(IoError::EIO);
+        }
         state.durable = state.clusters.clone();
         Ok(())
     }
@@ -231,6 +235,10 @@ impl Node for Image {
     }
     fn doubts(&self) -> u64 {
         self.state().doubts
+    }
+    fn forgive(&self) {
+        let mut state = self.state();
+        state.forgiven = state.doubts;
     }
     fn backing_ref(&self) -> Option<BackingRef> {
         self.state().backing.clone()

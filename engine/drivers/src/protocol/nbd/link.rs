@@ -4,6 +4,10 @@
 //! for so long and are then made (again): all of NBD's requests may be done twice. Without it they fail. Either way a
 //! later request tries to connect again.
 //!
+//! The server that is found again may be another process, which does not have what the first one had not flushed. Within the
+//! `reconnect-delay` all of that is done once more before anything else ([`super::unflushed`]). Where that is not possible, no flush
+//! succeeds any more, until somebody takes note of the loss ([`Link::forgive`]).
+//!
 //! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets one for each
 //! thread that asks for anything, up to [`MOST_CONNECTIONS`]. They are made in the background, and the first is used until then. A
 //! server may say so and yet take no more: then it stays with the first. When a further one is lost its requests go to the first.
@@ -13,24 +17,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use underlay_graph::{IoError, Result};
-use underlay_nbd::flags::CAN_MULTI_CONN;
+use underlay_nbd::flags::{CAN_MULTI_CONN, SEND_FLUSH};
 use underlay_nbd::transmission::command::{FLUSH, TRIM, WRITE, WRITE_ZEROES};
 use underlay_nbd::{Descriptor, Negotiated};
 use underlay_sys::rt;
 
 use super::connection::{Ask, Connection, Failure, Refusal};
 use super::spec::NbdSpec;
+use super::unflushed::{Begun, Unflushed};
 
 /// How often it is tried to connect while somebody waits.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long a server may take to agree on anything when nobody waits for longer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Why a flush fails after the server was lost.
+const LOST: &str = "The server was lost for a while, and may not have kept what it had not flushed";
 /// Without anybody's waiting: requests that come sooner than this after a failed attempt fail at once.
 const REST: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct State {
     connection: Option<Arc<Connection>>,
+    /// The next one, while the server gets what it may have lost.
+    next: Option<Arc<Connection>>,
     /// When the connection was found lost.
     lost: Option<Duration>,
     /// When it was last tried to connect, in vain.
@@ -47,7 +56,9 @@ struct Further {
     threads: Vec<usize>,
     /// Each one's own connection, if it is there. The first thread has the first connection.
     own: [Option<Arc<Connection>>; MOST_CONNECTIONS],
-    /// No more of them.
+    /// How often they were all given up, together with the first one. Who makes one now and then is too late.
+    lost: u64,
+    /// None, for now or for ever.
     closed: bool,
 }
 
@@ -66,8 +77,14 @@ impl Further {
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = Arc<Connection>> + use<> {
-        self.closed = true;
+        (self.closed, self.lost) = (true, self.lost + 1);
         std::mem::take(&mut self.own).into_iter().flatten()
+    }
+
+    /// The first one is there again.
+    fn begin_again(&mut self) {
+        self.closed = false;
+        self.threads.clear();
     }
 }
 
@@ -87,10 +104,12 @@ pub(crate) struct Link {
     granted: Negotiated,
     state: Mutex<State>,
     further: Arc<Mutex<Further>>,
-    /// Begun and acknowledged writes so far, and how many of them are known to be durable.
-    written: AtomicU64,
-    durable: AtomicU64,
+    /// Without the data if there is no `reconnect-delay`: when the server comes back is up to chance then, and others may have written
+    /// to it.
+    unflushed: Unflushed,
     doubts: AtomicU64,
+    /// The doubts that do not matter any more.
+    forgiven: AtomicU64,
     /// No server will be asked for anything any more.
     given_up: AtomicBool,
     /// One attempt at a time.
@@ -150,12 +169,13 @@ impl Link {
         }
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
-        let (written, durable, doubts, given_up) = Default::default();
-        Ok(Self { spec, granted, state, further, written, durable, doubts, given_up, attempt })
+        let unflushed = Unflushed::new(!spec.reconnect_delay.is_zero());
+        let (doubts, forgiven, given_up) = Default::default();
+        Ok(Self { spec, granted, state, further, unflushed, doubts, forgiven, given_up, attempt })
     }
 
     /// Makes the connection for this place, while the first one is in use.
-    fn connect_further(&self, place: usize) {
+    fn connect_further(&self, place: usize, lost: u64) {
         let (spec, granted, further) = (self.spec.clone(), self.granted.clone(), self.further.clone());
         rt::spawn(async move {
             let made = connect(&spec, Some(rt::now() + PATIENCE)).await;
@@ -163,10 +183,11 @@ impl Link {
             let made = Arc::new(made);
             let closed = {
                 let mut further = lock(&further);
-                if !further.closed {
+                let closed = further.closed || further.lost != lost;
+                if !closed {
                     further.own[place] = Some(made.clone());
                 }
-                further.closed
+                closed
             };
             if closed {
                 made.disconnect().await;
@@ -180,9 +201,12 @@ impl Link {
             return None;
         }
         let mut further = lock(&self.further);
+        if further.closed {
+            return None;
+        }
         let (place, is_new) = further.place(thread_number());
-        if is_new && place > 0 && !further.closed {
-            self.connect_further(place);
+        if is_new && place > 0 {
+            self.connect_further(place, further.lost);
         }
         let own = &mut further.own[place];
         own.take_if(|connection| connection.is_dead());
@@ -207,28 +231,59 @@ impl Link {
         self.doubts.load(Ordering::SeqCst)
     }
 
-    /// Makes a request, again if need be.
-    pub(crate) async fn ask(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
-        let command = ask().command;
-        let is_write = matches!(command, WRITE | WRITE_ZEROES | TRIM);
-        // Counted twice: a flush that comes between the two need not be for it, and a server that is lost there has it.
-        if is_write {
-            self.written.fetch_add(1, Ordering::SeqCst);
-        }
-        let until_now = self.written.load(Ordering::SeqCst);
-        // The first connection answers for all, or is lost with the server that had what was written before. A further one may have been
-        // made to another server since.
-        let result = self.ask_on(command == FLUSH, ask).await;
-        if is_write {
-            self.written.fetch_add(1, Ordering::SeqCst);
-        }
-        if command == FLUSH && result.is_ok() {
-            self.durable.fetch_max(until_now, Ordering::SeqCst);
-        }
-        result
+    /// What was lost does not matter: it will be written once more, or nobody wants it.
+    pub(crate) fn forgive(&self) {
+        self.unflushed.forget();
+        self.forgiven.store(self.doubts(), Ordering::SeqCst);
     }
 
-    async fn ask_on(&self, on_first: bool, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
+    /// The server has lost something.
+    fn doubt(&self) {
+        self.doubts.fetch_add(1, Ordering::SeqCst);
+        tracing::error!(server = %self.spec.server, "{LOST}");
+    }
+
+    fn check_doubts(&self) -> Result<()> {
+        match self.forgiven.load(Ordering::SeqCst) == self.doubts() {
+            true => Ok(()),
+            false => Err(IoError::EIO.with(LOST)),
+        }
+    }
+
+    /// Makes what was written durable; an error if some of it may be lost.
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.check_doubts()?;
+        let moment = self.unflushed.flush_begins();
+        // A server that cannot be asked for it keeps everything at once.
+        if self.granted.flags & SEND_FLUSH != 0 {
+            // The first connection answers for all, or is lost with the server that had what was written before. A further one may have
+            // been made to another server since.
+            self.ask_on(true, || Ask { command: FLUSH, ..Ask::default() }, None).await?;
+        }
+        // It may have been lost and found in this very request.
+        self.check_doubts()?;
+        self.unflushed.flushed(moment);
+        Ok(())
+    }
+
+    /// Makes a request other than a flush, again if need be.
+    pub(crate) async fn ask(&self, ask: impl Fn() -> Ask) -> Result<Vec<Descriptor>> {
+        let first = ask();
+        let is_write = matches!(first.command, WRITE | WRITE_ZEROES | TRIM);
+        let begun = is_write.then(|| self.unflushed.begin(&first));
+        let result = self.ask_on(false, ask, begun.as_ref()).await?;
+        if begun.is_some_and(|begun| !begun.done()) {
+            self.doubt();
+        }
+        Ok(result)
+    }
+
+    async fn ask_on(
+        &self,
+        on_first: bool,
+        ask: impl Fn() -> Ask,
+        begun: Option<&Begun<'_>>,
+    ) -> Result<Vec<Descriptor>> {
         loop {
             let own = if on_first { None } else { self.own() };
             let is_own = own.is_some();
@@ -236,6 +291,7 @@ impl Link {
                 Some(own) => own,
                 None => self.connection().await?,
             };
+            begun.into_iter().for_each(Begun::made);
             match connection.ask(ask()).await {
                 Ok(descriptors) => return Ok(descriptors),
                 Err(Failure::Server(error)) => return Err(IoError::new(error.to_linux())),
@@ -255,6 +311,8 @@ impl Link {
         }
         if state.connection.take().is_some() {
             state.lost = Some(rt::now());
+            // Nothing gets to the server before what it may have lost.
+            lock(&self.further).take_all().for_each(|connection| connection.hang_up());
         }
         None
     }
@@ -281,9 +339,7 @@ impl Link {
             if !waits && tried.is_some_and(|tried| rt::now() < tried + REST) {
                 return Err(IoError::EIO);
             }
-            if let Some(connection) =
-                self.try_again(Some(if waits { until } else { rt::now() + PATIENCE })).await
-            {
+            if let Some(connection) = self.try_again(waits.then_some(until)).await {
                 return Ok(connection);
             }
             if !waits {
@@ -293,25 +349,56 @@ impl Link {
         }
     }
 
-    async fn try_again(&self, deadline: Option<Duration>) -> Option<Arc<Connection>> {
-        let made = connect(&self.spec, deadline).await.ok();
-        let made = made.filter(|made| same(made.granted(), &self.granted)).map(Arc::new);
+    /// One attempt; `until`: somebody waits until then.
+    async fn try_again(&self, until: Option<Duration>) -> Option<Arc<Connection>> {
+        let made = connect(&self.spec, Some(until.unwrap_or_else(|| rt::now() + PATIENCE))).await.ok();
+        let mut made = made.filter(|made| same(made.granted(), &self.granted)).map(Arc::new);
+        if let Some(connection) = made.clone() {
+            self.state().next = Some(connection.clone());
+            if !self.restore(&connection, until.is_some()).await {
+                made = None;
+            }
+        }
         let mut state = self.state();
         match &made {
             Some(connection) => {
-                let written = self.written.load(Ordering::SeqCst);
-                if self.durable.fetch_max(written, Ordering::SeqCst) < written {
-                    self.doubts.fetch_add(1, Ordering::SeqCst);
-                }
                 *state = State { connection: Some(connection.clone()), ..State::default() };
+                if !self.is_given_up() {
+                    lock(&self.further).begin_again();
+                }
             }
-            None => state.tried = Some(rt::now()),
+            None => (state.tried, state.next) = (Some(rt::now()), None),
         }
         made
     }
 
-    /// Whether nobody waits for the server any more.
+    /// Does once more, on a new connection, what the server may have lost, or notes that it has; whether the connection is
+    /// still there.
+    async fn restore(&self, connection: &Connection, in_time: bool) -> bool {
+        let asks = if in_time { self.unflushed.again() } else { None };
+        let mut is_restored = asks.is_some();
+        for ask in asks.into_iter().flatten() {
+            match connection.ask(ask).await {
+                Ok(_) => {}
+                Err(Failure::Lost) => return false,
+                Err(Failure::Server(error)) => {
+                    tracing::error!(server = %self.spec.server, ?error, "the server does not take again what it may have lost");
+                    is_restored = false;
+                    break;
+                }
+            }
+        }
+        if !is_restored && self.unflushed.lost() {
+            self.doubt();
+        }
+        true
+    }
+
+    /// Whether nobody waits for the server any more, or it has lost something.
     pub(crate) fn is_lost(&self) -> bool {
+        if self.check_doubts().is_err() {
+            return true;
+        }
         if self.living().is_some() {
             return false;
         }
@@ -327,8 +414,11 @@ impl Link {
     pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::SeqCst);
         let further = lock(&self.further).take_all();
-        let first = self.state().connection.clone();
-        further.chain(first).for_each(|connection| connection.hang_up());
+        let (first, next) = {
+            let state = self.state();
+            (state.connection.clone(), state.next.clone())
+        };
+        further.chain(first).chain(next).for_each(|connection| connection.hang_up());
     }
 
     /// Says goodbye.

@@ -5,6 +5,7 @@ mod link;
 pub mod spec;
 #[cfg(test)]
 mod tests;
+mod unflushed;
 
 use std::any::Any;
 
@@ -13,8 +14,8 @@ use underlay_graph::{
     ByteRange, Cx, Extent, IoError, Kind, Limits, Node, Place, Preallocation, Result, WriteFlags, ZeroFlags,
 };
 use underlay_nbd::flags::{
-    CMD_FAST_ZERO, CMD_NO_HOLE, CMD_REQ_ONE, READ_ONLY, SEND_FAST_ZERO, SEND_FLUSH, SEND_TRIM,
-    SEND_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
+    CMD_FAST_ZERO, CMD_NO_HOLE, CMD_REQ_ONE, READ_ONLY, SEND_FAST_ZERO, SEND_TRIM, SEND_WRITE_ZEROES,
+    STATE_HOLE, STATE_ZERO,
 };
 use underlay_nbd::transmission::command;
 use underlay_nbd::{Framing, MAX_PAYLOAD};
@@ -137,7 +138,10 @@ impl Node for NbdNode {
         Ok(())
     }
 
-    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, _flags: WriteFlags) -> Result<()> {
+    async fn write(&self, cx: &Cx<'_>, range: ByteRange, from: Iov, flags: WriteFlags) -> Result<()> {
+        if flags.compressed {
+            return Err(IoError::ENOTSUP);
+        }
         if range.end() > self.length(cx) {
             return Err(IoError::ENOSPC);
         }
@@ -174,10 +178,7 @@ impl Node for NbdNode {
     }
 
     async fn flush(&self, _cx: &Cx<'_>) -> Result<()> {
-        if self.read_only || !self.can(SEND_FLUSH) {
-            return Ok(());
-        }
-        self.link.ask(|| Ask { command: command::FLUSH, ..Ask::default() }).await.map(drop)
+        if self.read_only { Ok(()) } else { self.link.flush().await }
     }
 
     async fn map(&self, cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
@@ -221,6 +222,10 @@ impl Node for NbdNode {
 
     fn doubts(&self) -> u64 {
         self.link.doubts()
+    }
+
+    fn forgive(&self) {
+        self.link.forgive();
     }
 
     fn is_unusable(&self) -> bool {
