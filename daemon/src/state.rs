@@ -1,7 +1,7 @@
 //! The daemon's state: what commands work on.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use underlay_drivers::open::OnCorrupt;
 use underlay_drivers::open::tell_trouble_on_stderr;
@@ -36,6 +36,8 @@ pub enum Why {
 
 /// See the module. Commands run on the control thread, requests and jobs on the I/O threads.
 pub struct Daemon {
+    /// Itself, for what goes on when a command has been answered.
+    pub me: Weak<Self>,
     /// The disks.
     pub graph: Arc<Graph>,
     /// The disks' limits.
@@ -73,7 +75,8 @@ impl Daemon {
         let graph = Graph::new();
         graph.let_bitmaps_last();
         graph.on_trouble(tell_trouble_on_stderr);
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
+            me: me.clone(),
             graph,
             groups: Arc::default(),
             iothreads: Iothreads::default(),

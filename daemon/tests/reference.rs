@@ -65,17 +65,25 @@ fn stream_keeps_bitmaps() {
 }
 
 /// What the reference gets wrong: the script's shell commands say what is right.
-#[test]
-fn wide_copy() {
+fn ours_alone(script: &str) {
     if !is_installed("qemu-io") {
         println!("not run: qemu-io is not installed (Debian: qemu-utils)");
         return;
     }
-    let script = include_str!("qmp/wide_copy.qmp");
     let arguments = [&["storage-daemon"][..], &MONITOR].concat();
     let heard = run(env!("CARGO_BIN_EXE_underlay"), &arguments, script, None);
     let refused: Vec<_> = heard.replies.iter().filter(|reply| reply.contains("\"error\"")).collect();
     assert!(refused.is_empty(), "{refused:?}");
+}
+
+#[test]
+fn wide_copy() {
+    ours_alone(include_str!("qmp/wide_copy.qmp"));
+}
+
+#[test]
+fn lost_server() {
+    ours_alone(include_str!("qmp/lost_server.qmp"));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use underlay_graph::plan::NewRoot;
 use underlay_graph::{GraphError, NodeId, Perms, Plan, RootId};
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::net::Address;
+use underlay_sys::rt;
 
 use super::arguments::Arguments;
 use super::blockdev::UNNAMED_USER;
@@ -18,6 +19,8 @@ use crate::device::{Backend, BackendId, plug};
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
+/// How long a command waits for the last requests of an export's clients.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Longest name and description of an export, in bytes. Source: the NBD protocol's limit of a string.
 const MAX_STRING: usize = 4096;
 
@@ -362,12 +365,23 @@ pub async fn close_guests(daemon: &Daemon, backend: BackendId) -> CommandResult<
 }
 
 /// block-export-del, nbd-server-remove: once its clients' last requests are done, the export is gone and
-/// BLOCK_EXPORT_DELETED is on its way.
+/// BLOCK_EXPORT_DELETED is on its way. Most are done at once. A request that waits for somebody else does not hold up this command,
+/// and with it all others.
 pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
-    close(daemon, id, hard).await
+    let ending = rt::spawn(begin_to_close(daemon, id, hard)?);
+    rt::by(Some(rt::now() + PATIENCE), ending).await.unwrap_or(Ok(()))
 }
 
 async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
+    begin_to_close(daemon, id, hard)?.await
+}
+
+/// Lets no more clients in; what is left to be done before the export is gone.
+fn begin_to_close(
+    daemon: &Daemon,
+    id: &str,
+    hard: bool,
+) -> CommandResult<impl Future<Output = CommandResult<()>> + Send + use<>> {
     let export = {
         let mut exports = daemon.exports();
         let found = exports.iter_mut().find(|export| export.id == id);
@@ -382,9 +396,9 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
     let removed = server.map(|server| server.remove(&export.name, hard));
     // What waits for a machine that is stopped would wait for ever.
     let hurried = export.of.as_ref().filter(|_| hard).map(|guest| guest.attached.give_up());
-    match removed {
-        Some(Ok(gone)) => gone.wait().await,
-        None | Some(Err(ExportError::NotFound(_))) => {}
+    let gone = match removed {
+        Some(Ok(gone)) => Some(gone),
+        None | Some(Err(ExportError::NotFound(_))) => None,
         Some(Err(error)) => {
             let mut exports = daemon.exports();
             exports
@@ -393,10 +407,17 @@ async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
                 .for_each(|export| export.shutting_down = false);
             return Err(error.into());
         }
-    }
-    drop(hurried);
-    export.let_go(daemon).await?;
-    daemon.exports().retain(|export| export.id != id);
-    daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", id));
-    Ok(())
+    };
+    let daemon = daemon.me.clone();
+    Ok(async move {
+        if let Some(gone) = gone {
+            gone.wait().await;
+        }
+        drop(hurried);
+        let Some(daemon) = daemon.upgrade() else { return Ok(()) };
+        export.let_go(&daemon).await?;
+        daemon.exports().retain(|other| other.id != export.id);
+        daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", export.id.as_str()));
+        Ok(())
+    })
 }

@@ -75,7 +75,9 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
             }
             (Some(node), None) => {
                 let id = find_node(&plan, &node)?;
-                if !plan.chain(root).any(|image| image == id) {
+                // A filter that is committed goes with what it filters; one that would stay has to be named as its image.
+                let is_image = plan.chain(root).any(|image| image == id);
+                if !is_image && (name == "base" || !plan.chain_with_filters(root).any(|at| at == id)) {
                     return Err(CommandError::new(format!("'{node}' is not in this backing file chain")));
                 }
                 Some(id)
@@ -141,7 +143,7 @@ fn find_node(plan: &Plan, name: &str) -> CommandResult<NodeId> {
 
 /// How an image must call another in its header.
 fn name_in_header(image: &View, below: &View) -> String {
-    snapshot::name_from(&filename::of_file(image).unwrap_or_default(), &filename::of(below))
+    snapshot::name_from(&filename::of_file(image).unwrap_or_default(), &filename::for_header(below))
 }
 
 /// A verb of either family, on one job. `None`: not a verb.

@@ -139,7 +139,7 @@ pub async fn create_image(file: &str, format: &str, size: u64, below: Option<&Vi
     let mut options = CreateOptions::new(size.div_ceil(512).saturating_mul(512));
     let mut named = String::new();
     if let Some(below) = below {
-        let (backing, driver) = (name_from(file, &filename::of(below)), below.node().driver());
+        let (backing, driver) = (name_from(file, &filename::for_header(below)), below.node().driver());
         named = format!(" backing_file={} backing_fmt={driver}", backing.replace(',', ",,"));
         options.backing = Some(BackingRef { file: backing, format: Some(driver.to_owned()) });
     }

@@ -309,12 +309,9 @@ impl Disk {
     }
 
     /// Sets the length, in bytes.
-    pub async fn resize(
-        &self,
-        size: u64,
-        preallocation: Preallocation,
-    ) -> std::result::Result<(), GraphError> {
-        resize::resize(&self.graph, self.node, size, preallocation, USER).await
+    pub async fn resize(&self, size: u64, preallocation: Preallocation) -> std::result::Result<(), String> {
+        let resized = resize::resize(&self.graph, self.node, size, preallocation, USER).await;
+        resized.map_err(|error| graph_error(&error))
     }
 
     /// Flushes and closes it, and opens it as `request` says; if that fails, as it was before. Without a disk when

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use underlay_graph::error::strerror;
-use underlay_graph::{WriteFlags, ZeroFlags};
+use underlay_graph::{ByteRange, IoError, WriteFlags, ZeroFlags};
 use underlay_sys::rt;
 
-use crate::data::{Expected, FILL, Payload, Telling, put, range, vector};
+use crate::data::{Expected, FILL, Payload, Telling, put, vector};
 use crate::monitor::{Accounts, Way};
 use crate::number;
 use crate::session::{Done, Fault, Session, options};
@@ -27,7 +27,7 @@ pub fn read(session: &mut Session, name: &str, words: &[String]) -> Done {
         }
     }
     let (offset, length) = vector(&others)?;
-    let range = range(offset, length, "readv")?;
+    let Some(range) = range(session, offset, length, "readv") else { return Ok(()) };
     let into = session.buffer(range.buffer_len())?;
     let reader = session.disk()?.reader();
     let out = session.out.clone();
@@ -86,10 +86,11 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
         // Without a buffer, any length will do.
         let (offset, length) = (number::bytes(&others[0])?, number::bytes(&others[1])?);
         let flags = ZeroFlags { may_unmap, no_fallback: false };
-        (range(offset, length, "aio_write")?, Payload::Zeroes(flags))
+        let Some(range) = range(session, offset, length, "aio_write") else { return Ok(()) };
+        (range, Payload::Zeroes(flags))
     } else {
         let (offset, length) = vector(&others)?;
-        let range = range(offset, length, "aio_write")?;
+        let Some(range) = range(session, offset, length, "aio_write") else { return Ok(()) };
         let from = session.buffer(range.buffer_len())?;
         from.fill(byte);
         (range, Payload::Bytes(from, WriteFlags::default()))
@@ -109,6 +110,15 @@ pub fn write(session: &mut Session, name: &str, words: &[String]) -> Done {
         }
     }));
     Ok(())
+}
+
+/// Where, if there is such a place. If not, the request fails as one that was begun: it says so, and that is all.
+fn range(session: &Session, offset: u64, length: u64, verb: &str) -> Option<ByteRange> {
+    let range = ByteRange::new(offset, length);
+    if range.is_none() {
+        session.out.line(format_args!("{verb} failed: {}", strerror(IoError::EIO.errno())));
+    }
+    range
 }
 
 /// `-i`: a request that only counts in the statistics, which this program by itself does not keep.

@@ -224,7 +224,7 @@ pub async fn truncate(session: &mut Session, name: &str, words: &[String]) -> Do
     let size = number::bytes(size).map_err(of_first)?;
     session.drain().await;
     let resized = session.disk()?.resize(size, preallocation).await;
-    resized.map_err(|error| Fault::Disk(error.to_string()))
+    resized.map_err(Fault::Disk)
 }
 
 /// info
