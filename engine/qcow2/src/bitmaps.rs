@@ -6,7 +6,7 @@ use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
 
 use crate::check::words;
-use crate::header::Header;
+use crate::header::{Header, until_nul};
 
 /// Bytes of a directory entry's fixed part.
 const FIXED: usize = 24;
@@ -128,7 +128,7 @@ fn entry(bytes: &[u8], header: &Header) -> Result<(StoredBitmap, usize), BitmapE
     }
     let raw_name = bytes[end - name_len..end].to_vec();
     let bitmap = StoredBitmap {
-        name: String::from_utf8_lossy(&raw_name).into_owned(),
+        name: String::from_utf8_lossy(until_nul(&raw_name)).into_owned(),
         raw_name,
         flags: word(12),
         granularity_bits: u32::from(granularity_bits),

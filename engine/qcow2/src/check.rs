@@ -18,7 +18,7 @@ use underlay_sys::Iov;
 use crate::bitmaps::BitmapError;
 use crate::counts::Counts;
 use crate::features;
-use crate::header::{Header, HeaderError};
+use crate::header::{Header, HeaderError, MAX_SNAPSHOTS, Purpose};
 use crate::refblocks::RefcountBlocks;
 use crate::snapshots::{self, SnapshotError};
 use crate::update::{write_features, write_header};
@@ -64,7 +64,7 @@ pub struct Outcome {
     pub corruptions_fixed: u64,
     /// Leaks repaired.
     pub leaks_fixed: u64,
-    /// Entries of the snapshot table that lack something, with [`Fix::All`]: [`crate::Qcow2::complete_snapshots`] is to be called
+    /// Entries of the snapshot table that are flawed, with [`Fix::All`]: [`crate::complete_snapshots`] is to be called
     /// when nothing else is wrong, and they count as repaired then.
     pub incomplete_snapshots: u64,
     /// Behind the last cluster in use, in bytes.
@@ -99,10 +99,15 @@ impl From<IoError> for CheckError {
     }
 }
 
+/// Whether the image in `file` is so damaged that it cannot be opened, but can be checked.
+pub async fn can_only_be_checked(file: &Cx<'_>) -> bool {
+    Header::read(file).await.is_err() && Header::read_for(file, Purpose::Check).await.is_ok()
+}
+
 /// Checks the image in `file`, which nobody else may be writing to, and repairs what `fix` says. The outcome is that
 /// of this run; after a repair a second run without shows whether all is well.
 pub async fn check(file: &Cx<'_>, fix: Fix, report: Report<'_>) -> Result<Outcome, CheckError> {
-    let header = Header::read(file).await?;
+    let header = Header::read_for(file, Purpose::Check).await?;
     if header.has(features::DATA_FILE) {
         return Err(CheckError::Failed(IoError::ENOTSUP.with("An external data file is not supported yet")));
     }
@@ -163,11 +168,22 @@ impl<'a, 'r> Checker<'a, 'r> {
     }
 
     async fn run(&mut self) -> Result<(), CheckError> {
-        let snapshots = match snapshots::read(self.file, &self.header).await {
+        let read = match self.fix {
+            Fix::All => snapshots::read_damaged(self.file, &self.header).await,
+            _ => snapshots::read(self.file, &self.header).await,
+        };
+        let snapshots = match read {
             Ok(table) => table,
             Err(SnapshotError::Io(error)) => return Err(error.into()),
             Err(error) => {
-                let text = format!("ERROR failed to read the snapshot table: {error}");
+                let text = match error {
+                    SnapshotError::TooMany => format!(
+                        "ERROR snapshot table too large\n\
+                         You can force-remove all {} overhanging snapshots with qemu-img check -r all",
+                        self.header.snapshots - MAX_SNAPSHOTS
+                    ),
+                    error => format!("ERROR failed to read the snapshot table: {error}"),
+                };
                 (self.report)(Finding::Error(text));
                 return Err(IoError::EFBIG.into());
             }

@@ -4,7 +4,7 @@
 //! know survive every rewrite. Texts of errors are QEMU's. Source: qcow2.rst, "Header extensions".
 
 use crate::features;
-use crate::header::{Crypt, HeaderError};
+use crate::header::{Crypt, HeaderError, until_nul};
 
 /// Type of the backing format name.
 pub const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -141,7 +141,7 @@ impl Extensions {
             BACKING_FORMAT if content.len() > MAX_FORMAT_NAME => {
                 return Err(HeaderError::FormatNameTooLong(content.len()));
             }
-            BACKING_FORMAT => self.backing_format = Some(content.to_vec()),
+            BACKING_FORMAT => self.backing_format = Some(until_nul(content).to_vec()),
             DATA_FILE => self.data_file = Some(content.to_vec()),
             CRYPTO => self.crypto = Some(crypto(content, around)?),
             // Ours is written anew with every header.

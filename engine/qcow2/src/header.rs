@@ -224,20 +224,38 @@ pub enum HeaderError {
     SizeOverflow,
 }
 
+/// What a header is read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Whatever an image can be used for.
+    Use,
+    /// To look what is wrong with it: it may lack the refcount table, or have too many snapshots.
+    Check,
+}
+
 impl Header {
     /// Reads and checks the header of the image in `file`.
     pub async fn read(file: &Cx<'_>) -> Result<Self, HeaderError> {
+        Self::read_for(file, Purpose::Use).await
+    }
+
+    /// The same for this purpose.
+    pub async fn read_for(file: &Cx<'_>, purpose: Purpose) -> Result<Self, HeaderError> {
         let first = fetch(file, 512).await?;
         // Anything wrong with the cluster size is found again, in its turn, by `parse`.
         let bits = first.get(20..24).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
         let len = if CLUSTER_BITS.contains(&bits) { 1 << bits } else { 512 };
         let bytes = if len > 512 { fetch(file, len).await? } else { first };
-        Self::parse(&bytes)
+        Self::parse_for(&bytes, purpose)
     }
 
     /// Bytes in, checked values out. `bytes` is the first cluster, or as much of it as the file has: what is missing
     /// counts as zeroes.
     pub fn parse(bytes: &[u8]) -> Result<Self, HeaderError> {
+        Self::parse_for(bytes, Purpose::Use)
+    }
+
+    fn parse_for(bytes: &[u8], purpose: Purpose) -> Result<Self, HeaderError> {
         let raw = RawHeader::from_zero_padded(bytes);
         let fixed = raw.check_start()?;
         let cluster_size = 1u64 << raw.cluster_bits.get();
@@ -252,7 +270,7 @@ impl Header {
             let table = extensions::find_feature_names(area);
             return Err(HeaderError::Features(features::describe_incompatible(unknown, table)));
         }
-        raw.check_geometry(&fixed)?;
+        raw.check_geometry(&fixed, purpose)?;
         let crypt = match raw.crypt.get() {
             0 => Crypt::None,
             1 => Crypt::Aes,
@@ -520,7 +538,7 @@ impl RawHeader {
     }
 
     /// Sizes and places of the tables.
-    fn check_geometry(&self, fixed: &Fixed) -> Result<(), HeaderError> {
+    fn check_geometry(&self, fixed: &Fixed, purpose: Purpose) -> Result<(), HeaderError> {
         let bits = self.cluster_bits.get();
         let extended = fixed.incompatible & features::EXTENDED_L2 != 0;
         if extended && bits < MIN_EXTENDED_L2_BITS {
@@ -530,7 +548,7 @@ impl RawHeader {
             return Err(HeaderError::RefcountWidth);
         }
         let clusters = self.refcount_table_clusters.get();
-        if clusters == 0 {
+        if clusters == 0 && purpose == Purpose::Use {
             return Err(HeaderError::NoRefcountTable);
         }
         let table = |name, offset: U64, bytes: u64, max| {
@@ -546,7 +564,10 @@ impl RawHeader {
         let refcount_bytes = u64::from(clusters) << bits;
         table("Reference count table", self.refcount_table_offset, refcount_bytes, MAX_REFCOUNT_TABLE_BYTES)?;
         let snapshot_bytes = u64::from(self.snapshots.get()) * SNAPSHOT_ENTRY;
-        let max_snapshot_bytes = u64::from(MAX_SNAPSHOTS) * SNAPSHOT_ENTRY;
+        let max_snapshot_bytes = match purpose {
+            Purpose::Use => u64::from(MAX_SNAPSHOTS) * SNAPSHOT_ENTRY,
+            Purpose::Check => u64::MAX,
+        };
         table("Snapshot table", self.snapshots_offset, snapshot_bytes, max_snapshot_bytes)?;
         let l1_entries = u64::from(self.l1_entries.get());
         table("Active L1 table", self.l1_offset, l1_entries * 8, MAX_L1_BYTES)?;
@@ -571,8 +592,14 @@ impl RawHeader {
         if len > room.min(MAX_BACKING_NAME as u64) {
             return Err(HeaderError::BackingNameTooLong);
         }
-        Ok((len != 0).then(|| zero_padded(bytes, index(offset), index(len))))
+        let name = zero_padded(bytes, index(offset), index(len));
+        Ok(Some(until_nul(&name).to_vec()).filter(|name| !name.is_empty()))
     }
+}
+
+/// A name as programs in C read it, whatever is behind a byte 0: some of them count that one too.
+pub(crate) fn until_nul(name: &[u8]) -> &[u8] {
+    name.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 /// The extension area with the zeroes that a short file lacks, as far as any extension can reach.

@@ -47,8 +47,9 @@ pub mod words;
 pub mod zero;
 
 pub use ahead::{hash, tie_place};
-pub use check::{CheckError, Finding, Fix, Outcome, check};
+pub use check::{CheckError, Finding, Fix, Outcome, can_only_be_checked, check};
 pub use create::{CreateError, CreateOptions, create};
 pub use header::{Compression, Crypt, Header, HeaderError, Version};
 pub use live::{CheckedOptions, Corruption, OnCorrupt, OnRepair, OpenError, OpenOptions, Qcow2};
+pub use snapshot_changes::complete_snapshots;
 pub use stored::check_new_bitmap;

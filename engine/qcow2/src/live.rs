@@ -33,7 +33,7 @@ use crate::crash_safe;
 use crate::entry::Layout;
 use crate::features;
 use crate::frees::Frees;
-use crate::header::{Crypt, Header, HeaderError};
+use crate::header::{Crypt, Header, HeaderError, Purpose};
 use crate::mapping::L1;
 use crate::metadata::Metadata;
 use crate::refcount::Refcounts;
@@ -239,7 +239,8 @@ pub struct Qcow2 {
 impl Qcow2 {
     /// Opens the image in `file`, for reading; [`underlay_graph::Node::set_access`] makes it writable.
     pub async fn open(file: &Cx<'_>, options: OpenOptions) -> std::result::Result<Self, OpenError> {
-        let header = Header::read(file).await?;
+        let purpose = if options.repair { Purpose::Check } else { Purpose::Use };
+        let header = Header::read_for(file, purpose).await?;
         check_supported(&header)?;
         let layout = layout(&header, &options)?;
         let (l2_cache, refcount_cache) = cache_sizes(&header, &options)?;

@@ -8,12 +8,12 @@
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
 
 use underlay_graph::info::SnapshotInfo;
-use underlay_graph::{Cx, IoError};
+use underlay_graph::{Cx, IoError, Node, Role, View};
 
 use crate::entry::{COMPRESSED, COPIED, Entry, OFFSET};
 use crate::header::{Header, MAX_L1_BYTES};
 use crate::info::snapshot_info;
-use crate::live::{Corruption, Qcow2};
+use crate::live::{Corruption, OpenOptions, Qcow2};
 use crate::mapping::L1;
 use crate::metadata::Owner;
 use crate::shadow::{Bad, Freed, Shadow, clusters_of};
@@ -37,7 +37,13 @@ pub(crate) struct Known {
 impl Known {
     /// Those of the image in `file`.
     pub async fn read(file: &Cx<'_>, header: &Header) -> Self {
-        match snapshots::read(file, header).await {
+        Self::from(snapshots::read(file, header).await)
+    }
+}
+
+impl From<std::result::Result<Table, SnapshotError>> for Known {
+    fn from(read: std::result::Result<Table, SnapshotError>) -> Self {
+        match read {
             Ok(table) => {
                 let infos = table.snapshots.iter().map(snapshot_info).collect();
                 Self { table, infos, error: None }
@@ -45,6 +51,21 @@ impl Known {
             Err(error) => Self { error: Some(error), ..Self::default() },
         }
     }
+}
+
+/// Writes the snapshot table of the image in `file`, which nobody else uses, anew: without what is damaged, and with everything that
+/// version 3 asks for in each entry.
+pub async fn complete_snapshots(file: &Arc<View>) -> Result<()> {
+    let options = OpenOptions { repair: true, ..OpenOptions::default() };
+    let image = Qcow2::open(&file.cx(), options).await;
+    let image = Arc::new(image.map_err(|error| IoError::EINVAL.with(error.to_string()))?);
+    image.notice_snapshots(Known::from(snapshots::read_damaged(&file.cx(), &image.header()).await));
+    let view = View::detached(image.clone(), [(Role::File, file.clone())]);
+    let cx = view.cx();
+    image.become_writable(&cx).await?;
+    let done = image.complete(&cx).await;
+    let closed = image.close(&cx).await;
+    done.and(closed)
 }
 
 /// What is to be known of a new snapshot.
@@ -123,8 +144,7 @@ impl Qcow2 {
         }
     }
 
-    /// Writes the snapshot table anew, with everything that version 3 asks for in each entry.
-    pub async fn complete_snapshots(&self, cx: &Cx<'_>) -> Result<()> {
+    async fn complete(&self, cx: &Cx<'_>) -> Result<()> {
         let _turn = self.resizing.lock().await;
         self.get_ready(cx).await?;
         let outcome = self.try_complete(cx).await;

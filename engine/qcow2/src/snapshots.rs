@@ -3,13 +3,13 @@
 use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
 
-use crate::header::{Header, MAX_L1_BYTES, MAX_SNAPSHOTS, Version};
+use crate::header::{Header, MAX_L1_BYTES, MAX_SNAPSHOTS, Version, until_nul};
 use crate::words::to_words;
 
 /// Bytes of an entry's fixed part.
 const FIXED: u64 = 40;
 /// Most extra data of an entry in bytes. QEMU's limit.
-const MAX_EXTRA: u32 = 1024;
+pub(crate) const MAX_EXTRA: u32 = 1024;
 /// Bytes of extra data that version 3 asks for.
 const V3_EXTRA: u32 = 16;
 /// Largest table in bytes. QEMU's limit.
@@ -94,6 +94,10 @@ pub struct Table {
     pub snapshots: Vec<Snapshot>,
     /// Bytes of the table.
     pub len: u64,
+    /// Numbers of entries with too much extra data, and how many bytes.
+    pub excess: Vec<(u32, u32)>,
+    /// Snapshots that are not in here, as the table would be too long.
+    pub overhanging: u32,
 }
 
 /// Why the table cannot be used. The texts are QEMU's.
@@ -108,6 +112,8 @@ pub enum SnapshotError {
     Extra(u32),
     #[error("Snapshot table is too big")]
     TooBig,
+    #[error("Snapshot table too large")]
+    TooMany,
 }
 
 async fn bytes_at(file: &Cx<'_>, at: u64, len: u64) -> Result<Vec<u8>, SnapshotError> {
@@ -147,24 +153,51 @@ pub(crate) async fn l1(
 
 /// Reads the snapshot table.
 pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError> {
+    if header.snapshots > MAX_SNAPSHOTS {
+        return Err(SnapshotError::TooMany);
+    }
+    let table = read_damaged(file, header).await?;
+    match table.excess.first() {
+        Some((number, _)) => Err(SnapshotError::Extra(*number)),
+        None if table.overhanging > 0 => Err(SnapshotError::TooBig),
+        None => Ok(table),
+    }
+}
+
+/// The same with all that can be made of a damaged table. Of more snapshots than there can be, those count that have an id.
+pub(crate) async fn read_damaged(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError> {
     let mut table = Table::default();
     let mut at = header.snapshots_offset;
     for number in 0..header.snapshots {
         let fixed = bytes_at(file, at, FIXED).await?;
         let extra_len = word(&fixed, 36);
-        if extra_len > MAX_EXTRA {
-            return Err(SnapshotError::Extra(number));
-        }
         let (id_len, name_len) = (word(&fixed, 12) >> 16, word(&fixed, 12) & 0xffff);
         let rest = u64::from(extra_len) + u64::from(id_len) + u64::from(name_len);
-        let bytes = bytes_at(file, at + FIXED, rest).await?;
-        let (extra, names) = bytes.split_at(usize::try_from(extra_len).unwrap_or(0));
+        let len = (FIXED + rest).next_multiple_of(8);
+        if header.snapshots > MAX_SNAPSHOTS && (id_len == 0 || number >= MAX_SNAPSHOTS) {
+            table.overhanging = header.snapshots - number;
+            break;
+        }
+        if extra_len > MAX_EXTRA {
+            table.excess.push((number, extra_len));
+        }
+        if at - header.snapshots_offset + len > MAX_TABLE {
+            table.overhanging = header.snapshots - number;
+            break;
+        }
+        // Of too much extra data only that is read which we know.
+        let skipped = if extra_len > MAX_EXTRA { u64::from(extra_len) } else { 0 };
+        let bytes = bytes_at(file, at + FIXED + skipped, rest - skipped).await?;
+        let (extra, names) = match skipped {
+            0 => bytes.split_at(usize::try_from(extra_len).unwrap_or(0)),
+            _ => (&bytes_at(file, at + FIXED, KNOWN_EXTRA as u64).await?[..], &bytes[..]),
+        };
         let (id, name) = names.split_at(usize::try_from(id_len).unwrap_or(0));
         table.snapshots.push(Snapshot {
             l1_offset: quad(&fixed, 0),
             l1_entries: word(&fixed, 8),
-            id: String::from_utf8_lossy(id).into_owned(),
-            name: String::from_utf8_lossy(name).into_owned(),
+            id: String::from_utf8_lossy(until_nul(id)).into_owned(),
+            name: String::from_utf8_lossy(until_nul(name)).into_owned(),
             seconds: word(&fixed, 16),
             nanoseconds: word(&fixed, 20),
             clock: quad(&fixed, 24),
@@ -175,12 +208,13 @@ pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError
             raw: (id.to_vec(), name.to_vec()),
             unknown: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
         });
-        let len = (FIXED + rest).next_multiple_of(8);
         at += len;
         table.len += if number + 1 == header.snapshots { FIXED + rest } else { len };
-        if table.len > MAX_TABLE {
-            return Err(SnapshotError::TooBig);
-        }
+    }
+    if table.overhanging > 0 || !table.excess.is_empty() {
+        // Where a damaged table says it ends may be far behind the file.
+        let left = file.length().saturating_sub(header.snapshots_offset);
+        table.len = table.len.min(left.next_multiple_of(header.cluster_size()));
     }
     Ok(table)
 }

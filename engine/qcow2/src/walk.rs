@@ -8,8 +8,8 @@ use crate::bitmaps;
 use crate::check::{CheckError, Checker, Fix, words};
 use crate::entry::{COMPRESSED, COPIED, OFFSET, ZERO};
 use crate::features;
-use crate::header::{Crypt, MAX_L1_BYTES};
-use crate::snapshots::{Snapshot, Table};
+use crate::header::{Crypt, MAX_L1_BYTES, MAX_SNAPSHOTS};
+use crate::snapshots::{MAX_EXTRA, Snapshot, Table};
 
 /// Bits of an L1 entry that must be zero.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -40,19 +40,36 @@ struct L2Entry {
 }
 
 impl Checker<'_, '_> {
-    /// Counts everything, in QEMU's order.
-    pub(crate) async fn count_all(&mut self, snapshots: &Table) -> Result<(), CheckError> {
-        for (i, snapshot) in snapshots.snapshots.iter().enumerate() {
-            if snapshot.incomplete {
-                // The table is written anew by who has asked for it, once everything else is right.
-                if self.fix == Fix::All {
-                    self.say(format!("Repairing snapshot table entry {i} is incomplete"));
-                    self.outcome.incomplete_snapshots += 1;
-                } else {
-                    self.wrong(format!("ERROR snapshot table entry {i} is incomplete"));
-                }
+    /// What is wrong with the snapshot table itself. It is written anew by who has asked for it, once everything else is right.
+    fn count_flaws(&mut self, table: &Table) {
+        let mut flaws: Vec<(u32, String)> = Vec::new();
+        for (i, _) in (0..).zip(&table.snapshots).filter(|(_, snapshot)| snapshot.incomplete) {
+            match self.fix {
+                Fix::All => flaws.push((i, format!("Repairing snapshot table entry {i} is incomplete"))),
+                _ => self.wrong(format!("ERROR snapshot table entry {i} is incomplete")),
             }
         }
+        flaws.extend(table.excess.iter().map(|(i, len)| {
+            let text = "Discarding too much extra metadata in snapshot table entry";
+            (*i, format!("{text} {i} ({len} > {MAX_EXTRA})"))
+        }));
+        flaws.sort_unstable();
+        self.outcome.incomplete_snapshots += flaws.len() as u64;
+        flaws.into_iter().for_each(|(_, line)| self.say(line));
+        if table.overhanging > 0 {
+            let count = table.overhanging;
+            let why = match self.header.snapshots > MAX_SNAPSHOTS {
+                true => "",
+                false => " (snapshot table is too big)",
+            };
+            self.say(format!("Discarding {count} overhanging snapshots{why}"));
+            self.outcome.incomplete_snapshots += u64::from(count);
+        }
+    }
+
+    /// Counts everything, in QEMU's order.
+    pub(crate) async fn count_all(&mut self, snapshots: &Table) -> Result<(), CheckError> {
+        self.count_flaws(snapshots);
         let cluster = self.header.cluster_size();
         self.count(0, cluster)?;
         self.count_tree(self.header.l1_offset, self.header.l1_entries, true).await?;

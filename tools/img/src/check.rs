@@ -1,7 +1,10 @@
 //! `check`: whether an image's own tables agree.
 
-use underlay_graph::{IoError, Role, View};
-use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found, Qcow2, check};
+use std::sync::Arc;
+
+use underlay_graph::{Role, View};
+use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found};
+use underlay_qcow2::{can_only_be_checked, check, complete_snapshots};
 use underlay_qmp::json::{Object, Value};
 
 use crate::getopt::Known;
@@ -60,28 +63,52 @@ pub async fn run(words: &[String]) -> Outcome {
     };
     cache.map_or(Ok(()), |mode| check_cache(&mode, "source cache"))?;
     let how = How { format: format.as_deref(), image_opts, force_share, ..How::default() };
-    let opened = image(name, how).await?;
-    if fix != Fix::None {
-        opened.warn_if_guessed();
-    }
-    let driver = opened.wires().view(opened.node()).node().driver();
-    if driver != "qcow2" {
-        opened.close().await?;
-        return Err(Failure { status: 63, ..Failure::new("This image format does not support checks") });
-    }
+    let (opened, file) = match image(name, how).await {
+        Ok(opened) => image_file(opened, fix).await?,
+        Err(failure) => only_to_check(name, how).await.ok_or(failure)?,
+    };
     let status = if fix == Fix::None {
-        let file = opened.wires().view(opened.node()).child(Role::File).cloned();
-        let status = match &file {
-            Some(file) => checked(name, file, fix, json, quiet).await,
-            None => Err(Failure::new("the image has no file")),
-        };
+        let status = checked(name, &file, fix, json, quiet).await;
         drop(file);
         close_after(status, opened).await?
     } else {
+        drop(file);
         opened.close().await?;
         repair(name, how, fix, json, quiet).await?
     };
     if status == 0 { Ok(()) } else { Err(Failure::status(status)) }
+}
+
+/// An image and its file, if it can be checked.
+async fn image_file(opened: Image, fix: Fix) -> Result<(Image, Arc<View>), Failure> {
+    if fix != Fix::None {
+        opened.warn_if_guessed();
+    }
+    let view = opened.wires().view(opened.node()).clone();
+    let file = view.child(Role::File).filter(|_| view.node().driver() == "qcow2").cloned();
+    drop(view);
+    match file {
+        Some(file) => Ok((opened, file)),
+        None => {
+            opened.close().await?;
+            Err(Failure { status: 63, ..Failure::new("This image format does not support checks") })
+        }
+    }
+}
+
+/// The file of an image that cannot be opened, but be checked; twice, as there is no image.
+async fn only_to_check(name: &str, how: How<'_>) -> Option<(Image, Arc<View>)> {
+    if how.image_opts || !matches!(how.format, None | Some("qcow2")) {
+        return None;
+    }
+    let opened = image(name, How { protocol: true, ..how }).await.ok()?;
+    let file = opened.wires().view(opened.node()).clone();
+    if can_only_be_checked(&file.cx()).await {
+        return Some((opened, file));
+    }
+    drop(file);
+    opened.close().await.ok()?;
+    None
 }
 
 /// Repairs by way of the file: what is marked as corrupt is not opened for writing otherwise.
@@ -89,47 +116,30 @@ async fn repair(name: &str, how: How<'_>, fix: Fix, json: bool, quiet: bool) -> 
     let how = How { protocol: true, write: true, resize: true, ..how };
     let opened = image(name, how).await?;
     let file = opened.wires().view(opened.node()).clone();
-    let found = once(&file, fix).await;
-    if !found.as_ref().is_ok_and(|found| found.incomplete_snapshots > 0) {
-        let status = match found {
-            Ok(found) => told(name, &file, found, json, quiet).await,
-            Err(failure) => Err(failure),
-        };
-        drop(file);
-        return close_after(status, opened).await;
-    }
-    drop(file);
-    let mut found = close_after(found, opened).await?;
-    complete_snapshots(name, how, &mut found).await;
-    let opened = image(name, how).await?;
-    let file = opened.wires().view(opened.node()).clone();
-    let status = told(name, &file, found, json, quiet).await;
+    let status = match once(&file, fix).await {
+        Ok(mut found) => {
+            complete(&file, &mut found).await;
+            told(name, &file, found, json, quiet).await
+        }
+        Err(failure) => Err(failure),
+    };
     drop(file);
     close_after(status, opened).await
 }
 
-/// Writes the snapshot table anew if nothing else is wrong. Otherwise, or when that fails, its entries stay what they are.
-async fn complete_snapshots(name: &str, how: How<'_>, found: &mut Found) {
+/// Writes a flawed snapshot table anew if nothing else is wrong. Otherwise, or when that fails, its entries stay what they are.
+async fn complete(file: &Arc<View>, found: &mut Found) {
     let entries = std::mem::take(&mut found.incomplete_snapshots);
-    let done = async {
-        if found.corruptions > 0 || found.check_errors > 0 {
-            return Err(Failure::new("the image has other errors"));
-        }
-        let opened = image(name, How { protocol: false, resize: false, ..how }).await?;
-        let done = async {
-            let failed = |error: IoError| Failure::new(error.to_string());
-            let inside = opened.root.enter().await.map_err(failed)?;
-            let cx = inside.cx();
-            let qcow2 = cx.node().as_any().downcast_ref::<Qcow2>();
-            qcow2.ok_or_else(|| failed(IoError::ENOTSUP))?.complete_snapshots(&cx).await.map_err(failed)
-        };
-        let done = done.await;
-        close_after(done, opened).await
+    if entries == 0 {
+        return;
+    }
+    let done = match found.corruptions > 0 || found.check_errors > 0 {
+        true => Err("the image has other errors".to_owned()),
+        false => complete_snapshots(file).await.map_err(|error| error.to_string()),
     };
-    match done.await {
+    match done {
         Ok(()) => found.corruptions_fixed += entries,
-        Err(failure) => {
-            let why = failure.message.unwrap_or_default();
+        Err(why) => {
             eprintln!("qemu-img: ERROR failed to update snapshot table: {why}");
             found.corruptions += entries;
         }
