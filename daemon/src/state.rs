@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use tokio::sync::Notify;
 use underlay_drivers::open::OnCorrupt;
 use underlay_drivers::open::tell_trouble_on_stderr;
 use underlay_drivers::throttle::Groups;
@@ -62,6 +63,8 @@ pub struct Daemon {
     pub machine: Option<Arc<Machine>>,
     nbd: Mutex<Option<Arc<NbdServer>>>,
     exports: Mutex<Vec<Export>>,
+    /// Told when an export is gone, or stays after all.
+    pub exports_changed: Notify,
     threads: Vec<IoThread>,
     next_job_thread: AtomicUsize,
 }
@@ -90,6 +93,7 @@ impl Daemon {
             machine,
             nbd: Mutex::default(),
             exports: Mutex::default(),
+            exports_changed: Notify::new(),
             threads,
             next_job_thread: AtomicUsize::new(0),
         }))

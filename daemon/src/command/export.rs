@@ -110,7 +110,7 @@ pub async fn server_stop(daemon: &Daemon) -> CommandResult<()> {
 pub async fn close_all(daemon: &Daemon) {
     let ids: Vec<_> = daemon.exports().iter().rev().map(|export| export.id.clone()).collect();
     for id in ids {
-        // One that is going already is gone soon.
+        // Refused for one that cannot be closed, which is then no better off than without a server.
         let _ = close(daemon, &id, true).await;
     }
     let server = daemon.nbd().take();
@@ -372,8 +372,26 @@ pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
     rt::by(Some(rt::now() + PATIENCE), ending).await.unwrap_or(Ok(()))
 }
 
+/// The end of an export, of one that is on its way already too.
 async fn close(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
+    let is_going = |export: &Export| export.id == id && export.shutting_down;
+    loop {
+        let mut changed = std::pin::pin!(daemon.exports_changed.notified());
+        changed.as_mut().enable();
+        if !daemon.exports().iter().any(is_going) {
+            break;
+        }
+        changed.await;
+    }
+    if !daemon.exports().iter().any(|export| export.id == id) {
+        return Ok(());
+    }
     begin_to_close(daemon, id, hard)?.await
+}
+
+/// It can be tried again to close it.
+fn stays(exports: &mut [Export], id: &str) {
+    exports.iter_mut().filter(|export| export.id == id).for_each(|export| export.shutting_down = false);
 }
 
 /// Lets no more clients in; what is left to be done before the export is gone.
@@ -400,11 +418,7 @@ fn begin_to_close(
         Some(Ok(gone)) => Some(gone),
         None | Some(Err(ExportError::NotFound(_))) => None,
         Some(Err(error)) => {
-            let mut exports = daemon.exports();
-            exports
-                .iter_mut()
-                .filter(|export| export.id == id)
-                .for_each(|export| export.shutting_down = false);
+            stays(&mut daemon.exports(), id);
             return Err(error.into());
         }
     };
@@ -415,9 +429,18 @@ fn begin_to_close(
         }
         drop(hurried);
         let Some(daemon) = daemon.upgrade() else { return Ok(()) };
-        export.let_go(&daemon).await?;
-        daemon.exports().retain(|other| other.id != export.id);
-        daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", export.id.as_str()));
-        Ok(())
+        let gone = export.let_go(&daemon).await;
+        match &gone {
+            Ok(()) => {
+                daemon.exports().retain(|other| other.id != export.id);
+                daemon.events.emit("BLOCK_EXPORT_DELETED", Object::new().with("id", export.id.as_str()));
+            }
+            Err(error) => {
+                tracing::error!(id = export.id, ?error, "the export stays");
+                stays(&mut daemon.exports(), &export.id);
+            }
+        }
+        daemon.exports_changed.notify_waiters();
+        gone
     })
 }

@@ -51,8 +51,8 @@ pub struct Graph {
     trouble: Trouble,
     /// Changes of persistent bitmaps go to their images at once.
     lasts: AtomicBool,
-    /// Some image has not been told of them yet.
-    lags: AtomicBool,
+    /// Nodes whose images have not been told of them yet.
+    lagging: Mutex<BTreeSet<NodeId>>,
 }
 
 /// Who is told of what has gone wrong when it was too late for an error.
@@ -113,13 +113,14 @@ impl Graph {
         self.plan().root(id).map(|root| Root { id, door: root.door.clone() })
     }
 
-    /// Has images that are written to keep what persistent bitmaps say by now, where that is worth it: after a crash they will say
-    /// less that is not so. Requests go on meanwhile, changes of the graph wait.
+    /// Has images that are written to keep what persistent bitmaps say by now, where they lag behind or it is worth it: after a crash they
+    /// will say less that is not so. Requests go on meanwhile, changes of the graph wait.
     pub async fn refresh_bitmaps(&self) {
         let _turn = self.turn.lock().await;
         let wires = self.wires();
-        let lags = self.lags.swap(false, Ordering::Relaxed);
+        let lagging = std::mem::take(&mut *self.lagging());
         for (id, node) in wires.plan().nodes().filter(|(_, node)| !node.read_only) {
+            let lags = lagging.contains(&id);
             let store = node.node.as_bitmap_store().filter(|store| lags || store.is_worth_refreshing());
             let (Some(store), view) = (store, wires.view(id)) else { continue };
             let bitmaps = persistent(node);
@@ -128,10 +129,14 @@ impl Graph {
                 false => store.refresh(&view.cx(), &bitmaps).await,
             };
             if let Err(error) = refreshed {
-                self.lags.fetch_or(lags, Ordering::Relaxed);
+                self.lagging().extend(lags.then_some(id));
                 tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
             }
         }
+    }
+
+    fn lagging(&self) -> MutexGuard<'_, BTreeSet<NodeId>> {
+        self.lagging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on images are told at once when a command has changed their bitmaps: they will be right after a crash, too.
@@ -230,8 +235,8 @@ impl Draft<'_> {
         }
         let trouble = &graph.trouble;
         let lasts = graph.lasts.load(Ordering::Relaxed);
-        let (lags, old_access, new_access) = (&graph.lags, &old_access, &new_access);
-        let step = Step { old: &old, new: &new, old_access, new_access, trouble, lasts, lags };
+        let (old_access, new_access) = (&old_access, &new_access);
+        let step = Step { graph, old: &old, new: &new, old_access, new_access, trouble, lasts };
         let outcome = step.run(moment, last_step).await;
         if outcome.is_ok() {
             step.resize_bitmaps().await;
@@ -285,13 +290,13 @@ fn below(plan: &Plan, roots: impl Iterator<Item = RootId>) -> Vec<Arc<dyn Node>>
 
 /// One change between its check and its end.
 struct Step<'a> {
+    graph: &'a Graph,
     old: &'a Wires,
     new: &'a Wires,
     old_access: &'a BTreeMap<NodeId, Access>,
     new_access: &'a BTreeMap<NodeId, Access>,
     trouble: &'a Trouble,
     lasts: bool,
-    lags: &'a AtomicBool,
 }
 
 /// Has an image keep bitmaps that may call clean what they called dirty before. What was written there until then must not be lost
@@ -342,7 +347,7 @@ impl Step<'_> {
             let now = persistent(node);
             let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
             if !is_same && done.may_lag {
-                self.lags.store(true, Ordering::Relaxed);
+                self.graph.lagging().insert(id);
             } else if !is_same {
                 done.refreshed.push(id);
                 refresh_cleaner(store, &self.new.view(id), &now).await?;
@@ -410,7 +415,13 @@ impl Step<'_> {
                 continue;
             }
             let Some(store) = node.node.as_bitmap_store() else { continue };
-            if let Err(error) = store.refresh(&view.cx(), &persistent(node)).await {
+            let lags = self.graph.lagging().remove(&id);
+            let refreshed = match lags {
+                true => refresh_cleaner(store, &view, &persistent(node)).await,
+                false => store.refresh(&view.cx(), &persistent(node)).await,
+            };
+            if let Err(error) = refreshed {
+                self.graph.lagging().extend(lags.then_some(id));
                 tracing::warn!(node = %view.name(), %error, "the bitmaps were not refreshed");
             }
         }

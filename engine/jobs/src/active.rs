@@ -191,9 +191,10 @@ impl Follow for Following<'_> {
     }
 
     async fn flush(&self) -> Result<bool, Stop> {
-        while let Err(error) = self.mirror.push.base.flush().await {
-            self.job.on_error(&error, false)?;
-            self.job.doze(NAP).await?;
+        let base = &self.mirror.push.base;
+        while let Err(error) = base.flush().await {
+            let is_lost = base.enter().await?.cx().doubts() > 0;
+            copy::on_flush_error(self.job, &error, is_lost).await?;
         }
         Ok(true)
     }

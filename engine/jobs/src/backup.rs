@@ -127,9 +127,10 @@ impl Jobs {
         job.set_total(filter.copies().left());
         let BackupArgs { settings, source, target, sync, bitmap, most_in_flight, filter_node_name, .. } =
             args;
-        if let (BackupTarget::Existing(node), BackupSync::Full) = (&target, sync) {
-            plan.wires().view(*node).cx().forgive();
-        }
+        let doubts = match &target {
+            BackupTarget::Existing(node) => plan.wires().view(*node).cx().doubts(),
+            BackupTarget::New(_) => 0,
+        };
         let (graph, copies) = (graph.clone(), filter.copies().clone());
         let mut work = Backup {
             graph,
@@ -141,6 +142,7 @@ impl Jobs {
             wiring: None,
             begun: true,
             changes_bitmap: false,
+            doubts,
         };
         let mut wired = work.wire(plan, &job, target, filter, filter_node_name.as_deref());
         // What users do not get on is for each backup to say, and not for the draft as a whole.
@@ -257,6 +259,8 @@ struct Backup {
     begun: bool,
     /// The bitmap has been given back, and its image has yet to hear of it.
     changes_bitmap: bool,
+    /// The target's before the moment.
+    doubts: u64,
 }
 
 impl Backup {
@@ -360,13 +364,13 @@ impl Backup {
 
     async fn flush(&self, job: &Job, root: &Root) -> Result<(), Stop> {
         loop {
-            let result = {
+            let (result, is_lost) = {
                 let inside = root.enter().await?;
-                CopyBeforeWrite::ends(&inside.cx()).target.flush().await
+                let target = CopyBeforeWrite::ends(&inside.cx()).target;
+                (target.flush().await, target.doubts() > 0)
             };
             let Err(error) = result else { return Ok(()) };
-            job.on_error(&error, false)?;
-            job.doze(NAP).await?;
+            copy::on_flush_error(job, &error, is_lost).await?;
         }
     }
 
@@ -431,6 +435,14 @@ impl Work for Backup {
     async fn run(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         let root = self.root()?;
         let length = root.length().await?;
+        if self.sync == BackupSync::Full {
+            // All of it is written once more, but not what the target has lost since the moment.
+            let inside = root.enter().await?;
+            let target = CopyBeforeWrite::ends(&inside.cx()).target;
+            if target.doubts() == self.doubts {
+                target.forgive();
+            }
+        }
         if self.sync == BackupSync::None {
             return self.hold(job).await;
         }

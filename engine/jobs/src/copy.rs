@@ -17,6 +17,7 @@ use underlay_sys::rt;
 
 use crate::error::Stop;
 use crate::event::Action;
+use crate::follow::NAP;
 use crate::job::Job;
 
 /// Bytes in one copy. Source for the size: QEMU's stream and commit, which clients see in `offset` when a slow job
@@ -35,6 +36,16 @@ const LANES: usize = 4;
 
 /// A failed chunk that the policy ignores is tried again after this time.
 const RETRY: Duration = Duration::from_millis(100);
+
+/// What becomes of a job when what it has written cannot be flushed. If something of it is lost ([`underlay_graph::Node::doubts`]) no
+/// flush will ever succeed, whatever the policy hopes for.
+pub(crate) async fn on_flush_error(job: &Job, error: &IoError, is_lost: bool) -> Result<(), Stop> {
+    if is_lost {
+        return Err(error.into());
+    }
+    job.on_error(error, false)?;
+    job.doze(NAP).await
+}
 
 /// What to do with the first bytes of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

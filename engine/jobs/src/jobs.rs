@@ -46,7 +46,7 @@ pub(crate) trait Work: Send {
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop>;
     /// All that end with it are prepared: what could not be taken back.
     async fn commit(&mut self, _job: &Arc<Job>) {}
-    /// The job has ended, and clients have been told.
+    /// The job has ended, and its events are on their way to the clients.
     async fn told(&mut self) {}
     /// The job failed or was cancelled, or another of its group was when this one was prepared: the chain goes back to its users
     /// as it was.

@@ -124,11 +124,7 @@ impl Jobs {
         let length = wires.view(args.source).cx().length();
         let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
         if let Target::Existing(id) = args.target {
-            let view = wires.view(id);
-            if !is_part {
-                view.cx().forgive();
-            }
-            tracked.begin_with(view.cx().doubts());
+            tracked.begin_with(wires.view(id).cx().doubts());
         }
         job.set_copy_mode(tracked.blocking.clone());
         let MirrorArgs { settings, source, target, replaces, sync, unmap, .. } = args;
@@ -429,6 +425,10 @@ impl Work for Mirror {
         if length != of_target {
             return Err(Stop::Failed("Source and target image have different sizes".into()));
         }
+        if self.sync == SyncMode::Full {
+            // What it has lost since the job was made is noticed at the next flush all the same.
+            MirrorTop::target(&root.enter().await?.cx()).forgive();
+        }
         self.mark(job, &root, length).await?;
         let copying = self.copying().await?;
         self.switch = follow::until_ended(job, &Following { job, copying }).await?;
@@ -490,11 +490,15 @@ impl Follow for Following<'_> {
 
     async fn flush(&self) -> Result<bool, Stop> {
         loop {
-            match self.copying.flush().await {
-                Ok(kept) => return Ok(kept),
-                Err(error) => self.job.on_error(&error, false)?,
+            let (flushed, is_lost) = {
+                let inside = self.copying.root.enter().await?;
+                let target = MirrorTop::target(&inside.cx());
+                (self.copying.tracked.flush(&target).await, target.doubts() > 0)
             };
-            self.job.doze(NAP).await?;
+            match flushed {
+                Ok(kept) => return Ok(kept),
+                Err(error) => copy::on_flush_error(self.job, &error, is_lost).await?,
+            }
         }
     }
 }
@@ -569,11 +573,6 @@ impl Copier for Copying {
 impl Copying {
     fn how(&self) -> HowToZero {
         HowToZero { unmap: self.unmap, unbacked: self.tracked.unbacked }
-    }
-
-    async fn flush(&self) -> Result<bool, IoError> {
-        let inside = self.root.enter().await?;
-        self.tracked.flush(&MirrorTop::target(&inside.cx())).await
     }
 }
 

@@ -191,6 +191,7 @@ impl<'a, 'r> Checker<'a, 'r> {
         if self.fix != Fix::None {
             self.reserve(&snapshots).await?;
         }
+        self.count_flaws(&snapshots);
         self.count_all(&snapshots).await?;
         let mut blocks = RefcountBlocks::read(self).await?;
         self.compare_and_repair(&mut blocks, &snapshots).await?;
@@ -266,7 +267,8 @@ impl<'a, 'r> Checker<'a, 'r> {
     async fn rebuild(&mut self, snapshots: &snapshots::Table) -> Result<RefcountBlocks, CheckError> {
         let (blocks, freed) = self.rebuild_refcounts().await?;
         let found = self.outcome;
-        self.outcome = Outcome { total_clusters: found.total_clusters, ..Outcome::default() };
+        let Outcome { total_clusters, incomplete_snapshots, .. } = found;
+        self.outcome = Outcome { total_clusters, incomplete_snapshots, ..Outcome::default() };
         self.file_len = self.file.length();
         self.clusters = self.file_len.div_ceil(self.header.cluster_size());
         self.counts = Counts::new(self.clusters)?;

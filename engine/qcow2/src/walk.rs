@@ -41,7 +41,7 @@ struct L2Entry {
 
 impl Checker<'_, '_> {
     /// What is wrong with the snapshot table itself. It is written anew by who has asked for it, once everything else is right.
-    fn count_flaws(&mut self, table: &Table) {
+    pub(crate) fn count_flaws(&mut self, table: &Table) {
         let mut flaws: Vec<(u32, String)> = Vec::new();
         for (i, _) in (0..).zip(&table.snapshots).filter(|(_, snapshot)| snapshot.incomplete) {
             match self.fix {
@@ -69,7 +69,6 @@ impl Checker<'_, '_> {
 
     /// Counts everything, in QEMU's order.
     pub(crate) async fn count_all(&mut self, snapshots: &Table) -> Result<(), CheckError> {
-        self.count_flaws(snapshots);
         let cluster = self.header.cluster_size();
         self.count(0, cluster)?;
         self.count_tree(self.header.l1_offset, self.header.l1_entries, true).await?;

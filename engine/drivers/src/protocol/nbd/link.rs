@@ -6,7 +6,7 @@
 //!
 //! The server that is found again may be another process, which does not have what the first one had not flushed. Within the
 //! `reconnect-delay` all of that is done once more before anything else ([`super::unflushed`]). Where that is not possible, no flush
-//! succeeds any more, until somebody takes note of the loss ([`Link::forgive`]).
+//! succeeds any more, until somebody undertakes to write all of it once more ([`Link::forgive`]).
 //!
 //! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets one for each
 //! thread that asks for anything, up to [`MOST_CONNECTIONS`]. They are made in the background, and the first is used until then. A
@@ -226,14 +226,13 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How often the server was found again with something unflushed: it may be another process, which does not have it.
+    /// How often the server was found again, and may lack something that was acknowledged.
     pub(crate) fn doubts(&self) -> u64 {
         self.doubts.load(Ordering::SeqCst)
     }
 
-    /// What was lost does not matter: it will be written once more, or nobody wants it.
+    /// What was lost does not matter: it will be written once more.
     pub(crate) fn forgive(&self) {
-        self.unflushed.forget();
         self.forgiven.store(self.doubts(), Ordering::SeqCst);
     }
 
@@ -291,6 +290,9 @@ impl Link {
                 Some(own) => own,
                 None => self.connection().await?,
             };
+            if self.is_given_up() {
+                return Err(IoError::EIO);
+            }
             begun.into_iter().for_each(Begun::made);
             match connection.ask(ask()).await {
                 Ok(descriptors) => return Ok(descriptors),
@@ -355,7 +357,7 @@ impl Link {
         let mut made = made.filter(|made| same(made.granted(), &self.granted)).map(Arc::new);
         if let Some(connection) = made.clone() {
             self.state().next = Some(connection.clone());
-            if !self.restore(&connection, until.is_some()).await {
+            if self.is_given_up() || !self.restore(&connection, until.is_some()).await {
                 made = None;
             }
         }
@@ -377,15 +379,16 @@ impl Link {
     async fn restore(&self, connection: &Connection, in_time: bool) -> bool {
         let asks = if in_time { self.unflushed.again() } else { None };
         let mut is_restored = asks.is_some();
-        for ask in asks.into_iter().flatten() {
+        for (ask, was_acknowledged) in asks.into_iter().flatten() {
+            // Nobody relies on a discard, nor on what was not acknowledged: who asked for that will ask again.
+            let counts = was_acknowledged && ask.command != TRIM;
             match connection.ask(ask).await {
-                Ok(_) => {}
                 Err(Failure::Lost) => return false,
-                Err(Failure::Server(error)) => {
+                Err(Failure::Server(error)) if counts => {
                     tracing::error!(server = %self.spec.server, ?error, "the server does not take again what it may have lost");
                     is_restored = false;
-                    break;
                 }
+                _ => {}
             }
         }
         if !is_restored && self.unflushed.lost() {

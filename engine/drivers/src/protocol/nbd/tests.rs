@@ -509,6 +509,35 @@ fn what_is_lost_is_not_durable() {
     }
 }
 
+/// What nobody has been told of may be refused when it is made again: only the one who asked for it hears of that.
+#[test]
+fn what_was_under_way_may_be_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let second = |request: &Request| request.command == command::WRITE && request.offset == 512;
+    let dies: Script =
+        Box::new(move |request, chunks, out| !second(request) && honest()(request, chunks, out));
+    let refuses: Script = Box::new(move |request, chunks, out| match second(request) {
+        true => {
+            chunks.error(underlay_nbd::Errno::ENOSPC, "", out);
+            true
+        }
+        false => honest()(request, chunks, out),
+    });
+    let server = serve(&path, vec![dies, refuses]);
+    block_on(async {
+        let view = open(&path, 600).await;
+        let cx = view.cx();
+        let write = |at| cx.write(range(at, 512), Iov::filled(512, 1), WriteFlags::default());
+        write(0).await.unwrap();
+        assert_eq!(write(512).await, Err(IoError::ENOSPC));
+        cx.flush().await.unwrap();
+        assert_eq!(cx.doubts(), 0);
+        cx.node().close(&cx).await.unwrap();
+    });
+    server.join().unwrap();
+}
+
 /// A write that fails with its server is no loss to anybody: the one who is told makes it again.
 #[test]
 fn what_failed_is_not_lost() {

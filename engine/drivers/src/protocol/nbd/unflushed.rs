@@ -1,7 +1,7 @@
 //! What a server has acknowledged and perhaps not made durable, kept to be done once more should the server be lost.
 //!
-//! A server that is killed and started again, or whose machine loses its power, comes back without it. As many bytes are
-//! kept as [`MOST_BYTES`] says, from one flush to the next. When it is more than that, nothing is kept until the next flush,
+//! A server that is killed and started again, or whose machine loses its power, comes back without it. As many bytes and requests are
+//! kept as [`MOST_BYTES`] and [`MOST_REQUESTS`] say, from one flush to the next. When it is more than that, nothing is kept until the next flush,
 //! and a server that is lost meanwhile may have lost something for good. Who will not have it done once more keeps no bytes, and
 //! learns only whether there is something that may be lost.
 
@@ -19,7 +19,7 @@ const MOST_REQUESTS: usize = 16 << 10;
 
 #[derive(Debug)]
 struct Kept {
-    /// The request with a copy of its data; none if there was no room for it.
+    /// The request with a copy of its data; none if data is not kept, or there was no room for it.
     ask: Option<Ask>,
     /// Whether the server has acknowledged it.
     done: bool,
@@ -106,10 +106,10 @@ impl Unflushed {
         }
     }
 
-    /// All that is to be done again, in order. None if something is missing.
-    pub(super) fn again(&self) -> Option<Vec<Ask>> {
+    /// All that is to be done again, in order, each with whether it was acknowledged. None if something is missing.
+    pub(super) fn again(&self) -> Option<Vec<(Ask, bool)>> {
         let state = self.state();
-        let asks = || state.requests.values().map(|kept| kept.ask.as_ref().map(same));
+        let asks = || state.requests.values().map(|kept| Some((same(kept.ask.as_ref()?), kept.done)));
         if state.dropped_before == 0 { asks().collect() } else { None }
     }
 
@@ -117,14 +117,10 @@ impl Unflushed {
     pub(super) fn lost(&self) -> bool {
         let mut state = self.state();
         let anything = state.dropped_before > 0 || state.requests.values().any(|kept| kept.done);
-        state.forget();
+        state.drop_all();
+        (state.has_room, state.dropped_before) = (true, 0);
         state.requests.values_mut().for_each(|kept| kept.is_late = true);
         anything
-    }
-
-    /// Nobody needs what was acknowledged.
-    pub(super) fn forget(&self) {
-        self.state().forget();
     }
 }
 
@@ -134,11 +130,6 @@ impl State {
         self.requests.retain(|_, kept| !kept.done);
         self.requests.values_mut().for_each(|kept| kept.ask = None);
         (self.bytes, self.has_room, self.dropped_before) = (0, false, self.next);
-    }
-
-    fn forget(&mut self) {
-        self.drop_all();
-        (self.has_room, self.dropped_before) = (true, 0);
     }
 }
 
@@ -201,7 +192,7 @@ mod tests {
     }
 
     fn again(all: &Unflushed) -> Option<Vec<u64>> {
-        Some(all.again()?.into_iter().map(|ask| ask.offset).collect())
+        Some(all.again()?.into_iter().map(|(ask, _)| ask.offset).collect())
     }
 
     #[test]
@@ -263,8 +254,6 @@ mod tests {
         assert!(all.lost());
         all.begin(&write(7, 8)).done();
         assert_eq!(again(&all), Some(vec![7]));
-        all.forget();
-        assert_eq!(again(&all), Some(vec![]));
     }
 
     #[test]
@@ -289,6 +278,6 @@ mod tests {
         let ask = write(0, 8);
         all.begin(&ask).done();
         ask.payload.unwrap().fill(2);
-        assert_eq!(all.again().unwrap()[0].payload.as_ref().unwrap().to_vec(), [1; 8]);
+        assert_eq!(all.again().unwrap()[0].0.payload.as_ref().unwrap().to_vec(), [1; 8]);
     }
 }
