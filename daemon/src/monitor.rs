@@ -1,7 +1,8 @@
 //! Monitors: QMP sessions on character devices, any number at once.
 //!
-//! Each client has a task that reads, a task that executes one command after the other, and a task that writes what waits
-//! in its outbox. What is asked out of band is answered by the one that reads. A client that sends nonsense, stops reading or goes away is its own problem only.
+//! Each client has a task that reads, a task that executes one command after the other, and a task that writes what
+//! waits in its outbox. What is asked out of band is answered by the one that reads. A client that sends nonsense,
+//! stops reading or goes away is its own problem only.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +25,8 @@ use crate::state::Daemon;
 /// Bytes read from a client at a time.
 const READ: usize = 64 << 10;
 
-/// Most commands that wait behind the one that is executed: then the client is not heard any more, not even out of band.
-/// Source: the reference answers a request out of band behind seven that wait, and does not behind eight.
+/// Most commands that wait behind the one that is executed: then the client is not heard any more, not even out of
+/// band. Source: the reference answers a request out of band behind seven that wait, and does not behind eight.
 const MOST_WAITING: usize = 8;
 
 /// A message of more bytes has the queue to itself.

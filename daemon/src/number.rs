@@ -1,4 +1,5 @@
-//! Numbers in the words of options, as the reference reads them: decimal, octal (`010`) or hexadecimal (`0x8`), 64 bits wide.
+//! Numbers in the words of options, as the reference reads them: decimal, octal (`010`) or hexadecimal (`0x8`), 64 bits
+//! wide.
 
 use std::num::IntErrorKind;
 

@@ -35,7 +35,8 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     }
 }
 
-/// Reads a command line as far as that goes without carrying anything out; what is wrong with it, if that is found so early.
+/// Reads a command line as far as that goes without carrying anything out; what is wrong with it, if that is found so
+/// early.
 pub fn understood(words: &[String]) -> Result<(), String> {
     let CommandLine::Run { given, .. } = parse(words)? else { return Ok(()) };
     let read = |given: &Given| match given.read()? {

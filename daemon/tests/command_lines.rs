@@ -1,4 +1,5 @@
-//! The same command lines for our `qemu-storage-daemon` and for the reference's: the same messages, the same exit status.
+//! The same command lines for our `qemu-storage-daemon` and for the reference's: the same messages, the same exit
+//! status.
 //!
 //! `command_lines.txt` has one on each line, as a shell reads it. Each ends by itself: a good one has `--monitor none`
 //! behind it, which fails once everything before it has taken effect. Lines after `~ ` differ, for the reason that the

@@ -1,5 +1,5 @@
-//! Guests of a machine's devices, which come by exports: they wait while the machine is stopped, an error stops it, and a
-//! device that goes takes them along.
+//! Guests of a machine's devices, which come by exports: they wait while the machine is stopped, an error stops it, and
+//! a device that goes takes them along.
 //!
 //! The reference has no such exports; what is expected here is what its guests would see.
 

@@ -1,8 +1,8 @@
 //! A machine answers as the reference's system emulator does.
 //!
-//! Scripts are in `tests/machine`; a line `@ …` in front has arguments for the program, [`script`] says what the others mean.
-//! Beside each is what the reference said (`*.expected`). Where `UNDERLAY_SYSTEM_EMULATOR` names a system emulator, it is
-//! asked again, and with `UNDERLAY_RECORD` what it says is written down.
+//! Scripts are in `tests/machine`; a line `@ …` in front has arguments for the program, [`script`] says what the others
+//! mean. Beside each is what the reference said (`*.expected`). Where `UNDERLAY_SYSTEM_EMULATOR` names a system
+//! emulator, it is asked again, and with `UNDERLAY_RECORD` what it says is written down.
 
 mod script;
 

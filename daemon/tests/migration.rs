@@ -1,6 +1,7 @@
-//! Storage migration as the specification has it ("live storage migration with drive-mirror + NBD"), between two daemons on one
-//! machine, over TCP and over UNIX sockets, with the reference's daemon as the destination and as the source: a guest writes
-//! until the disk is on the other side, and goes on there. And between two machines, whose guests come to their devices.
+//! Storage migration as the specification has it ("live storage migration with drive-mirror + NBD"), between two
+//! daemons on one machine, over TCP and over UNIX sockets, with the reference's daemon as the destination and as the
+//! source: a guest writes until the disk is on the other side, and goes on there. And between two machines, whose
+//! guests come to their devices.
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;

@@ -1,5 +1,5 @@
-//! Requests out of band while a command of the same client takes its time, on our daemon and on the reference's: answered
-//! ahead of what waits, but not any more once eight commands wait.
+//! Requests out of band while a command of the same client takes its time, on our daemon and on the reference's:
+//! answered ahead of what waits, but not any more once eight commands wait.
 //!
 //! The command that takes its time opens a disk on an NBD server that says nothing until the test lets go of it.
 

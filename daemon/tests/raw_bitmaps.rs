@@ -1,4 +1,5 @@
-//! The persistent bitmaps of a raw disk after a real SIGKILL: they are good if nobody else has written to the disk, and only then.
+//! The persistent bitmaps of a raw disk after a real SIGKILL: they are good if nobody else has written to the disk, and
+//! only then.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;

@@ -1,6 +1,6 @@
-//! The specification, from its first line to its last, on machines that are started as it prints it: once in QMP, once as it
-//! is typed, into the shell and the human monitor. Each time the replies, the events in their order, the chain after each
-//! step and what all images hold in the end are those that the reference was seen to have.
+//! The specification, from its first line to its last, on machines that are started as it prints it: once in QMP, once
+//! as it is typed, into the shell and the human monitor. Each time the replies, the events in their order, the chain
+//! after each step and what all images hold in the end are those that the reference was seen to have.
 //!
 //! A script in `tests/specification` has sessions (`= TITLE`). In a session:
 //!
@@ -487,7 +487,8 @@ fn session(program: Program<'_>, form: Form, title: &str, lines: &[&str]) -> Str
         events.sort_by_key(|event| job_of(event).to_owned());
         let jobs: BTreeSet<_> = events.iter().map(|event| job_of(event).to_owned()).collect();
         if jobs.iter().filter(|job| !job.is_empty()).count() > 1 {
-            // Where a job is when another one begins, ends or fails, and so is held for a moment or waits, nobody knows.
+            // Where a job is when another one begins, ends or fails, and so is held for a moment or waits, nobody
+            // knows.
             let passes = ["paused", "waiting"].map(|status| format!("\"status\": \"{status}\""));
             events.retain(|event| !passes.iter().any(|status| event.contains(status)));
             events.dedup();

@@ -1,5 +1,5 @@
-//! The shell, and the human monitor of a machine, on a terminal: a real pty, with an emulator that knows what is on its screen. Nothing here waits for a time:
-//! each step waits until the screen shows what it has to.
+//! The shell, and the human monitor of a machine, on a terminal: a real pty, with an emulator that knows what is on its
+//! screen. Nothing here waits for a time: each step waits until the screen shows what it has to.
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -94,8 +94,8 @@ fn test() -> bool {
     tested && measures() && kill()
 }
 
-/// The benchmark still works. Figures of a machine that does other things meanwhile are worth nothing, so its own code need not be
-/// built to be fast.
+/// The benchmark still works. Figures of a machine that does other things meanwhile are worth nothing, so its own code
+/// need not be built to be fast.
 fn measures() -> bool {
     let mut bench = cargo();
     bench.args(["run", "--package", "underlay-bench", "--", "--binary", "target/release/underlay"]);

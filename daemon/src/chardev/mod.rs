@@ -259,7 +259,8 @@ impl Chardevs {
         base.backend.take().ok_or_else(|| in_use(id))
     }
 
-    /// `--monitor`, `-mon`: what is behind its character device, and what is spoken there; `default` if that is not said.
+    /// `--monitor`, `-mon`: what is behind its character device, and what is spoken there; `default` if that is not
+    /// said.
     pub fn take_for_monitor(
         &self,
         mut arguments: Arguments,

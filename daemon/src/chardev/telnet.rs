@@ -1,4 +1,5 @@
-//! Telnet's commands among the bytes of a connection. Source: RFC 854 (commands), 856 (binary), 857 (echo), 858 (go ahead).
+//! Telnet's commands among the bytes of a connection. Source: RFC 854 (commands), 856 (binary), 857 (echo), 858 (go
+//! ahead).
 
 const IAC: u8 = 255;
 /// Begins a negotiation, up to `IAC SE`.

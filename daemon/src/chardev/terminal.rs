@@ -1,5 +1,5 @@
-//! A terminal at standard input, for the human monitor: it hands over each key as it is pressed and shows none by itself, as
-//! the monitor shows what is typed. The terminal is given back as it was.
+//! A terminal at standard input, for the human monitor: it hands over each key as it is pressed and shows none by
+//! itself, as the monitor shows what is typed. The terminal is given back as it was.
 
 use std::io::stdin;
 use std::sync::{Mutex, PoisonError};

@@ -121,8 +121,8 @@ impl Device {
         output.into_iter().chain(log).find(is_pipe).map(String::as_str)
     }
 
-    /// The `backend` of a command, whose names and types have been checked: the same options by other names, and with other
-    /// defaults.
+    /// The `backend` of a command, whose names and types have been checked: the same options by other names, and with
+    /// other defaults.
     pub fn of_backend(mut backend: Arguments) -> CommandResult<Self> {
         let kind = backend.text("type");
         let mut data = backend.object("data").unwrap_or_else(|| Arguments::new(Object::new()));

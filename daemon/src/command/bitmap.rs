@@ -102,7 +102,8 @@ pub struct GivenUp {
     name: String,
 }
 
-/// After all actions were done to a draft: lets go of bitmaps that are given up. Images that keep them forget them in the step.
+/// After all actions were done to a draft: lets go of bitmaps that are given up. Images that keep them forget them in
+/// the step.
 pub fn let_go(plan: &mut Plan, given_up: Vec<GivenUp>) -> Option<Box<dyn LastStep>> {
     let mut stored = Vec::new();
     for GivenUp { node, name } in given_up {

@@ -365,8 +365,8 @@ pub async fn close_guests(daemon: &Daemon, backend: BackendId) -> CommandResult<
 }
 
 /// block-export-del, nbd-server-remove: once its clients' last requests are done, the export is gone and
-/// BLOCK_EXPORT_DELETED is on its way. Most are done at once. A request that waits for somebody else does not hold up this command,
-/// and with it all others.
+/// BLOCK_EXPORT_DELETED is on its way. Most are done at once. A request that waits for somebody else does not hold up
+/// this command, and with it all others.
 pub async fn del(daemon: &Daemon, id: &str, hard: bool) -> CommandResult<()> {
     let ending = rt::spawn(begin_to_close(daemon, id, hard)?);
     rt::by(Some(rt::now() + PATIENCE), ending).await.unwrap_or(Ok(()))

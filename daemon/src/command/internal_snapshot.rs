@@ -1,7 +1,7 @@
 //! Internal snapshots: kept inside the image itself.
 //!
-//! They are taken while the gates of all users are closed, those of one transaction at one moment. If one of them cannot be taken
-//! those taken before it are deleted again, behind the same closed gates: nobody has seen them.
+//! They are taken while the gates of all users are closed, those of one transaction at one moment. If one of them
+//! cannot be taken those taken before it are deleted again, behind the same closed gates: nobody has seen them.
 
 use std::time::{Duration, SystemTime};
 
@@ -31,8 +31,8 @@ pub struct Take {
 }
 
 impl Take {
-    /// From the arguments of blockdev-snapshot-internal-sync, done to a draft that closes the gates for it. `earlier` are those that
-    /// will be taken before it.
+    /// From the arguments of blockdev-snapshot-internal-sync, done to a draft that closes the gates for it. `earlier`
+    /// are those that will be taken before it.
     pub fn new(
         daemon: &Daemon,
         plan: &mut Plan,
@@ -91,8 +91,8 @@ fn disk(daemon: &Daemon, plan: &Plan, device: &str) -> CommandResult<NodeId> {
     Ok(plan.skip_filters(node))
 }
 
-/// A snapshot of this moment. A machine without a processor has no clock; without a machine the guest's clock is that of the
-/// host, as with the reference.
+/// A snapshot of this moment. A machine without a processor has no clock; without a machine the guest's clock is that
+/// of the host, as with the reference.
 fn now(name: &str, has_machine: bool) -> NewSnapshot {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let now = Duration::from_micros(u64::try_from(now.as_micros()).unwrap_or(u64::MAX));

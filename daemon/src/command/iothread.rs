@@ -1,8 +1,9 @@
 //! Objects of the type `iothread`.
 //!
-//! In the reference one thread serves everything until others are asked for by such an object. Here the I/O threads, one for
-//! each processor, serve all exports from the beginning, whatever an export asks for. So an iothread is no more than a
-//! name that exports can be given, with properties that are checked and remembered, and any export can have any of them.
+//! In the reference one thread serves everything until others are asked for by such an object. Here the I/O threads,
+//! one for each processor, serve all exports from the beginning, whatever an export asks for. So an iothread is no more
+//! than a name that exports can be given, with properties that are checked and remembered, and any export can have any
+//! of them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -120,7 +121,8 @@ impl Iothreads {
         self.all().remove(id).is_some()
     }
 
-    /// query-iothreads. `thread` knows the thread that an iothread is told to be: several may be one, and each serves everything.
+    /// query-iothreads. `thread` knows the thread that an iothread is told to be: several may be one, and each serves
+    /// everything.
     pub fn query(&self, thread: impl Fn(usize) -> i32) -> Value {
         let info = |(id, iothread): (&String, &Arc<Iothread>)| {
             let object = Object::new().with("id", id.as_str());

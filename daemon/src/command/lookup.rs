@@ -12,8 +12,8 @@ use crate::state::Daemon;
 
 /// Who knows names: of nodes, and in a machine those of backends and devices, too.
 ///
-/// As in QEMU the name of a backend comes before that of a node. The names of devices, which only some of QEMU's commands
-/// take, come last, so that `virtio0` means the disk of `-device virtio-blk,id=virtio0`.
+/// As in QEMU the name of a backend comes before that of a node. The names of devices, which only some of QEMU's
+/// commands take, come last, so that `virtio0` means the disk of `-device virtio-blk,id=virtio0`.
 #[derive(Clone)]
 pub struct Names {
     machine: Option<Arc<Machine>>,
@@ -76,8 +76,8 @@ impl Names {
         })
     }
 
-    /// What a job on a node is called of which its user says nothing: as the backend with that disk, or as the device by whose
-    /// name the disk was found; else nothing.
+    /// What a job on a node is called of which its user says nothing: as the backend with that disk, or as the device
+    /// by whose name the disk was found; else nothing.
     pub fn job_id(&self, plan: &Plan, name: &str, node: NodeId) -> String {
         let called = self.backend_of(plan, node).map(|backend| backend.name);
         let is_device =
@@ -91,8 +91,8 @@ impl Names {
         backends.into_iter().find(|backend| !backend.name.is_empty() && backend.disk(plan) == Some(node))
     }
 
-    /// What a node is called that was asked for by the name `asked`: as the backend whose disk it is, if it was asked for or is
-    /// right above the node, else by its own name.
+    /// What a node is called that was asked for by the name `asked`: as the backend whose disk it is, if it was asked
+    /// for or is right above the node, else by its own name.
     fn called(&self, plan: &Plan, id: NodeId, asked: &str) -> String {
         let is_asked = |backend: &Backend| backend.disk(plan) == Some(id);
         if self.backend(asked).as_ref().is_some_and(is_asked) {

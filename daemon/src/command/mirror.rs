@@ -93,7 +93,8 @@ async fn open_target(
     Ok(opener.open(spec).await?)
 }
 
-/// What an existing target names as its backing file: an image of the source's chain, or else it gets what it names at once.
+/// What an existing target names as its backing file: an image of the source's chain, or else it gets what it names at
+/// once.
 async fn named_below(
     daemon: &Daemon,
     source: NodeId,

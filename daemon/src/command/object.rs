@@ -1,7 +1,8 @@
-//! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are throttle
-//! groups and iothreads.
+//! Objects beside the graph: object-add, object-del, `--object`, and qom-list, qom-get, qom-set. So far these are
+//! throttle groups and iothreads.
 //!
-//! In a machine devices are objects, too, of which no more is told than what they are and which disk they have, and that can be changed.
+//! In a machine devices are objects, too, of which no more is told than what they are and which disk they have, and
+//! that can be changed.
 //!
 //! Objects are children of `/objects`, by their ids; a path without a slash in front is found anywhere.
 

@@ -82,7 +82,8 @@ pub fn snapshot(daemon: &Daemon, plan: &mut Plan, node: &str, overlay: &str) -> 
 
 /// Wires `overlay` between `disk` and its users; `disk` is only read from then on.
 fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), GraphError> {
-    // A job may be writing to it (`allow-write-only-overlay`): a mirror whose target gets what is below it before the end.
+    // A job may be writing to it (`allow-write-only-overlay`): a mirror whose target gets what is below it before the
+    // end.
     let access = plan.check()?.get(&overlay).copied().unwrap_or(Access::UNUSED);
     if access.required.has(Perms::CONSISTENT_READ) {
         return Err(GraphError::new("The overlay is already in use"));
@@ -116,7 +117,8 @@ async fn create_overlay(plan: &Plan, disk: NodeId, file: &str, format: &str) -> 
     create_image(file, format, view.cx().length(), Some(&view)).await
 }
 
-/// Makes an image file of `size` bytes, based on the image `below`. QEMU announces this on standard output, as qemu-img does.
+/// Makes an image file of `size` bytes, based on the image `below`. QEMU announces this on standard output, as qemu-img
+/// does.
 pub async fn create_image(file: &str, format: &str, size: u64, below: Option<&View>) -> CommandResult<()> {
     let known = matches!(format, "raw" | "file" | "host_device" | "null-co" | "null-aio");
     match (format, below) {

@@ -1,9 +1,9 @@
 //! transaction: several actions in one change of the graph, all or none of them.
 //!
-//! Each action is done in its turn to one draft of the graph, as those before it have left it: a backup may copy the overlay that
-//! a snapshot has just brought. Files are made and opened on the way, and jobs are shown. Then the draft is put into force: it
-//! is the one moment of all snapshots and backups. If any of it is refused, nothing has happened but for files that
-//! were made, as with QEMU. A command that could be an action is a transaction of one.
+//! Each action is done in its turn to one draft of the graph, as those before it have left it: a backup may copy the
+//! overlay that a snapshot has just brought. Files are made and opened on the way, and jobs are shown. Then the draft
+//! is put into force: it is the one moment of all snapshots and backups. If any of it is refused, nothing has happened
+//! but for files that were made, as with QEMU. A command that could be an action is a transaction of one.
 
 use underlay_graph::graph::LastStep;
 use underlay_graph::{Draft, Plan};

@@ -291,7 +291,8 @@ impl Guest for Attached {
         self.io.running.leave();
         self.io.stats.count(operation, bytes, when, result.is_ok());
         match result {
-            // Nothing is wrong with a disk that has gone, nor with one that cannot do what could be done in another way.
+            // Nothing is wrong with a disk that has gone, nor with one that cannot do what could be done in another
+            // way.
             Err(error) if ![IoError::ECANCELED, IoError::ENOTSUP].contains(error) => {
                 self.io.failed(operation, error)
             }

@@ -1,4 +1,5 @@
-//! How long requests take: histograms of it, and the shortest, the longest and the average of a time that has just passed.
+//! How long requests take: histograms of it, and the shortest, the longest and the average of a time that has just
+//! passed.
 //!
 //! Nothing here asks for the time: it is given, in nanoseconds.
 
@@ -74,8 +75,9 @@ pub const TIMED: [&str; 4] = ["rd", "wr", "flush", "zone_append"];
 /// Nanoseconds of a second.
 const SECOND: u64 = 1_000_000_000;
 
-/// The requests of the last while. Time is cut into slots of two thirds of the interval's length, and what is told is that of
-/// the present slot and the one before: of two thirds to four thirds of the length. Source: asking the reference.
+/// The requests of the last while. Time is cut into slots of two thirds of the interval's length, and what is told is
+/// that of the present slot and the one before: of two thirds to four thirds of the length. Source: asking the
+/// reference.
 #[derive(Clone, Copy, Debug)]
 pub struct Interval {
     seconds: u32,

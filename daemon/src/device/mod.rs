@@ -7,9 +7,9 @@
 //!   (id, model, path)  (name of -drive)
 //! ```
 //!
-//! A backend is what commands call a device: the name that `-drive` gave it, or none for a device on a node of `-blockdev`.
-//! Its medium is an unpinned root, so it follows its disk through snapshots, commits and pivots. A backend without a device
-//! asks nothing of its disk; with one, it asks for what a guest does.
+//! A backend is what commands call a device: the name that `-drive` gave it, or none for a device on a node of
+//! `-blockdev`. Its medium is an unpinned root, so it follows its disk through snapshots, commits and pivots. A backend
+//! without a device asks nothing of its disk; with one, it asks for what a guest does.
 
 pub mod given;
 pub mod guest;
@@ -149,8 +149,8 @@ impl Devices {
         table.backends.iter().find(is_it).cloned()
     }
 
-    /// What has its disk at that place, or in the device of that name itself: not what is in a device within. `Err`: there is
-    /// such a device, without a disk of its own.
+    /// What has its disk at that place, or in the device of that name itself: not what is in a device within. `Err`:
+    /// there is such a device, without a disk of its own.
     pub fn at(&self, id: &str) -> Result<Option<Backend>, ()> {
         let device = self.device(id);
         let table = self.table();

@@ -1,5 +1,5 @@
-//! What devices there are: those that have a disk, those that disks are plugged into, and the rest of a machine, which is
-//! taken and has no effect.
+//! What devices there are: those that have a disk, those that disks are plugged into, and the rest of a machine, which
+//! is taken and has no effect.
 
 /// A kind of bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +122,8 @@ impl Model {
         MODELS.iter().find(|model| model.name == name || model.alias == Some(name))
     }
 
-    /// Its properties, a line for each: `NAME=<TYPE>` and what there is to say about it. Nothing if they are not looked at.
+    /// Its properties, a line for each: `NAME=<TYPE>` and what there is to say about it. Nothing if they are not looked
+    /// at.
     pub fn properties(&self) -> Option<impl Iterator<Item = &'static str>> {
         let title = format!("{} options:", self.properties?);
         let lines = PROPERTIES.lines().skip_while(move |line| *line != title).skip(1);

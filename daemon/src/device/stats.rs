@@ -1,7 +1,7 @@
 //! What guests did with the disk of a device: query-blockstats.
 //!
-//! Requests add to counters, and no more than that. Only where a histogram or an interval was asked for, they also look at
-//! how long they took, one after the other.
+//! Requests add to counters, and no more than that. Only where a histogram or an interval was asked for, they also look
+//! at how long they took, one after the other.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -31,7 +31,8 @@ const WAYS: [(Operation, &str); 4] = [
     (Operation::Discard, "unmap"),
 ];
 
-/// What there may be a histogram of: how it is called, and what an error calls it. In the order in which a command sets them.
+/// What there may be a histogram of: how it is called, and what an error calls it. In the order in which a command sets
+/// them.
 pub const HISTOGRAMS: [(&str, &str); 4] =
     [("rd", "read"), ("wr", "write"), ("zone_append", "append write"), ("flush", "flush")];
 

@@ -136,8 +136,8 @@ pub async fn insert(daemon: &Daemon, machine: &Machine, id: &str, node_name: &st
     Ok(())
 }
 
-/// qom-set of `drive`: another node takes the place of the disk, under those who use it. That is how filters come to a device
-/// and go again.
+/// qom-set of `drive`: another node takes the place of the disk, under those who use it. That is how filters come to a
+/// device and go again.
 pub async fn set_drive(
     daemon: &Daemon,
     machine: &Machine,

@@ -1,7 +1,8 @@
 //! The human monitor: lines in, text out.
 //!
-//! [`readline`] takes what is typed, [`complete`] says how it may go on, [`parse`] reads a line by the descriptions in [`table`], [`run`] does what it says with the handlers of
-//! QMP's commands, and [`show`] has the words for the answers.
+//! [`readline`] takes what is typed, [`complete`] says how it may go on, [`parse`] reads a line by the descriptions in
+//! [`table`], [`run`] does what it says with the handlers of QMP's commands, and [`show`] has the words for the
+//! answers.
 
 mod complete;
 mod disks;
@@ -20,7 +21,8 @@ use crate::state::Daemon;
 
 const HELLO: &str = "QEMU 10.0.2 monitor - type 'help' for more information\r\n";
 
-/// Talks to whoever is at the other end of `wire`, until they go. What they have typed is done, whether they still listen or not.
+/// Talks to whoever is at the other end of `wire`, until they go. What they have typed is done, whether they still
+/// listen or not.
 pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
     daemon.ready.raised().await;
     let mut readline = Readline::default();

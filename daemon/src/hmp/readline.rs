@@ -1,8 +1,9 @@
 //! Typing a line into the monitor: what each byte does, and what is sent back so that a terminal shows it.
 //!
-//! The reference does this on every stream, terminal or not, and so do we, byte for byte: after each byte the cursor goes
-//! to the line's beginning, the line is written anew and the rest of the terminal's line is cleared; or only the cursor moves.
-//! No I/O: bytes in, bytes out. Lines are bytes; a letter that takes several comes one byte after the other.
+//! The reference does this on every stream, terminal or not, and so do we, byte for byte: after each byte the cursor
+//! goes to the line's beginning, the line is written anew and the rest of the terminal's line is cleared; or only the
+//! cursor moves. No I/O: bytes in, bytes out. Lines are bytes; a letter that takes several comes one byte after the
+//! other.
 
 /// What is in front of each line.
 pub const PROMPT: &str = "(qemu) ";

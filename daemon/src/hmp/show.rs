@@ -35,7 +35,8 @@ pub fn objects(list: &Value) -> Vec<&Object> {
     }
 }
 
-/// `info block`: devices (query-block), or nodes (query-named-block-nodes) when they are asked for or `wanted` is no device.
+/// `info block`: devices (query-block), or nodes (query-named-block-nodes) when they are asked for or `wanted` is no
+/// device.
 pub fn block(devices: &Value, named: &Value, wanted: Option<&str>, is_nodes: bool, details: bool) -> String {
     let mut out = String::new();
     if !is_nodes {
@@ -312,8 +313,8 @@ pub fn version(answer: &Value) -> String {
     format!("{}.{}.{}{}\n", part("major"), part("minor"), part("micro"), text(answer, "package"))
 }
 
-/// `info snapshots`: what of the disks of query-block can be written to has which snapshots: those that all have, by their
-/// names, and the others.
+/// `info snapshots`: what of the disks of query-block can be written to has which snapshots: those that all have, by
+/// their names, and the others.
 pub fn snapshots(devices: &Value) -> String {
     let of = |device: &Object| {
         let inserted = inner(device, "inserted").filter(|inserted| !flag(inserted, "ro"))?;

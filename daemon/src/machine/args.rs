@@ -1,5 +1,5 @@
-//! The command line, in two goes as the reference has it: first all options are looked at by name, then their values are
-//! read in their order. What they ask for is carried out later, kind by kind.
+//! The command line, in two goes as the reference has it: first all options are looked at by name, then their values
+//! are read in their order. What they ask for is carried out later, kind by kind.
 
 use underlay_graph::units::is_well_formed_id;
 use underlay_qmp::json::{self, Object, Value};

@@ -1,4 +1,5 @@
-//! Character devices in the short form that `-qmp` and `-monitor` take: `unix:PATH,server=on`, `tcp:HOST:PORT`, `stdio`, …
+//! Character devices in the short form that `-qmp` and `-monitor` take: `unix:PATH,server=on`, `tcp:HOST:PORT`,
+//! `stdio`, …
 
 use underlay_qmp::option_list::{self, OptionList};
 

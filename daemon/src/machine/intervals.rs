@@ -6,8 +6,8 @@ use crate::error::{CommandError, CommandResult};
 
 const PREFIX: &str = "stats-intervals.";
 
-/// Takes the lengths out of the options of a drive, as they are written. Without numbers behind it, it is an option of the
-/// disk's driver, which has none of that name.
+/// Takes the lengths out of the options of a drive, as they are written. Without numbers behind it, it is an option of
+/// the disk's driver, which has none of that name.
 pub fn take(options: &mut Object) -> Vec<(String, String)> {
     let names = options.iter().filter_map(|(name, _)| name.strip_prefix(PREFIX).map(str::to_owned));
     let names: Vec<_> = names.collect();

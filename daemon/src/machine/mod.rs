@@ -1,5 +1,5 @@
-//! `underlay machine`, also under the name `qemu-system-x86_64`: a machine without a CPU. It has what monitors see of one:
-//! it runs or is stopped, and it has devices with disks in them. Guests come by exports.
+//! `underlay machine`, also under the name `qemu-system-x86_64`: a machine without a CPU. It has what monitors see of
+//! one: it runs or is stopped, and it has devices with disks in them. Guests come by exports.
 
 mod args;
 mod compat;
@@ -111,7 +111,8 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     }
 }
 
-/// Reads a command line as far as that goes without carrying anything out; what is wrong with it, if that is found so early.
+/// Reads a command line as far as that goes without carrying anything out; what is wrong with it, if that is found so
+/// early.
 pub fn understood(words: &[String]) -> Result<(), String> {
     let Asked::Run(setting) = args::parse(words)? else { return Ok(()) };
     for args::Typed { typed, value: (options, input) } in setting.devices {

@@ -1,8 +1,8 @@
 //! A script against a daemon: its lines are executed, replies and events are kept.
 //!
-//! A line `! …` is a shell command, `? NAME [TEXT]` waits for an event (that has the text in it) after the last command and the
-//! event waited for before, `~ …` is a command whose reply does not count, and anything else is a command to execute. What may differ (generated names, times, sizes on
-//! disk) is blanked out.
+//! A line `! …` is a shell command, `? NAME [TEXT]` waits for an event (that has the text in it) after the last command
+//! and the event waited for before, `~ …` is a command whose reply does not count, and anything else is a command to
+//! execute. What may differ (generated names, times, sizes on disk) is blanked out.
 
 #![allow(dead_code, reason = "not every test needs all of it")]
 
@@ -176,7 +176,8 @@ pub fn blanked(line: &str) -> String {
     })
 }
 
-/// Runs a script with a program that connects to `qmp.sock` in its folder. `path` comes before what shell commands find.
+/// Runs a script with a program that connects to `qmp.sock` in its folder. `path` comes before what shell commands
+/// find.
 pub fn run(program: &str, arguments: &[&str], script: &str, path: Option<&Path>) -> Heard {
     let folder = tempfile::tempdir().expect("a folder");
     let mut lines =

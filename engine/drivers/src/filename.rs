@@ -64,8 +64,8 @@ pub fn of_file(view: &View) -> Option<String> {
     }
 }
 
-/// The image of the chain below `top`, itself included, that a file name means: as the image is called, or as its overlay
-/// calls it.
+/// The image of the chain below `top`, itself included, that a file name means: as the image is called, or as its
+/// overlay calls it.
 pub fn find_in_chain(wires: &Wires, top: NodeId, file: &str) -> Option<NodeId> {
     let absolute = |name: &str| std::fs::canonicalize(name).ok();
     let wanted = absolute(file);

@@ -1,8 +1,8 @@
 //! blockdev-reopen: other options for nodes that are in use.
 //!
-//! All changes of one command are edits of one draft of the plan, so either all of them are made or none. A node's options
-//! are as if it were opened anew: what is not given goes back to its default, or to what its parent hands down to a child
-//! that was opened inline. What a driver cannot change is refused, given or left out. The texts are QEMU's.
+//! All changes of one command are edits of one draft of the plan, so either all of them are made or none. A node's
+//! options are as if it were opened anew: what is not given goes back to its default, or to what its parent hands down
+//! to a child that was opened inline. What a driver cannot change is refused, given or left out. The texts are QEMU's.
 //!
 //! What has to be done to the nodes themselves (files that change their way past the page cache) is the last step of
 //! the change, while no request is inside.

@@ -17,7 +17,8 @@ use crate::threshold::Threshold;
 use crate::units::ByteRange;
 use crate::view::Cx;
 
-/// Who writes which blocks of a node right now, and how far anybody has written. Lives as long as the node, across changes of the wiring.
+/// Who writes which blocks of a node right now, and how far anybody has written. Lives as long as the node, across
+/// changes of the wiring.
 #[derive(Debug, Default)]
 pub struct Blocks {
     lock: RangeLock,

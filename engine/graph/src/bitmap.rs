@@ -159,8 +159,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// Shows all that is dirty, in pieces: the number of the first granule (a multiple of 64) and words with a bit for each
-    /// granule from there on, the first in bit 0. What is not shown is clean.
+    /// Shows all that is dirty, in pieces: the number of the first granule (a multiple of 64) and words with a bit for
+    /// each granule from there on, the first in bit 0. What is not shown is clean.
     pub fn for_each_chunk(&self, mut show: impl FnMut(u64, &Words)) {
         let mut from = 0;
         // Not under the lock: who looks may take its time.
@@ -170,7 +170,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// The first of those pieces with anything dirty at or behind the granule `from`. (The piece may begin in front of it.)
+    /// The first of those pieces with anything dirty at or behind the granule `from`. (The piece may begin in front of
+    /// it.)
     pub fn next_words(&self, from: u64) -> Option<(u64, Words)> {
         self.state().bits.next_words(from).map(|(first, words)| (first, *words))
     }

@@ -1,8 +1,8 @@
 //! Named dirty bitmaps of nodes, as part of the plan. Source: `design/qemu-surface.md` 7.
 //!
-//! A command edits the draft: nothing that a bitmap says is changed by that, so that to undo it is to drop the draft. A bitmap that
-//! is cleared gets fresh bits. One that others are merged into gets fresh bits as well, which are filled at the moment when the
-//! draft is put into force ([`Plan::at_the_moment`]): no request is inside then.
+//! A command edits the draft: nothing that a bitmap says is changed by that, so that to undo it is to drop the draft. A
+//! bitmap that is cleared gets fresh bits. One that others are merged into gets fresh bits as well, which are filled at
+//! the moment when the draft is put into force ([`Plan::at_the_moment`]): no request is inside then.
 
 use std::fmt;
 use std::sync::Arc;
@@ -289,8 +289,8 @@ impl Plan {
         )))
     }
 
-    /// A job will work with a bitmap: nobody else may, and what is written from the moment on is noted beside it. What the job
-    /// will do with it in the end is its `purpose`.
+    /// A job will work with a bitmap: nobody else may, and what is written from the moment on is noted beside it. What
+    /// the job will do with it in the end is its `purpose`.
     pub fn hold_bitmap(
         &mut self,
         node: NodeId,
@@ -318,8 +318,8 @@ impl Plan {
             self.node_mut(node).bitmaps.sort_by_key(|bitmap| *bitmap.name == *name);
         }
         self.touch(node);
-        // What the image has and what was noted since is no less. It is told later: a full disk must not keep a job from its end,
-        // and after a crash nothing may be clean by a job of whose end nobody has heard.
+        // What the image has and what was noted since is no less. It is told later: a full disk must not keep a job
+        // from its end, and after a crash nothing may be clean by a job of whose end nobody has heard.
         self.let_images_lag();
         self.at_the_moment(move || {
             let kept = match &how {
@@ -359,7 +359,8 @@ fn fresh(like: &DirtyBitmap) -> Arc<DirtyBitmap> {
 pub trait BitmapStore: Send + Sync {
     /// What the image had when it was opened, for the node that comes into the plan.
     fn loaded(&self) -> Vec<PlanBitmap>;
-    /// Whether the image could keep one more beside the other bitmaps of its node, only some of which may be persistent.
+    /// Whether the image could keep one more beside the other bitmaps of its node, only some of which may be
+    /// persistent.
     fn check_new(
         &self,
         cx: &Cx<'_>,
@@ -367,21 +368,22 @@ pub trait BitmapStore: Send + Sync {
         name: &str,
         granularity: u64,
     ) -> std::result::Result<(), GraphError>;
-    /// The node may be written to from now on: what the image keeps is not valid until [`BitmapStore::store`], and says so durably.
+    /// The node may be written to from now on: what the image keeps is not valid until [`BitmapStore::store`], and says
+    /// so durably.
     async fn begin(&self, cx: &Cx<'_>) -> Result<()>;
-    /// Makes the image keep just these, and calls them valid: durable on return, and whatever happens on the way, none is
-    /// called valid that says too little. No request is inside, and the node is not written to afterwards.
+    /// Makes the image keep just these, and calls them valid: durable on return, and whatever happens on the way, none
+    /// is called valid that says too little. No request is inside, and the node is not written to afterwards.
     async fn store(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()>;
-    /// Whether the image is still as [`BitmapStore::store`] left it: whoever has written to it since, be it to its header, has had it
-    /// call its bitmaps not valid.
+    /// Whether the image is still as [`BitmapStore::store`] left it: whoever has written to it since, be it to its
+    /// header, has had it call its bitmaps not valid.
     fn is_stored(&self) -> bool;
     /// Takes one out, if the image has it: durable on return.
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()>;
 
     /// Between [`BitmapStore::begin`] and [`BitmapStore::store`]: makes the image keep what these say by now
-    /// ([`PlanBitmap::to_keep`]), not called valid, but as good as that together with what was covered since. Durable on return. Requests
-    /// may be inside: what they write is in the bitmaps before it is covered, and covered before it is written. The node has been
-    /// flushed since any of them was made cleaner.
+    /// ([`PlanBitmap::to_keep`]), not called valid, but as good as that together with what was covered since. Durable
+    /// on return. Requests may be inside: what they write is in the bitmaps before it is covered, and covered before it
+    /// is written. The node has been flushed since any of them was made cleaner.
     async fn refresh(&self, _cx: &Cx<'_>, _bitmaps: &[PlanBitmap]) -> Result<()> {
         Ok(())
     }

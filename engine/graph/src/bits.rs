@@ -151,7 +151,8 @@ impl Bits {
         self.chunk(first).map(|chunk| (first, &*chunk.words))
     }
 
-    /// Sets what is set in `words`, the first of which begins at `first` (a multiple of 64); what is behind the end is left out.
+    /// Sets what is set in `words`, the first of which begins at `first` (a multiple of 64); what is behind the end is
+    /// left out.
     pub(crate) fn add_words(&mut self, first: u64, words: &[u64]) {
         for (word, bit) in words.iter().zip((first..self.len).step_by(64)) {
             let left = self.len - bit;

@@ -98,8 +98,8 @@ impl Chain {
         Some(Self { layers, entries, alive })
     }
 
-    /// The layer to ask next for the first bytes of `range`, of which the top has nothing, and for how many bytes that holds.
-    /// `None` when it is not known: the layers are then asked one by one.
+    /// The layer to ask next for the first bytes of `range`, of which the top has nothing, and for how many bytes that
+    /// holds. `None` when it is not known: the layers are then asked one by one.
     pub(crate) fn first_with(&self, range: ByteRange) -> Option<(Cx<'_>, u64)> {
         let mut skip = None;
         let mut at = range.start();

@@ -113,8 +113,8 @@ impl Graph {
         self.plan().root(id).map(|root| Root { id, door: root.door.clone() })
     }
 
-    /// Has images that are written to keep what persistent bitmaps say by now, where they lag behind or it is worth it: after a crash they
-    /// will say less that is not so. Requests go on meanwhile, changes of the graph wait.
+    /// Has images that are written to keep what persistent bitmaps say by now, where they lag behind or it is worth it:
+    /// after a crash they will say less that is not so. Requests go on meanwhile, changes of the graph wait.
     pub async fn refresh_bitmaps(&self) {
         let _turn = self.turn.lock().await;
         let wires = self.wires();
@@ -139,8 +139,8 @@ impl Graph {
         self.lagging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on images are told at once when a command has changed their bitmaps: they will be right after a crash, too.
-    /// Not worth it for tools, which close them a moment later.
+    /// From now on images are told at once when a command has changed their bitmaps: they will be right after a crash,
+    /// too. Not worth it for tools, which close them a moment later.
     pub fn let_bitmaps_last(&self) {
         self.lasts.store(true, Ordering::Relaxed);
     }
@@ -165,7 +165,8 @@ impl Graph {
         self.change_with(|plan| Ok((edit(plan)?, None))).await
     }
 
-    /// Rewires the graph in one step: `edit` changes a [`Draft`], which is put into force then. On error nothing has happened.
+    /// Rewires the graph in one step: `edit` changes a [`Draft`], which is put into force then. On error nothing has
+    /// happened.
     pub async fn change_with<R: Send>(
         &self,
         edit: impl FnOnce(&mut Plan) -> Result<(R, Option<Box<dyn LastStep>>), GraphError> + Send,
@@ -183,8 +184,8 @@ impl Graph {
         Draft { graph: self, turn, plan: Plan::clone(&self.plan()) }
     }
 
-    /// A draft that is still being prepared can no more be put into force: the graph shall end, and who prepares it may be
-    /// waiting for a server that does not answer.
+    /// A draft that is still being prepared can no more be put into force: the graph shall end, and who prepares it may
+    /// be waiting for a server that does not answer.
     pub fn give_up_draft(&self) {
         let drafting = self.drafting.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         drop(drafting.and_then(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner).take()));
@@ -204,10 +205,11 @@ impl Draft<'_> {
     /// Rewires the graph in one step that no request sees half done:
     ///
     /// 1. The draft is checked as a whole.
-    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry, and
-    ///    what they left behind ([`crate::Node::settle`]).
+    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry,
+    ///    and what they left behind ([`crate::Node::settle`]).
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
-    /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old wiring in force.
+    /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old
+    ///    wiring in force.
     /// 5. The gates open onto the new wiring; nodes that nobody needs any more are closed.
     pub async fn put_in_force(self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
         let Self { graph, turn, mut plan } = self;
@@ -299,8 +301,8 @@ struct Step<'a> {
     lasts: bool,
 }
 
-/// Has an image keep bitmaps that may call clean what they called dirty before. What was written there until then must not be lost
-/// when the power goes: nobody would know that the disk is not what it was when it was called clean.
+/// Has an image keep bitmaps that may call clean what they called dirty before. What was written there until then must
+/// not be lost when the power goes: nobody would know that the disk is not what it was when it was called clean.
 async fn refresh_cleaner(
     store: &dyn BitmapStore,
     view: &View,
@@ -367,8 +369,8 @@ impl Step<'_> {
         })
     }
 
-    /// What nothing depends on any more: images that go keep their bitmaps, and those to which the last step has written
-    /// keep them once more. A bitmap that cannot be stored stays marked as not to be relied on.
+    /// What nothing depends on any more: images that go keep their bitmaps, and those to which the last step has
+    /// written keep them once more. A bitmap that cannot be stored stays marked as not to be relied on.
     async fn store_late(&self, stored: &[(NodeId, u64)]) {
         for (id, bitmaps) in self.bitmaps_to_store() {
             let view = self.old.view(id);
@@ -457,8 +459,8 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Whether the image in a node is somewhere that nobody gets to any more. (Where its backing image is does not matter: a flush is not
-    /// for that.)
+    /// Whether the image in a node is somewhere that nobody gets to any more. (Where its backing image is does not
+    /// matter: a flush is not for that.)
     fn is_out_of_reach(&self, id: NodeId) -> bool {
         let plan = self.old.plan();
         let mut files = std::iter::successors(Some(id), |id| plan.node(*id).child(Role::File));

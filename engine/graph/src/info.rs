@@ -36,8 +36,8 @@ fn passed_on(view: &View) -> Option<&View> {
     file.or_else(filtered).map(|below| &**below)
 }
 
-/// The `dirty-flag` of the image at `view`: what it says itself, or of a format without such a thing what its file says. `None`:
-/// nobody can tell.
+/// The `dirty-flag` of the image at `view`: what it says itself, or of a format without such a thing what its file
+/// says. `None`: nobody can tell.
 pub fn dirty_flag(view: &View) -> Option<bool> {
     view.node().image_info().dirty.or_else(|| passed_on(view).and_then(dirty_flag))
 }

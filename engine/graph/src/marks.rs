@@ -1,7 +1,7 @@
 //! Who wants to know which ranges of a node were written, told with little work.
 //!
-//! Most writes go where others went before, and change no bitmap any more. With several bitmaps, what has been told to all of them
-//! is remembered here, once: such a write looks at one word instead of taking the lock of each.
+//! Most writes go where others went before, and change no bitmap any more. With several bitmaps, what has been told to
+//! all of them is remembered here, once: such a write looks at one word instead of taking the lock of each.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
@@ -28,7 +28,8 @@ pub(crate) struct Marks {
 /// What all trackers know.
 #[derive(Debug)]
 struct Told {
-    /// Each bit is for so many bytes, two to this power, as those of the finest tracker are: what is told of one is told of all.
+    /// Each bit is for so many bytes, two to this power, as those of the finest tracker are: what is told of one is
+    /// told of all.
     shift: u32,
     chunks: Box<[OnceLock<Box<[AtomicU64; WORDS]>>]>,
     /// How often the trackers had forgotten something when this began. Once it is more often, nothing here counts.
@@ -53,7 +54,8 @@ impl Marks {
         let place = told.as_ref().and_then(|told| Some((told.place(range)?, told.forgotten)));
         let Some(((word, mask), before)) = place else { return self.tell(range) };
         if word.load(Ordering::Acquire) & mask == mask {
-            // Who makes a bitmap forget something reads the data later: it sees this write, or we see that it has begun.
+            // Who makes a bitmap forget something reads the data later: it sees this write, or we see that it has
+            // begun.
             fence(Ordering::SeqCst);
             if forgotten(&self.trackers) == before {
                 return;

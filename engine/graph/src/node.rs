@@ -152,8 +152,8 @@ pub trait Node: Debug + Send + Sync {
     async fn map(&self, _cx: &Cx<'_>, range: ByteRange) -> Result<Extent> {
         Ok(Extent::new(Place::Data(range.start()), range.len()))
     }
-    /// For who goes through all of a node and was told what is just before `range`: appends to `more` what comes next, extent after
-    /// extent, as far as that is at hand.
+    /// For who goes through all of a node and was told what is just before `range`: appends to `more` what comes next,
+    /// extent after extent, as far as that is at hand.
     fn map_ahead(&self, _cx: &Cx<'_>, _range: ByteRange, _more: &mut Vec<Extent>) {}
     /// Lets `to` share the storage of `range`, at `at` there, as if it were copied. An error is only that it cannot be:
     /// ENOTSUP, or EINVAL for just this range; what is there at `to` is not known then, and has to be written.
@@ -174,8 +174,8 @@ pub trait Node: Debug + Send + Sync {
         Err(IoError::ENOTSUP.with("Image format driver does not support resize"))
     }
 
-    /// A change of the graph waits for the requests inside: a node that makes requests wait lets them go on, from `true` to
-    /// `false`. Several changes may do so at once.
+    /// A change of the graph waits for the requests inside: a node that makes requests wait lets them go on, from
+    /// `true` to `false`. Several changes may do so at once.
     fn hurry(&self, _on: bool) {}
 
     /// Gets ready for what its users ask of it now: takes locks before writing starts, gives them up after it
@@ -184,16 +184,18 @@ pub trait Node: Debug + Send + Sync {
     async fn set_access(&self, _cx: &Cx<'_>, _access: Access) -> Result<()> {
         Ok(())
     }
-    /// How often so far it lost sight of what keeps its bytes, with writes acknowledged and not flushed that may be gone. No flush
-    /// succeeds after that, unless it is forgiven.
+    /// How often so far it lost sight of what keeps its bytes, with writes acknowledged and not flushed that may be
+    /// gone. No flush succeeds after that, unless it is forgiven.
     fn doubts(&self) -> u64 {
         0
     }
-    /// All of its content will be written once more: what was lost before does not matter, and flushes may succeed again.
+    /// All of its content will be written once more: what was lost before does not matter, and flushes may succeed
+    /// again.
     fn forgive(&self) {}
 
-    /// Whether what nobody has written to reads as zeroes: in an image that was just made here, and behind what was its end until now.
-    /// Not so where what was there before shows: in a block device, in an export. Ask by [`Cx::unwritten_is_zero`].
+    /// Whether what nobody has written to reads as zeroes: in an image that was just made here, and behind what was its
+    /// end until now. Not so where what was there before shows: in a block device, in an export. Ask by
+    /// [`Cx::unwritten_is_zero`].
     fn unwritten_is_zero(&self, _cx: &Cx<'_>) -> bool {
         false
     }
@@ -228,11 +230,11 @@ pub trait Node: Debug + Send + Sync {
     fn is_lost(&self) -> bool {
         false
     }
-    /// Nobody needs what is under way here, nor what would come: a node that waits for somebody else fails it all from now
-    /// on, and is unusable.
+    /// Nobody needs what is under way here, nor what would come: a node that waits for somebody else fails it all from
+    /// now on, and is unusable.
     fn give_up(&self) {}
-    /// Waits for work of the node's own that may outlive the request which began it. While it waits no request is inside
-    /// and none comes.
+    /// Waits for work of the node's own that may outlive the request which began it. While it waits no request is
+    /// inside and none comes.
     async fn settle(&self) {}
     /// Whether the node can have a backing node.
     fn supports_backing(&self) -> bool {

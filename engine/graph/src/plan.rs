@@ -129,7 +129,8 @@ impl PlanNode {
         self.blocks.highest()
     }
 
-    /// `crossed` is told of the first write that goes beyond `at` bytes; at 0: nobody is. At once, also where requests run.
+    /// `crossed` is told of the first write that goes beyond `at` bytes; at 0: nobody is. At once, also where requests
+    /// run.
     pub fn set_write_threshold(&self, at: u64, crossed: Crossed) {
         self.blocks.threshold.set(at, crossed);
     }
@@ -461,8 +462,8 @@ impl Plan {
         }
     }
 
-    /// Nobody needs what was written to a node that goes with its last user, nor its file: that they cannot be flushed does not
-    /// keep them in the graph. For the target of a copy that came to nothing.
+    /// Nobody needs what was written to a node that goes with its last user, nor its file: that they cannot be flushed
+    /// does not keep them in the graph. For the target of a copy that came to nothing.
     pub fn give_up_content(&self, id: NodeId) {
         let mut at = Some(id);
         while let Some(node) = at.map(|id| self.node(id)).filter(|node| !node.monitor_owned) {
@@ -476,8 +477,8 @@ impl Plan {
         self.node_mut(id).touched += 1;
     }
 
-    /// When the draft is put into force, and no request is inside any node that it touches, `action` runs: in turn with others,
-    /// before anything that may fail.
+    /// When the draft is put into force, and no request is inside any node that it touches, `action` runs: in turn with
+    /// others, before anything that may fail.
     pub fn at_the_moment(&mut self, action: impl FnOnce() + Send + Sync + 'static) {
         self.moment.push(action);
     }

@@ -1,5 +1,5 @@
-//! Copies that share the storage of what they copy: on file systems that can do so (xfs, btrfs) a copy of any size takes as
-//! long as a note of where it is.
+//! Copies that share the storage of what they copy: on file systems that can do so (xfs, btrfs) a copy of any size
+//! takes as long as a note of where it is.
 //!
 //! What is shared is not told from a copy by anybody, except that who first writes to either needs new room for it.
 
@@ -44,8 +44,8 @@ impl Reflinks {
         self.stride.load(Ordering::Relaxed)
     }
 
-    /// Makes `to` have at `at` what is in `range` at `from`; false when it has to be copied, and nothing has happened or
-    /// half of it.
+    /// Makes `to` have at `at` what is in `range` at `from`; false when it has to be copied, and nothing has happened
+    /// or half of it.
     pub async fn copy(&self, from: &Cx<'_>, range: ByteRange, to: &Cx<'_>, at: u64) -> bool {
         let begun = rt::now();
         match from.reflink(range, to, at).await {

@@ -48,9 +48,9 @@ pub async fn status(cx: &Cx<'_>, range: ByteRange, until: Option<NodeId>) -> Res
     }
 }
 
-/// The way to an answer: which node has to be asked next, and what for. Who searches asks, be it the node or what he has
-/// noted of it ([`crate::walk`]): first [`Search::proceed`], and then, until there is an answer, [`Search::told`] and
-/// [`Search::proceed`] again.
+/// The way to an answer: which node has to be asked next, and what for. Who searches asks, be it the node or what he
+/// has noted of it ([`crate::walk`]): first [`Search::proceed`], and then, until there is an answer, [`Search::told`]
+/// and [`Search::proceed`] again.
 pub(crate) struct Search<'a> {
     /// The node to ask ([`Cx::map`]).
     pub(crate) at: Cx<'a>,
@@ -63,8 +63,9 @@ pub(crate) struct Search<'a> {
     found: Option<Found>,
 }
 
-/// Plain data was found. It is followed down to the protocol node that holds it, to say where it is and whether it is a hole there. Of a
-/// format with an allocation of its own it is told where it is in that format's file, whatever that is.
+/// Plain data was found. It is followed down to the protocol node that holds it, to say where it is and whether it is a
+/// hole there. Of a format with an allocation of its own it is told where it is in that format's file, whatever that
+/// is.
 struct Found {
     status: Status,
     /// Whether it is worth looking further down.

@@ -42,8 +42,8 @@ pub trait Tracker: Send + Sync + std::fmt::Debug {
     /// A write, zeroing or discard of `range` has ended, well or badly, or is about to begin.
     fn touched(&self, range: ByteRange);
 
-    /// If to be told twice is the same as once, until it has [forgotten](Self::forgotten): to be told of a byte is to be told of the so
-    /// many bytes around it, a power of two.
+    /// If to be told twice is the same as once, until it has [forgotten](Self::forgotten): to be told of a byte is to
+    /// be told of the so many bytes around it, a power of two.
     fn granularity(&self) -> Option<u64> {
         None
     }
@@ -212,8 +212,8 @@ impl<'a> Cx<'a> {
         self.child(Role::Backing)
     }
 
-    /// Whether the image's header names a backing file that it was opened without: what reads as zeroes now will show something
-    /// else then, unless the image holds the zeroes itself.
+    /// Whether the image's header names a backing file that it was opened without: what reads as zeroes now will show
+    /// something else then, unless the image holds the zeroes itself.
     pub fn lacks_backing(&self) -> bool {
         let at = self.skip_filters();
         at.node().backing_ref().is_some() && at.backing().is_none()
@@ -239,8 +239,8 @@ impl<'a> Cx<'a> {
         sum
     }
 
-    /// Forgives the doubts of this node and all below it ([`Node::forgive`]). False if that cannot be: what a format keeps for itself
-    /// is not written once more.
+    /// Forgives the doubts of this node and all below it ([`Node::forgive`]). False if that cannot be: what a format
+    /// keeps for itself is not written once more.
     pub fn forgive(&self) -> bool {
         if self.doubts() == 0 {
             return true;
@@ -287,9 +287,9 @@ impl<'a> Cx<'a> {
         result
     }
 
-    /// Waits until nobody reads from `range`; readers who come later wait until the guard goes. For a target that is based
-    /// on what the caller is about to let change ([`Node::serialises_target`]): a reader who has found nothing in the
-    /// target, and is on his way below, must get there first.
+    /// Waits until nobody reads from `range`; readers who come later wait until the guard goes. For a target that is
+    /// based on what the caller is about to let change ([`Node::serialises_target`]): a reader who has found nothing in
+    /// the target, and is on his way below, must get there first.
     pub async fn overwrite(&self, range: ByteRange) -> RangeGuard {
         self.view.blocks.serialise().lock(range, Mode::Exclusive).await
     }

@@ -1,5 +1,5 @@
-//! Block status of a disk from one end to the other, for tools that hold it: what nodes have once said holds until the end, and they
-//! are asked for much at once.
+//! Block status of a disk from one end to the other, for tools that hold it: what nodes have once said holds until the
+//! end, and they are asked for much at once.
 
 use crate::error::Result;
 use crate::format::{Extent, Place};
@@ -101,8 +101,8 @@ impl Said {
         self.at(self.last).filter(|(start, extent)| has(*start, extent, byte))
     }
 
-    /// The last extent that does not begin behind the byte. Begins where it would be if all were of one length, which is next to it
-    /// where a format has put its tables at regular distances, and looks further and further away.
+    /// The last extent that does not begin behind the byte. Begins where it would be if all were of one length, which
+    /// is next to it where a format has put its tables at regular distances, and looks further and further away.
     fn search(&self, byte: u64) -> Option<usize> {
         let is_behind = |index: usize| self.starts.get(index).is_none_or(|start| *start > byte);
         let behind_first = byte.saturating_sub(*self.starts.first()?);

@@ -78,8 +78,8 @@ pub struct BackupArgs {
 
 /// A backup that is wired in a draft of the graph: in a transaction several start at the same moment.
 ///
-/// In this order: [`Jobs::draft_backup`], [`BackupDraft::enlist`], the draft is put into force (the moment), [`start_all`];
-/// or [`BackupDraft::withdraw`] once it is shown and comes to nothing.
+/// In this order: [`Jobs::draft_backup`], [`BackupDraft::enlist`], the draft is put into force (the moment),
+/// [`start_all`]; or [`BackupDraft::withdraw`] once it is shown and comes to nothing.
 pub struct BackupDraft {
     jobs: Arc<Jobs>,
     job: Arc<Job>,
@@ -374,8 +374,8 @@ impl Backup {
         }
     }
 
-    /// Takes the filter out of the graph. After a backup that failed the target may keep nothing, and it is said what becomes
-    /// of the bitmap.
+    /// Takes the filter out of the graph. After a backup that failed the target may keep nothing, and it is said what
+    /// becomes of the bitmap.
     async fn unwire(&mut self, job: &Job, failed: Option<Release>) -> Result<(), GraphError> {
         let edit = |plan: &mut Plan| {
             if let Some(wiring) = &self.wiring {

@@ -1,5 +1,5 @@
-//! The dirty bitmap of a backup. From the moment on it is the job's: what is written then is noted beside it, and in the end
-//! becomes part of it again. Source: `design/qemu-surface.md` 7.3.
+//! The dirty bitmap of a backup. From the moment on it is the job's: what is written then is noted beside it, and in
+//! the end becomes part of it again. Source: `design/qemu-surface.md` 7.3.
 //!
 //! ```text
 //!                 success              failure

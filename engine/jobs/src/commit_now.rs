@@ -1,5 +1,6 @@
-//! The human monitor's `commit`: what a disk's image has goes to the image below it, and the image is emptied. No job: the
-//! users of the disk wait meanwhile, as the reference's guests do, so that nothing is written that would be emptied with it.
+//! The human monitor's `commit`: what a disk's image has goes to the image below it, and the image is emptied. No job:
+//! the users of the disk wait meanwhile, as the reference's guests do, so that nothing is written that would be emptied
+//! with it.
 //!
 //! ```text
 //!   guest ── A <- B          the base becomes writable, for this only
@@ -7,8 +8,8 @@
 //!   guest ── A <- B          the base is as it was
 //! ```
 //!
-//! Whatever goes wrong before A is flushed, B still has everything. The change of the graph in which all this happens keeps
-//! other changes waiting.
+//! Whatever goes wrong before A is flushed, B still has everything. The change of the graph in which all this happens
+//! keeps other changes waiting.
 
 use std::sync::Arc;
 

@@ -37,8 +37,8 @@ const LANES: usize = 4;
 /// A failed chunk that the policy ignores is tried again after this time.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// What becomes of a job when what it has written cannot be flushed. If something of it is lost ([`underlay_graph::Node::doubts`]) no
-/// flush will ever succeed, whatever the policy hopes for.
+/// What becomes of a job when what it has written cannot be flushed. If something of it is lost
+/// ([`underlay_graph::Node::doubts`]) no flush will ever succeed, whatever the policy hopes for.
 pub(crate) async fn on_flush_error(job: &Job, error: &IoError, is_lost: bool) -> Result<(), Stop> {
     if is_lost {
         return Err(error.into());
@@ -264,8 +264,8 @@ impl<C: Copier> Walk<'_, C> {
             self.settle().await?;
         }
         self.job.checkpoint().await?;
-        // After each piece that was sent it goes on at once, until every lane has enough: a lane that is out of work must
-        // not wait for this one's turn to come.
+        // After each piece that was sent it goes on at once, until every lane has enough: a lane that is out of work
+        // must not wait for this one's turn to come.
         if !std::mem::take(&mut self.sent) {
             rt::yield_now().await;
         }

@@ -106,8 +106,8 @@ impl Pass {
     }
 }
 
-/// Puts a filter between the first of its `children` and the users of that, except those for which `keep`; without a name it
-/// is implicit. `failed` says it in the job's words when there can be no such node.
+/// Puts a filter between the first of its `children` and the users of that, except those for which `keep`; without a
+/// name it is implicit. `failed` says it in the job's words when there can be no such node.
 pub(crate) fn insert(
     plan: &mut Plan,
     filter: Arc<dyn Node>,

@@ -16,13 +16,13 @@ use crate::job::Job;
 const LITTLE: u64 = 8 << 20;
 /// How often the job goes through what is dirty before it takes what is left for the last step.
 const ROUNDS: u32 = 6;
-/// A round that leaves more than so many hundredths of what the one before left brings the job no nearer: the guest writes as fast as
-/// it copies, and more rounds would only cost both of them time.
+/// A round that leaves more than so many hundredths of what the one before left brings the job no nearer: the guest
+/// writes as fast as it copies, and more rounds would only cost both of them time.
 const HARDLY_LESS: u64 = 75;
 /// How long it waits for the guest to write something, and before it tries again what failed.
 pub(crate) const NAP: Duration = Duration::from_millis(50);
-/// Once it is ready it waits so many times as long as its last round took: what the guest writes again and again need not
-/// be copied as often, and the guest has the machine meanwhile.
+/// Once it is ready it waits so many times as long as its last round took: what the guest writes again and again need
+/// not be copied as often, and the guest has the machine meanwhile.
 const REST: u32 = 2;
 /// But no longer than this, as all that was written meanwhile has to be copied at the end.
 const LONGEST_REST: Duration = Duration::from_secs(1);
@@ -34,7 +34,8 @@ pub(crate) trait Follow: Send + Sync {
     async fn round(&self) -> Result<(), Stop>;
     /// Dirty bytes.
     fn left(&self) -> u64;
-    /// Makes what was copied durable, while the guest goes on. False: some of it was lost, and is to be copied once more.
+    /// Makes what was copied durable, while the guest goes on. False: some of it was lost, and is to be copied once
+    /// more.
     async fn flush(&self) -> Result<bool, Stop>;
 }
 

@@ -7,8 +7,8 @@
 //!   one fails:   aborting (the one)   aborting, aborting   concluded, concluded
 //! ```
 //!
-//! Those that have come as far as waiting when one fails, or are held back, are aborting only when it is their turn to be
-//! concluded; the newest is at once.
+//! Those that have come as far as waiting when one fails, or are held back, are aborting only when it is their turn to
+//! be concluded; the newest is at once.
 //!
 //! Every arrow of such a line is a number of turns taken; who waits for a turn waits for the number.
 
@@ -69,7 +69,8 @@ impl Group {
         self.state().outcome == Some(false)
     }
 
-    /// Takes a job whose work has ended to its end, up to the moment when it is concluded: with the result that it returns.
+    /// Takes a job whose work has ended to its end, up to the moment when it is concluded: with the result that it
+    /// returns.
     pub(crate) async fn finish(
         &self,
         job: &Arc<Job>,
@@ -126,8 +127,8 @@ impl Group {
         });
     }
 
-    /// Waits for the moment when nothing is given up any more. A job of the group whose client wants to finalize by himself holds up
-    /// all, and any of them may be finalized for all.
+    /// Waits for the moment when nothing is given up any more. A job of the group whose client wants to finalize by
+    /// himself holds up all, and any of them may be finalized for all.
     async fn decide(&self, job: &Job) -> Result<(), Stop> {
         let nobody_asks = self.members.iter().all(|member| member.finalizes_by_itself());
         let ready = || nobody_asks || self.members.iter().any(|member| member.is_finalized());

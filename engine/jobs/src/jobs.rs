@@ -17,7 +17,8 @@ use crate::job::Job;
 use crate::settings::{JobInfo, Kind, Settings};
 use crate::status::Status;
 
-/// How long jobs may take to end at the end of a daemon, and then their nodes to be closed, before targets are given up.
+/// How long jobs may take to end at the end of a daemon, and then their nodes to be closed, before targets are given
+/// up.
 pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The work of one job, to be spawned on an I/O thread. It must run to its end.
@@ -48,8 +49,8 @@ pub(crate) trait Work: Send {
     async fn commit(&mut self, _job: &Arc<Job>) {}
     /// The job has ended, and its events are on their way to the clients.
     async fn told(&mut self) {}
-    /// The job failed or was cancelled, or another of its group was when this one was prepared: the chain goes back to its users
-    /// as it was.
+    /// The job failed or was cancelled, or another of its group was when this one was prepared: the chain goes back to
+    /// its users as it was.
     async fn abandon(&mut self, job: &Arc<Job>);
 }
 
@@ -104,9 +105,9 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends all jobs, at the end of a daemon: holds them back, then cancels them by force one after the other, newest first, and
-    /// waits until each is over. Who does not get there because a target does not answer gives it up. Their tasks must be
-    /// running. Those that it has ended.
+    /// Ends all jobs, at the end of a daemon: holds them back, then cancels them by force one after the other, newest
+    /// first, and waits until each is over. Who does not get there because a target does not answer gives it up. Their
+    /// tasks must be running. Those that it has ended.
     pub async fn cancel_all(&self) -> Vec<Arc<Job>> {
         let mut jobs = self.list().clone();
         // Those of a transaction that is being prepared have no task, and will never have one.

@@ -1,4 +1,5 @@
-//! Long work on disks: streaming a chain into its top, committing it into its base, mirroring it elsewhere, backing it up.
+//! Long work on disks: streaming a chain into its top, committing it into its base, mirroring it elsewhere, backing it
+//! up.
 //!
 //! A job is one function that reads from top to bottom ([`stream`], [`commit`], [`active`], [`mirror`],
 //! [`backup`]); they share the frame

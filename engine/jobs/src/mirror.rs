@@ -86,7 +86,8 @@ pub struct MirrorArgs {
     pub write_blocking: bool,
     /// `target-is-zero`
     pub target_is_zero: bool,
-    /// The target was made just now, and reads as zeroes where its nodes say so ([`underlay_graph::Node::unwritten_is_zero`]).
+    /// The target was made just now, and reads as zeroes where its nodes say so
+    /// ([`underlay_graph::Node::unwritten_is_zero`]).
     pub target_is_new: bool,
     /// `unmap`: zeroes may be holes at the target.
     pub unmap: bool,
@@ -639,8 +640,8 @@ struct CopyRest {
     tracked: Arc<Tracked>,
     filter: NodeId,
     unmap: bool,
-    /// The users are switched over to a target that has the source below it. Their flushes will not reach the source any
-    /// more, and what they have written there before must not wait for one.
+    /// The users are switched over to a target that has the source below it. Their flushes will not reach the source
+    /// any more, and what they have written there before must not wait for one.
     shows_source: bool,
 }
 

@@ -32,8 +32,8 @@ pub(crate) struct Tracked {
     pub(crate) dirty: DirtyBitmap,
     /// One copy or guest's write at a time for a granule.
     pub(crate) turns: RangeLock,
-    /// The target does not show yet what will be below it: it must get whole clusters, and every zero. A granule is a cluster at
-    /// least then, and only whole granules are written.
+    /// The target does not show yet what will be below it: it must get whole clusters, and every zero. A granule is a
+    /// cluster at least then, and only whole granules are written.
     pub(crate) unbacked: bool,
     /// The copy mode: `write-blocking`, or else `background`.
     pub(crate) blocking: Arc<AtomicBool>,
@@ -187,8 +187,8 @@ impl Node for MirrorTop {
     }
 }
 
-/// Writes `from` to a target that lacks its backing node; and all of `granules`, which are the caller's alone, if it has not all of them
-/// yet: it would fill up its clusters with zeroes.
+/// Writes `from` to a target that lacks its backing node; and all of `granules`, which are the caller's alone, if it
+/// has not all of them yet: it would fill up its clusters with zeroes.
 async fn copy_to_unbacked(cx: &Cx<'_>, range: ByteRange, from: Iov, granules: ByteRange) -> Result<()> {
     let mut missing = granules;
     while !missing.is_empty() {

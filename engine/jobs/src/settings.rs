@@ -35,7 +35,8 @@ impl Kind {
         }
     }
 
-    /// Whether the block-job commands, queries and events are for it too: not for one that works on no node of the graph.
+    /// Whether the block-job commands, queries and events are for it too: not for one that works on no node of the
+    /// graph.
     pub fn is_block_job(self) -> bool {
         !matches!(self, Self::Create | Self::Amend)
     }

@@ -1,10 +1,11 @@
-//! The regions of the disk that may have been written to since the bitmaps in the image were last brought up to date, kept
-//! durably: with it they are still good after a crash.
+//! The regions of the disk that may have been written to since the bitmaps in the image were last brought up to date,
+//! kept durably: with it they are still good after a crash.
 //!
-//! Before the first write to a region its bit is set in the image and flushed; later writes there find it set, in memory, and
-//! cost nothing. When the bitmaps have been stored again ([`Ahead::begin_epoch`] before, [`Ahead::forget`] after), the bits of
-//! regions that nobody has written to meanwhile are taken back. After a crash, what was set is dirty in every bitmap that
-//! was recording. What is told too much is at most the regions written to since the time before last.
+//! Before the first write to a region its bit is set in the image and flushed; later writes there find it set, in
+//! memory, and cost nothing. When the bitmaps have been stored again ([`Ahead::begin_epoch`] before, [`Ahead::forget`]
+//! after), the bits of regions that nobody has written to meanwhile are taken back. After a crash, what was set is
+//! dirty in every bitmap that was recording. What is told too much is at most the regions written to since the time
+//! before last.
 //!
 //! The last quarter of the header cluster, which nobody else uses, is the place:
 //!
@@ -18,8 +19,9 @@
 //! | 504 | 8 | a hash of what is before |
 //! | 512 | | a bit for each region; region *i* of the disk has bit *i* modulo their number |
 //!
-//! An auto-clear feature bit ([`features::DIRTY_REGIONS`]) says that it holds. Programs that do not know the bit clear it before they write to
-//! the image; then the bitmaps, which are marked as in use, are inconsistent for us as for everybody.
+//! An auto-clear feature bit ([`features::DIRTY_REGIONS`]) says that it holds. Programs that do not know the bit clear
+//! it before they write to the image; then the bitmaps, which are marked as in use, are inconsistent for us as for
+//! everybody.
 //!
 //! [`features::DIRTY_REGIONS`]: crate::features::DIRTY_REGIONS
 
@@ -94,8 +96,8 @@ impl Ahead {
         Some(Self { place, region_bits, broken, covered, touched, wanted, turn, has_news })
     }
 
-    /// Nothing is covered, of a disk of `size` bytes. The bitmaps called `broken` are not to be relied on; false if they are too many.
-    /// Nobody may ask at the same time.
+    /// Nothing is covered, of a disk of `size` bytes. The bitmaps called `broken` are not to be relied on; false if
+    /// they are too many. Nobody may ask at the same time.
     pub fn restart<'a>(&self, size: u64, broken: impl Iterator<Item = &'a str>) -> bool {
         let broken: Vec<_> = broken.map(|name| hash(name.as_bytes())).collect();
         let has_room = broken.len() * 8 <= HASHES.len();
@@ -193,7 +195,8 @@ impl Ahead {
         })
     }
 
-    /// Whether it is durable already that `range` may be written to. What is written has been noted in the bitmaps by now.
+    /// Whether it is durable already that `range` may be written to. What is written has been noted in the bitmaps by
+    /// now.
     pub fn covers(&self, range: ByteRange) -> bool {
         let mut all = true;
         for (word, mask) in self.masks(range) {
@@ -267,8 +270,8 @@ impl Ahead {
         self.touched.iter().for_each(|word| word.store(0, Ordering::SeqCst));
     }
 
-    /// The bitmaps, as they were after the epoch had begun, are in the image now, durably: takes back the regions that nobody has
-    /// written to since.
+    /// The bitmaps, as they were after the epoch had begun, are in the image now, durably: takes back the regions that
+    /// nobody has written to since.
     pub async fn forget(&self, file: &Cx<'_>) -> Result<()> {
         let _turn = self.turn.lock().await;
         let before = self.snapshot();

@@ -1,8 +1,8 @@
 //! Changing what an image says of itself: which version's rules it follows, and lazy refcounts.
 //!
 //! Version 3 can say all that version 2 can, so going up is one rewrite of the header. Going down takes out first what
-//! version 2 has no words for: clusters that are zero by their entry alone. Until the header is rewritten the image is a
-//! good one of version 3, after it a good one of version 2.
+//! version 2 has no words for: clusters that are zero by their entry alone. Until the header is rewritten the image is
+//! a good one of version 3, after it a good one of version 2.
 
 use underlay_graph::{ByteRange, Cx, IoError, Node, Place, Result, WriteFlags};
 use underlay_sys::Iov;
@@ -16,8 +16,8 @@ use crate::update::{write_features, write_header};
 const PIECE: u64 = 1 << 20;
 
 impl Qcow2 {
-    /// Has the image follow the rules of `version` from now on. An image that does another one's is to be closed then: this one
-    /// goes on as what it was opened as. Whoever writes to it meanwhile is not supported.
+    /// Has the image follow the rules of `version` from now on. An image that does another one's is to be closed then:
+    /// this one goes on as what it was opened as. Whoever writes to it meanwhile is not supported.
     pub async fn change_version(&self, cx: &Cx<'_>, version: Version) -> Result<()> {
         let old = self.header();
         if old.version == version {

@@ -60,8 +60,8 @@ impl<'a> Writer<'a> {
         write_pieces(self.cx, std::mem::take(&mut self.pieces)).await
     }
 
-    /// Writes all bitmaps, and their tables: first those that the image has, in its order, then others, the newest first.
-    /// Of those that are `written` and have not changed since, the image has the bits already.
+    /// Writes all bitmaps, and their tables: first those that the image has, in its order, then others, the newest
+    /// first. Of those that are `written` and have not changed since, the image has the bits already.
     pub(crate) async fn bitmaps(
         &mut self,
         old: &[StoredBitmap],
@@ -183,8 +183,8 @@ impl<'a> Clusters<'a> {
         (at < self.granules).then_some((at, &words[skipped..]))
     }
 
-    /// The number of a cluster, and its content unless all bits are set. (The last cluster may be longer than the disk: QEMU
-    /// would believe that the bits behind the end are set as well.)
+    /// The number of a cluster, and its content unless all bits are set. (The last cluster may be longer than the disk:
+    /// QEMU would believe that the bits behind the end are set as well.)
     fn next(&mut self) -> Option<(u64, Option<Vec<u8>>)> {
         loop {
             let (first, _) = self.words()?;

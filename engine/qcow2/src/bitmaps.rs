@@ -1,6 +1,6 @@
-//! The bitmaps stored in an image, as they are on disk: the directory says what they are called and where their tables are, a
-//! table where the bits are. What an open image does with them: [`crate::stored`].
-//! Source: qcow2.rst, "Bitmaps extension", "Bitmap directory", "Bitmap table".
+//! The bitmaps stored in an image, as they are on disk: the directory says what they are called and where their tables
+//! are, a table where the bits are. What an open image does with them: [`crate::stored`]. Source: qcow2.rst, "Bitmaps
+//! extension", "Bitmap directory", "Bitmap table".
 
 use underlay_graph::{ByteRange, Cx, IoError};
 use underlay_sys::Iov;
@@ -170,8 +170,8 @@ pub(crate) fn bytes_of_bits(size: u64, granularity_bits: u32) -> u64 {
     size.div_ceil(1 << granularity_bits).div_ceil(8)
 }
 
-/// Whether the table is where a table may be, not larger than a bitmap can be and, if it is to be relied on, large enough for
-/// the disk.
+/// Whether the table is where a table may be, not larger than a bitmap can be and, if it is to be relied on, large
+/// enough for the disk.
 fn fits(bitmap: &StoredBitmap, header: &Header) -> bool {
     let bytes = bitmap.table_bytes();
     let reach = u128::from(bitmap.table_entries) * u128::from(header.cluster_size()) * 8;

@@ -1,12 +1,12 @@
 //! Finding out whether an image is consistent, and making it so.
 //!
-//! Everything in the file that the image refers to is counted, cluster by cluster ([`crate::walk`]); then the counts are
-//! compared with the refcounts on disk ([`crate::refblocks`]), and every COPIED flag with the refcount that it speaks of.
-//! Findings, their order and their words are those of `qemu-img check`. Tables are read once each, in one piece.
-//! Memory is bounded by what the file really holds, not by what its tables claim.
+//! Everything in the file that the image refers to is counted, cluster by cluster ([`crate::walk`]); then the counts
+//! are compared with the refcounts on disk ([`crate::refblocks`]), and every COPIED flag with the refcount that it
+//! speaks of. Findings, their order and their words are those of `qemu-img check`. Tables are read once each, in one
+//! piece. Memory is bounded by what the file really holds, not by what its tables claim.
 //!
-//! Repair writes in an order that a power cut cannot make worse: raised refcounts first, then lowered ones, then flags; or,
-//! where the refcount structures themselves are unusable, new ones in unused clusters, to which the header then
+//! Repair writes in an order that a power cut cannot make worse: raised refcounts first, then lowered ones, then flags;
+//! or, where the refcount structures themselves are unusable, new ones in unused clusters, to which the header then
 //! changes over in one sector ([`crate::rebuild`]).
 
 use std::collections::HashMap;

@@ -1,18 +1,18 @@
 //! Writing metadata back, in an order that a power cut at any moment cannot hurt.
 //!
-//! What is in memory is the truth and the disk lags behind. A commit makes the disk catch up with the moment at which the
-//! commit began:
+//! What is in memory is the truth and the disk lags behind. A commit makes the disk catch up with the moment at which
+//! the commit began:
 //!
-//! 1. It takes note of the clusters that lost a reference, then copies of all changed L2 slices and L1 sectors, then of all
-//!    changed refcount slices: in this order, because a cluster is counted before it is linked, written before it is linked,
-//!    and unlinked before it is noted as dropped. So everything that the copies of L2 and L1 refer to has been written and counted in
-//!    the copies of the refcounts, and what is noted as dropped is not referred to.
-//! 2. Refcount slices are written. (When there are new refcount blocks: a flush, then the refcount table.) **Flush.** Now
-//!    data, new (empty) L2 tables and refcounts are durable.
-//! 3. L2 slices and L1 sectors are written, in any order: an entry refers only to what is durable, and an L1 entry that is
-//!    there before its L2 table's new slices leads to an empty table. **Flush.** Now the commit is done.
-//! 4. Dropped clusters go into quarantine ([`crate::frees`]): their refcounts go down, in memory, when nobody can use them
-//!    any more, and on disk with the next commit. So on disk a refcount is never below the number of references.
+//! 1. It takes note of the clusters that lost a reference, then copies of all changed L2 slices and L1 sectors, then of
+//!    all changed refcount slices: in this order, because a cluster is counted before it is linked, written before it
+//!    is linked, and unlinked before it is noted as dropped. So everything that the copies of L2 and L1 refer to has
+//!    been written and counted in the copies of the refcounts, and what is noted as dropped is not referred to.
+//! 2. Refcount slices are written. (When there are new refcount blocks: a flush, then the refcount table.) **Flush.**
+//!    Now data, new (empty) L2 tables and refcounts are durable.
+//! 3. L2 slices and L1 sectors are written, in any order: an entry refers only to what is durable, and an L1 entry that
+//!    is there before its L2 table's new slices leads to an empty table. **Flush.** Now the commit is done.
+//! 4. Dropped clusters go into quarantine ([`crate::frees`]): their refcounts go down, in memory, when nobody can use
+//!    them any more, and on disk with the next commit. So on disk a refcount is never below the number of references.
 //!
 //! Every entry lies inside one 512-byte sector and each mixture of old and new sectors is sound, so torn
 //! writes do no harm. Lazy refcounts need nothing else: counts are always written before what refers to them, so the

@@ -1,7 +1,7 @@
 //! Turning clusters into compressed bytes and back.
 //!
-//! Deflate is raw (no zlib header) with a window of 4 KiB: QEMU's reader accepts no larger one. zstd data is one or more
-//! frames. In both the compressed bytes may be followed by anything up to the end of their last sector.
+//! Deflate is raw (no zlib header) with a window of 4 KiB: QEMU's reader accepts no larger one. zstd data is one or
+//! more frames. In both the compressed bytes may be followed by anything up to the end of their last sector.
 
 use std::sync::Arc;
 

@@ -11,7 +11,8 @@ use crate::refblocks::RefcountBlocks;
 impl Checker<'_, '_> {
     /// Compares every flag with its refcount, and corrects it when that is asked for.
     pub(crate) async fn check_copied(&mut self, blocks: &mut RefcountBlocks) -> Result<(), CheckError> {
-        // The flags are derived from the refcounts; they are worth repairing along with leaks only when those are right.
+        // The flags are derived from the refcounts; they are worth repairing along with leaks only when those are
+        // right.
         let repair = match self.fix {
             Fix::None => false,
             Fix::Leaks => self.outcome.corruptions == 0,

@@ -245,8 +245,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Gives back new clusters that could not be written; `emptied`, with the space that some of them have got meanwhile: on a full
-    /// disk it may be all that there was.
+    /// Gives back new clusters that could not be written; `emptied`, with the space that some of them have got
+    /// meanwhile: on a full disk it may be all that there was.
     async fn return_new(&self, cx: &Cx<'_>, host: u64, count: u64, emptied: bool) {
         if emptied
             && let Some(range) = ByteRange::new(host, count << self.layout.cluster_bits)

@@ -1,13 +1,15 @@
 //! Bitmaps that are still good after a crash, with the regions of [`crate::ahead`].
 //!
-//! * When somebody begins to write, or makes the first bitmap persistent: the regions, none yet, are written to their place; then the
-//!   header says so ([`features::DIRTY_REGIONS`]); only then are the bitmaps in the directory marked as in use.
-//! * While he writes: each region is noted before the first write to it. Now and then, and whenever a command has changed what
-//!   bitmaps say, they are stored again, still marked, and regions that nobody has written to meanwhile are taken back.
+//! * When somebody begins to write, or makes the first bitmap persistent: the regions, none yet, are written to their
+//!   place; then the header says so ([`features::DIRTY_REGIONS`]); only then are the bitmaps in the directory marked as
+//!   in use.
+//! * While he writes: each region is noted before the first write to it. Now and then, and whenever a command has
+//!   changed what bitmaps say, they are stored again, still marked, and regions that nobody has written to meanwhile
+//!   are taken back.
 //! * When the image is closed the directory is stored unmarked, and the same write of the header ends the notes.
 //!
-//! So whoever opens the image after a crash finds bitmaps that are marked, and the notes: what the bitmaps say and all noted
-//! regions, if they were recording, is at least what was written. The next store makes that part of them.
+//! So whoever opens the image after a crash finds bitmaps that are marked, and the notes: what the bitmaps say and all
+//! noted regions, if they were recording, is at least what was written. The next store makes that part of them.
 
 use std::sync::atomic::Ordering;
 
@@ -63,8 +65,8 @@ impl Qcow2 {
         self.header().version >= Version::V3 && ahead::place(self.layout.cluster()).is_some()
     }
 
-    /// Begins to take notes, if the image has room for them. What the directory does not mark as in use must be good by now, and
-    /// nobody may write before the end. The turn of `stored_turn` is the caller's.
+    /// Begins to take notes, if the image has room for them. What the directory does not mark as in use must be good by
+    /// now, and nobody may write before the end. The turn of `stored_turn` is the caller's.
     async fn take_notes(&self, cx: &Cx<'_>) -> Result<()> {
         let header = self.header();
         if self.ahead().is_some() || !self.can_take_notes() {
@@ -97,7 +99,8 @@ impl Qcow2 {
         self.ahead_holds.store(holds, Ordering::Release);
     }
 
-    /// Somebody begins to write: bitmaps that are good stay so whatever happens. The turn of `stored_turn` is the caller's.
+    /// Somebody begins to write: bitmaps that are good stay so whatever happens. The turn of `stored_turn` is the
+    /// caller's.
     pub(crate) async fn begin_notes(&self, cx: &Cx<'_>) -> Result<()> {
         let is_good = {
             let stored = self.stored();
@@ -107,11 +110,12 @@ impl Qcow2 {
         if is_good { self.take_notes(cx).await } else { Ok(()) }
     }
 
-    /// Stores bitmaps of an image that goes on being written to, if that is of any use: marked as in use, with the notes for what
-    /// comes. The turn of `stored_turn` is the caller's.
+    /// Stores bitmaps of an image that goes on being written to, if that is of any use: marked as in use, with the
+    /// notes for what comes. The turn of `stored_turn` is the caller's.
     pub(crate) async fn store_with_notes(&self, cx: &Cx<'_>, bitmaps: &[PlanBitmap]) -> Result<()> {
         let Some(ahead) = self.ahead() else {
-            // Not before what the image has is good: it may have been written to without notes. No request is inside now.
+            // Not before what the image has is good: it may have been written to without notes. No request is inside
+            // now.
             self.store_as(cx, bitmaps, State::InUse).await?;
             self.take_notes(cx).await?;
             return self.commit(cx).await;

@@ -1,7 +1,7 @@
 //! New images, byte for byte what `qemu-img create` makes.
 //!
-//! The place of everything is decided in memory first ([`crate::layout`]); then tables are written, and the header last,
-//! after a flush: a power cut on the way leaves a file that is no image yet, not a broken one.
+//! The place of everything is decided in memory first ([`crate::layout`]); then tables are written, and the header
+//! last, after a flush: a power cut on the way leaves a file that is no image yet, not a broken one.
 
 use std::collections::BTreeMap;
 

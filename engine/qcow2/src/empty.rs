@@ -1,16 +1,17 @@
 //! Emptying an image: what `commit` does to one whose data has gone to the image below.
 //!
-//! What is left is what QEMU leaves: header, refcount table, one refcount block and an L1 table without entries, in this
-//! order at the beginning of the file, and the file ends there. None of that may be overwritten while the header still
-//! names what is there now, so the image moves twice, each time by one write of the first sector:
+//! What is left is what QEMU leaves: header, refcount table, one refcount block and an L1 table without entries, in
+//! this order at the beginning of the file, and the file ends there. None of that may be overwritten while the header
+//! still names what is there now, so the image moves twice, each time by one write of the first sector:
 //!
 //! 1. the same structures go to clusters that are free, away from where they shall be in the end; flush;
 //! 2. the header names them: the image is empty; flush;
 //! 3. they go to their places at the beginning, where nothing is in use any more but the header; flush;
 //! 4. the header names those; flush; and the rest of the file is cut off.
 //!
-//! A power cut leaves the image as it was or empty. Where all that cannot be done, every entry is removed instead and the
-//! file keeps its length: version 2, bitmaps, an L1 table so long that one refcount block would not count everything, a full disk.
+//! A power cut leaves the image as it was or empty. Where all that cannot be done, every entry is removed instead and
+//! the file keeps its length: version 2, bitmaps, an L1 table so long that one refcount block would not count
+//! everything, a full disk.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -58,8 +59,8 @@ impl Bare {
         }
     }
 
-    /// As many clusters as it can take up anywhere in front of `far`: there the refcount table is shorter, but two more blocks
-    /// may be touched.
+    /// As many clusters as it can take up anywhere in front of `far`: there the refcount table is shorter, but two more
+    /// blocks may be touched.
     fn longest(header: &Header, far: u64) -> Option<u64> {
         Some(Self::at(header, far)?.len() + 2)
     }
@@ -111,7 +112,8 @@ impl Bare {
 }
 
 impl Qcow2 {
-    /// See [`underlay_graph::Node::make_empty`]. An error after which nobody knows what is on disk makes the image unusable.
+    /// See [`underlay_graph::Node::make_empty`]. An error after which nobody knows what is on disk makes the image
+    /// unusable.
     pub(crate) async fn empty(&self, cx: &Cx<'_>) -> Result<()> {
         self.begin_change(cx).await?;
         self.settle(cx).await?;
@@ -159,8 +161,8 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Free clusters for everything, behind those of `end`; they are taken, for this image as it still is. `None` if there
-    /// are none.
+    /// Free clusters for everything, behind those of `end`; they are taken, for this image as it still is. `None` if
+    /// there are none.
     async fn place_on_the_way(&self, cx: &Cx<'_>, header: &Header, end: &Bare) -> Result<Option<Bare>> {
         // It will not be farther away than that.
         let far = self.refcounts.end().saturating_mul(2).max(end.end());

@@ -16,7 +16,8 @@ pub const CRYPTO: u32 = 0x0537_be77;
 pub const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Type of the bitmaps extension.
 pub const BITMAPS: u32 = 0x2385_2875;
-/// Type of ours that says: the image has only the bitmaps of a disk that is elsewhere, and a place for what ties them to it.
+/// Type of ours that says: the image has only the bitmaps of a disk that is elsewhere, and a place for what ties them
+/// to it.
 pub const TIED: u32 = 0x556e_6454;
 /// The end marker.
 const END: u32 = 0;

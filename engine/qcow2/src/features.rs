@@ -23,7 +23,8 @@ pub const LAZY_REFCOUNTS: u64 = 1 << 0;
 pub const BITMAPS: u64 = 1 << 0;
 /// Autoclear: the external data file reads as a raw image.
 pub const RAW_DATA_FILE: u64 = 1 << 1;
-/// Autoclear, and our own: the regions that may have been written to since the bitmaps were stored are noted in the header cluster.
+/// Autoclear, and our own: the regions that may have been written to since the bitmaps were stored are noted in the
+/// header cluster.
 pub const DIRTY_REGIONS: u64 = 1 << 62;
 /// Every autoclear bit that this crate knows the meaning of.
 pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | RAW_DATA_FILE | DIRTY_REGIONS;
@@ -55,8 +56,8 @@ pub fn name_table() -> Vec<u8> {
     bytes
 }
 
-/// Names the incompatible bits in `bits`: first those that `table` (from the image) has names for, in its order, then all
-/// others as one number. The words are QEMU's.
+/// Names the incompatible bits in `bits`: first those that `table` (from the image) has names for, in its order, then
+/// all others as one number. The words are QEMU's.
 pub fn describe_incompatible(mut bits: u64, table: &[u8]) -> String {
     let mut names = Vec::new();
     for entry in table.chunks_exact(ENTRY) {

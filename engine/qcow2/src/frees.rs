@@ -1,15 +1,15 @@
 //! Clusters that lost a reference, on their way to being free.
 //!
-//! Nothing may be written into a dropped cluster while the disk still refers to it, or while a read or an in-place write that
-//! looked the cluster up before is on its way. So a drop goes through two stations:
+//! Nothing may be written into a dropped cluster while the disk still refers to it, or while a read or an in-place
+//! write that looked the cluster up before is on its way. So a drop goes through two stations:
 //!
 //! 1. *pending*: the mapping in memory does not have it any more, the disk may;
-//! 2. *quarantine*: a commit has made the drop durable. That commit also started a new epoch: whoever looks something up holds
-//!    a lease on the epoch of that moment, so when all leases of the epochs up to this one are gone nobody can
+//! 2. *quarantine*: a commit has made the drop durable. That commit also started a new epoch: whoever looks something
+//!    up holds a lease on the epoch of that moment, so when all leases of the epochs up to this one are gone nobody can
 //!    still use the old answer.
 //!
-//! Then the refcounts go down in memory (and reach the disk with the next commit), and the clusters can be given out again.
-//! After a power cut what was on its way is a leak, never an error.
+//! Then the refcounts go down in memory (and reach the disk with the next commit), and the clusters can be given out
+//! again. After a power cut what was on its way is a leak, never an error.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -135,8 +135,8 @@ impl Qcow2 {
         }
     }
 
-    /// Tells the file that nobody needs clusters, which are about to lose a reference, unless snapshots have them too or,
-    /// in a damaged image, they are metadata.
+    /// Tells the file that nobody needs clusters, which are about to lose a reference, unless snapshots have them too
+    /// or, in a damaged image, they are metadata.
     async fn discard_unshared(&self, cx: &Cx<'_>, free: Free) -> Result<()> {
         let bits = self.layout.cluster_bits;
         let discard = async |first: u64, end: u64| match first < end {

@@ -298,7 +298,8 @@ impl Qcow2 {
         self.options.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether the image can have other options. Not another `l2-cache-entry-size`, by which everything in memory is laid out.
+    /// Whether the image can have other options. Not another `l2-cache-entry-size`, by which everything in memory is
+    /// laid out.
     pub fn check_options(&self, options: OpenOptions) -> std::result::Result<CheckedOptions, OpenError> {
         let header = self.header();
         layout(&header, &options)?;
@@ -306,8 +307,8 @@ impl Qcow2 {
         Ok(CheckedOptions { options, l2_cache, refcount_cache })
     }
 
-    /// Other options from now on: what becomes of discarded clusters, the size of the caches, and how long tables stay there.
-    /// Who is told of corruption and repairs stays.
+    /// Other options from now on: what becomes of discarded clusters, the size of the caches, and how long tables stay
+    /// there. Who is told of corruption and repairs stays.
     pub fn set_options(&self, checked: CheckedOptions) {
         let CheckedOptions { options, l2_cache, refcount_cache } = checked;
         self.l2.set_capacity(slices(l2_cache, self.layout.slice_bytes()));
@@ -450,8 +451,8 @@ impl Qcow2 {
         self.corrupt.store(true, Ordering::SeqCst);
     }
 
-    /// Reports a corruption. A fatal one marks the image and makes it unusable; nothing is fatal for an image that nobody writes
-    /// to. Gives the error for the request.
+    /// Reports a corruption. A fatal one marks the image and makes it unusable; nothing is fatal for an image that
+    /// nobody writes to. Gives the error for the request.
     pub(crate) async fn corruption(&self, cx: &Cx<'_>, mut found: Corruption) -> IoError {
         found.fatal &= self.is_writable();
         let first = match found.fatal {

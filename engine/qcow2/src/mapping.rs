@@ -1,9 +1,9 @@
 //! From guest offsets to places in the file.
 //!
-//! The L1 table is in memory, slices of L2 tables are in the cache. The fast way ([`Qcow2::map_now`]) answers from memory
-//! alone; the slow way ([`Qcow2::map_slow`]) loads the slice that was missing, and reports what is wrong with an
-//! entry. Answers never cross a slice, except that neighbouring unallocated tables are one answer, and so are neighbouring
-//! slices of zeroes in memory.
+//! The L1 table is in memory, slices of L2 tables are in the cache. The fast way ([`Qcow2::map_now`]) answers from
+//! memory alone; the slow way ([`Qcow2::map_slow`]) loads the slice that was missing, and reports what is wrong with an
+//! entry. Answers never cross a slice, except that neighbouring unallocated tables are one answer, and so are
+//! neighbouring slices of zeroes in memory.
 
 use std::collections::BTreeSet;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
@@ -253,8 +253,8 @@ impl Qcow2 {
     }
 
     /// Whether the image has far more clusters than its file has bytes on the medium: made with preallocated metadata.
-    /// Found out once. The measure (a ninth more, and at least two) is QEMU's: found by filling the holes of such images one
-    /// by one until `qemu-img map` says otherwise.
+    /// Found out once. The measure (a ninth more, and at least two) is QEMU's: found by filling the holes of such
+    /// images one by one until `qemu-img map` says otherwise.
     async fn is_preallocated(&self, cx: &Cx<'_>) -> bool {
         if let Some(known) = self.preallocated.get() {
             return *known;

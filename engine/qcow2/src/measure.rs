@@ -1,5 +1,5 @@
-//! How large an image would get, without making it. What is counted, and that a refcount table counts itself, was found by
-//! comparing with `qemu-img measure`.
+//! How large an image would get, without making it. What is counted, and that a refcount table counts itself, was found
+//! by comparing with `qemu-img measure`.
 
 use crate::create::{CreateError, CreateOptions};
 use crate::header;
@@ -47,8 +47,8 @@ fn refcounts(others: u64, options: &CreateOptions) -> u64 {
 }
 
 impl Qcow2 {
-    /// Bytes that the image's bitmaps would take in one with clusters of that many bytes. `None` for version 2, which cannot
-    /// have any.
+    /// Bytes that the image's bitmaps would take in one with clusters of that many bytes. `None` for version 2, which
+    /// cannot have any.
     pub fn measure_bitmaps(&self, cluster: u64) -> Option<u64> {
         if self.header().version < header::Version::V3 {
             return None;

@@ -1,7 +1,8 @@
 //! Which host clusters hold metadata, so that no guest write ever lands on them.
 //!
-//! In a sound image nothing points at metadata but metadata. In a damaged (or hostile) one an L2 entry may point at the header or at
-//! another table; a write through it would destroy the image, so every write to guest data asks here first.
+//! In a sound image nothing points at metadata but metadata. In a damaged (or hostile) one an L2 entry may point at the
+//! header or at another table; a write through it would destroy the image, so every write to guest data asks here
+//! first.
 
 use std::collections::HashSet;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
@@ -188,7 +189,8 @@ impl Qcow2 {
         *self.metadata_mut() = all;
     }
 
-    /// The L2 tables of all snapshots, unless they are very many: damage that leads there is noticed late then, as with the reference.
+    /// The L2 tables of all snapshots, unless they are very many: damage that leads there is noticed late then, as with
+    /// the reference.
     async fn inactive_tables(&self, cx: &Cx<'_>) -> HashSet<u64> {
         let snapshots = self.known_snapshots().table.snapshots.clone();
         let entries: u64 = snapshots.iter().map(|snapshot| u64::from(snapshot.l1_entries)).sum();
@@ -226,7 +228,8 @@ impl Qcow2 {
         Err(self.corruption(cx, found).await)
     }
 
-    /// Refuses to use a refcount block, which may be changed then, that something else claims too or that is not in the file.
+    /// Refuses to use a refcount block, which may be changed then, that something else claims too or that is not in the
+    /// file.
     pub(crate) async fn check_refcount_block(&self, cx: &Cx<'_>, block: u64) -> Result<()> {
         self.check_owner(cx, block, Owner::RefcountBlock).await
     }

@@ -181,8 +181,8 @@ impl Qcow2 {
     pub(crate) async fn settle(&self, cx: &Cx<'_>) -> Result<()> {
         self.give_back_reserved(cx).await;
         self.commit(cx).await?;
-        // A commit may leave lowered refcounts to write, whose blocks may have to be loaded, and so on: two more suffice
-        // unless somebody still works on the image.
+        // A commit may leave lowered refcounts to write, whose blocks may have to be loaded, and so on: two more
+        // suffice unless somebody still works on the image.
         for _ in 0..3 {
             if !self.is_behind() {
                 break;
@@ -199,8 +199,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Has the file end where its last data cluster does, or the sector of its last compressed data: there are readers who take
-    /// it for damaged otherwise. We are none of them, so that it does not matter where that is not possible.
+    /// Has the file end where its last data cluster does, or the sector of its last compressed data: there are readers
+    /// who take it for damaged otherwise. We are none of them, so that it does not matter where that is not possible.
     async fn fill_up(&self, cx: &Cx<'_>) {
         let file = cx.below();
         let end = self.data_end.swap(0, Ordering::Relaxed);

@@ -110,8 +110,9 @@ impl Qcow2 {
         self.relieve(cx).await
     }
 
-    /// Finds `len` bytes for a compressed cluster: behind the last one while its host cluster has room, or runs over into a new
-    /// cluster that follows directly, or at the start of a new one. Each cluster it touches counts one reference for it.
+    /// Finds `len` bytes for a compressed cluster: behind the last one while its host cluster has room, or runs over
+    /// into a new cluster that follows directly, or at the start of a new one. Each cluster it touches counts one
+    /// reference for it.
     async fn alloc_packed(&self, cx: &Cx<'_>, len: u64) -> Result<u64> {
         let bits = self.layout.cluster_bits;
         let _turn = self.packing.lock().await;

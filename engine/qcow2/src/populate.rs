@@ -88,8 +88,8 @@ impl Qcow2 {
     }
 }
 
-/// Whether the first bytes of `range` read as zeroes in `backing`, and for how many bytes that holds. Data is one run up
-/// to the next zeroes, so that it is copied in large pieces.
+/// Whether the first bytes of `range` read as zeroes in `backing`, and for how many bytes that holds. Data is one run
+/// up to the next zeroes, so that it is copied in large pieces.
 async fn zero_run(backing: &Cx<'_>, range: ByteRange) -> Result<(bool, u64)> {
     let mut rest = range;
     let mut first = None;

@@ -1,7 +1,7 @@
 //! Who owns which host cluster: reference counts, and finding free clusters.
 //!
-//! Allocation takes the lowest free clusters from a moving hint on; freeing lowers the hint: QEMU's policy, so that the same
-//! requests give the same image byte by byte. The refcount table is in memory; slices of refcount blocks are in a
+//! Allocation takes the lowest free clusters from a moving hint on; freeing lowers the hint: QEMU's policy, so that the
+//! same requests give the same image byte by byte. The refcount table is in memory; slices of refcount blocks are in a
 //! cache. Which slices have no free cluster is remembered, so that a search never looks at one of them twice.
 //!
 //! What a search decides it decides under one plain lock, without I/O; when it needs a slice that is not in the
@@ -472,7 +472,8 @@ impl Qcow2 {
         let refcounts = &self.refcounts;
         let _growth = refcounts.growth.lock().await;
         self.check_own_refcount_table(cx).await?;
-        // Where the block goes, and which block that makes: a cluster in a range without a block holds that range's own.
+        // Where the block goes, and which block that makes: a cluster in a range without a block holds that range's
+        // own.
         let mut stopped = None;
         let (cluster, block, own) = loop {
             let load = {
@@ -606,7 +607,8 @@ impl Qcow2 {
         let clusters = u32::try_from(place.clusters).map_err(|_| IoError::EFBIG)?;
         let mut header = self.header();
         if let Err(error) = point_to_table(cx, place.table() << bits, clusters).await {
-            // The disk may know the one or the other table now. It must be the old one, or nothing may be written any more.
+            // The disk may know the one or the other table now. It must be the old one, or nothing may be written any
+            // more.
             let old = (header.refcount_table_offset, header.refcount_table_clusters);
             if point_to_table(cx, old.0, old.1).await.is_err() {
                 self.give_up();
@@ -681,8 +683,8 @@ impl Refcounts {
         Some(lost)
     }
 
-    /// One reference more for a cluster that has some. False when there is no room for it in the count; `None` if the slice
-    /// is not in the cache.
+    /// One reference more for a cluster that has some. False when there is no room for it in the count; `None` if the
+    /// slice is not in the cache.
     pub(crate) fn raise_used(&self, cluster: u64) -> Option<bool> {
         let slice = cluster >> self.slice_bits;
         let count = self.cache.view(slice, |words| self.get(words, cluster))?;

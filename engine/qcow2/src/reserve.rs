@@ -1,9 +1,10 @@
-//! Places for data that is on its way, so that pieces of a disk that are written side by side lie in order all the same.
+//! Places for data that is on its way, so that pieces of a disk that are written side by side lie in order all the
+//! same.
 //!
 //! Who copies a disk with several hands reserves the places of each piece in turn, which is quick, and then writes the
-//! pieces at the same time, which is not. A write finds the place that was reserved for it if it begins and ends where the
-//! reservation does; any other write takes a new one. What was reserved and not used is given back on closing; a crash
-//! before that leaks it, as it leaks any cluster that was allocated and not yet linked.
+//! pieces at the same time, which is not. A write finds the place that was reserved for it if it begins and ends where
+//! the reservation does; any other write takes a new one. What was reserved and not used is given back on closing; a
+//! crash before that leaks it, as it leaks any cluster that was allocated and not yet linked.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,12 +1,12 @@
 //! Making the disk larger or smaller.
 //!
-//! Growing: first a larger L1 table if need be: it is written and durable before the header names it, in the same sector as its
-//! length, and the old one is given free afterwards. Then whatever could show in the new part is removed or zeroed (old
-//! clusters behind the end, the backing file where it is longer), then space is reserved; and when all of that is
-//! durable the header gets the new size. A power cut leaves the old size or the new one.
+//! Growing: first a larger L1 table if need be: it is written and durable before the header names it, in the same
+//! sector as its length, and the old one is given free afterwards. Then whatever could show in the new part is removed
+//! or zeroed (old clusters behind the end, the backing file where it is longer), then space is reserved; and when all
+//! of that is durable the header gets the new size. A power cut leaves the old size or the new one.
 //!
-//! Shrinking: the header gets the new size first, so that no guest ever sees half of the lost part; then its clusters are given
-//! free. A power cut in between leaves clusters mapped behind the end, which growing removes.
+//! Shrinking: the header gets the new size first, so that no guest ever sees half of the lost part; then its clusters
+//! are given free. A power cut in between leaves clusters mapped behind the end, which growing removes.
 
 use underlay_graph::range_lock::Mode;
 use underlay_graph::{ByteRange, Cx, IoError, Place, Preallocation, Result, WriteFlags, ZeroFlags};
@@ -134,7 +134,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Copies the L1 table to `host`, and fills up with zeroes to `len` bytes. Durable on return, as is all that it refers to.
+    /// Copies the L1 table to `host`, and fills up with zeroes to `len` bytes. Durable on return, as is all that it
+    /// refers to.
     async fn copy_l1(&self, cx: &Cx<'_>, old: &Header, host: u64, len: u64) -> Result<()> {
         self.commit_now(cx).await?;
         let mut at = 0;
@@ -307,8 +308,8 @@ impl Qcow2 {
     }
 }
 
-/// Cuts unused clusters off the end of the file of an image that nobody changes, as shrinking with QEMU does: the file then
-/// ends where the last cluster in use ends. It is left as it is when the refcounts cannot be relied on.
+/// Cuts unused clusters off the end of the file of an image that nobody changes, as shrinking with QEMU does: the file
+/// then ends where the last cluster in use ends. It is left as it is when the refcounts cannot be relied on.
 pub async fn trim_file(file: &Cx<'_>) -> Result<()> {
     let header = Header::read(file).await.map_err(|error| IoError::EINVAL.with(error.to_string()))?;
     if header.has(features::DIRTY | features::CORRUPT) {

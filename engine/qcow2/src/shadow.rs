@@ -1,15 +1,17 @@
 //! A second set of tables beside the one in force: a change of all the metadata in one step.
 //!
-//! Taking, deleting and applying a snapshot change refcounts and COPIED flags all over the image, and an image in which a flag
-//! does not fit its refcount is damaged. No order of writes in place avoids that. So nothing is written in place:
+//! Taking, deleting and applying a snapshot change refcounts and COPIED flags all over the image, and an image in which
+//! a flag does not fit its refcount is damaged. No order of writes in place avoids that. So nothing is written in
+//! place:
 //!
 //! 1. all refcount blocks are read, and the refcounts changed in memory;
-//! 2. what changes goes to clusters that are free before and after: L2 tables in which a flag changes, the L1 table, the table of
-//!    snapshots, refcount blocks and the refcount table, neighbours in large writes; **flush**;
-//! 3. one write of one sector makes the header name all of that, and the size of the disk; **flush**. The old tables are free.
+//! 2. what changes goes to clusters that are free before and after: L2 tables in which a flag changes, the L1 table,
+//!    the table of snapshots, refcount blocks and the refcount table, neighbours in large writes; **flush**;
+//! 3. one write of one sector makes the header name all of that, and the size of the disk; **flush**. The old tables
+//!    are free.
 //!
-//! A power cut leaves all that was before or all that comes after, without a leak. An error before the last write leaves the
-//! image as it was. Nobody else may use the image meanwhile.
+//! A power cut leaves all that was before or all that comes after, without a leak. An error before the last write
+//! leaves the image as it was. Nobody else may use the image meanwhile.
 
 use std::pin::Pin;
 
@@ -132,7 +134,8 @@ impl<'a> Shadow<'a> {
         set(&mut block.bytes, at, order, count);
     }
 
-    /// One reference more to a cluster that has some. EINVAL, as the reference says, when there is no room for the count.
+    /// One reference more to a cluster that has some. EINVAL, as the reference says, when there is no room for the
+    /// count.
     pub fn raise(&mut self, cluster: u64) -> Result<(), Bad> {
         match self.count(cluster) {
             0 => Err(Bad::Wrong(cluster, "is used, but its refcount is 0")),
@@ -144,8 +147,8 @@ impl<'a> Shadow<'a> {
         }
     }
 
-    /// One reference less. When none is left it must not be metadata in force, unless of the kind `was` that the caller has
-    /// taken out of it.
+    /// One reference less. When none is left it must not be metadata in force, unless of the kind `was` that the caller
+    /// has taken out of it.
     pub fn lower(&mut self, cluster: u64, was: Option<Owner>) -> Result<(), Bad> {
         let count = self.count(cluster).checked_sub(1);
         let count = count.ok_or(Bad::Wrong(cluster, "is used more often than its refcount says"))?;
@@ -252,7 +255,8 @@ impl<'a> Shadow<'a> {
         usize::try_from((PIECE * 4 / self.image.layout.cluster()).max(1)).unwrap_or(1)
     }
 
-    /// Finds places for the active L1 table (from now on `l1`) and all refcounts, writes everything, and makes it what the image is.
+    /// Finds places for the active L1 table (from now on `l1`) and all refcounts, writes everything, and makes it what
+    /// the image is.
     pub async fn finish(mut self, l1: &[u64]) -> Result<Freed, Bad> {
         let old = self.old.clone();
         if !l1.is_empty() {
@@ -326,7 +330,8 @@ impl<'a> Shadow<'a> {
         Ok(())
     }
 
-    /// Makes the header name what has been written; durable on return. After an error it is as it was, or the image is unusable.
+    /// Makes the header name what has been written; durable on return. After an error it is as it was, or the image is
+    /// unusable.
     async fn take_over(&self) -> Result<(), IoError> {
         let _turn = self.image.header_turn.lock().await;
         let Err(error) = name(self.cx, &self.header).await else { return Ok(()) };

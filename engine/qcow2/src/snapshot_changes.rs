@@ -1,9 +1,9 @@
 //! Internal snapshots: taken, deleted, applied and looked at.
 //!
-//! A snapshot is an L1 table of its own. The L2 tables and clusters that it has in common with the disk have a reference for each
-//! way that leads to them, and no COPIED flag, so the guest's next write there goes to a new place ([`crate::cow`]).
-//! All changes are made beside the tables in force ([`crate::shadow`]): the image has the old snapshots or the new ones, whenever the power
-//! is cut. Nobody else may use the image while they are made.
+//! A snapshot is an L1 table of its own. The L2 tables and clusters that it has in common with the disk have a
+//! reference for each way that leads to them, and no COPIED flag, so the guest's next write there goes to a new place
+//! ([`crate::cow`]). All changes are made beside the tables in force ([`crate::shadow`]): the image has the old
+//! snapshots or the new ones, whenever the power is cut. Nobody else may use the image while they are made.
 
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
 
@@ -53,8 +53,8 @@ impl From<std::result::Result<Table, SnapshotError>> for Known {
     }
 }
 
-/// Writes the snapshot table of the image in `file`, which nobody else uses, anew: without what is damaged, and with everything that
-/// version 3 asks for in each entry.
+/// Writes the snapshot table of the image in `file`, which nobody else uses, anew: without what is damaged, and with
+/// everything that version 3 asks for in each entry.
 pub async fn complete_snapshots(file: &Arc<View>) -> Result<()> {
     let options = OpenOptions { repair: true, ..OpenOptions::default() };
     let image = Qcow2::open(&file.cx(), options).await;
@@ -152,7 +152,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// From now on the image, which nobody may be writing to, reads as it was when the snapshot at this place was taken.
+    /// From now on the image, which nobody may be writing to, reads as it was when the snapshot at this place was
+    /// taken.
     pub async fn show_snapshot(&self, cx: &Cx<'_>, place: usize) -> Result<()> {
         if self.is_writable() {
             return Err(IoError::EINVAL.with("Device is writable"));
@@ -435,7 +436,8 @@ async fn lower_tree(shadow: &mut Shadow<'_>, l1: &[u64], was: Owner) -> Result<(
     Ok(())
 }
 
-/// The tree of a snapshot gets a second owner, to which `l1` belongs. (Flags that a table has all the same are not for it.)
+/// The tree of a snapshot gets a second owner, to which `l1` belongs. (Flags that a table has all the same are not for
+/// it.)
 async fn adopt_tree(shadow: &mut Shadow<'_>, l1: &mut [u64]) -> Result<(), Bad> {
     let used = used(l1);
     for some in used.chunks(shadow.batch()) {

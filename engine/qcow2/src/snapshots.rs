@@ -164,7 +164,8 @@ pub async fn read(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError
     }
 }
 
-/// The same with all that can be made of a damaged table. Of more snapshots than there can be, those count that have an id.
+/// The same with all that can be made of a damaged table. Of more snapshots than there can be, those count that have an
+/// id.
 pub(crate) async fn read_damaged(file: &Cx<'_>, header: &Header) -> Result<Table, SnapshotError> {
     let mut table = Table::default();
     let mut at = header.snapshots_offset;

@@ -1,19 +1,21 @@
-//! The bitmaps of an open image: loaded when it is opened, marked as in use while it may be written to, and stored again.
+//! The bitmaps of an open image: loaded when it is opened, marked as in use while it may be written to, and stored
+//! again.
 //!
 //! What keeps a bitmap from ever saying too little, whenever the power is cut:
 //!
-//! * before the first write the directory says of each bitmap that it is in use, durably. That changes bits of the directory where
-//!   it is, each in one sector, so whatever part of it gets there, the rest of the directory is as it was;
-//! * to store, data and tables go to clusters that are free, then a new directory that refers to them; when all that is durable,
-//!   with its refcounts, the header changes over to the new directory by one write of one sector ([`crate::update`]). Only
-//!   after that the old clusters are given free ([`crate::frees`]).
+//! * before the first write the directory says of each bitmap that it is in use, durably. That changes bits of the
+//!   directory where it is, each in one sector, so whatever part of it gets there, the rest of the directory is as it
+//!   was;
+//! * to store, data and tables go to clusters that are free, then a new directory that refers to them; when all that is
+//!   durable, with its refcounts, the header changes over to the new directory by one write of one sector
+//!   ([`crate::update`]). Only after that the old clusters are given free ([`crate::frees`]).
 //!
-//! So a cut leaves the old directory, in which everything is in use, or the new one; and clusters that leak, at most. Whoever
-//! opens an image in which bitmaps are in use knows that they say too little, unless there are notes of the rest
-//! ([`crate::crash_safe`]); they stay so until they are removed.
+//! So a cut leaves the old directory, in which everything is in use, or the new one; and clusters that leak, at most.
+//! Whoever opens an image in which bitmaps are in use knows that they say too little, unless there are notes of the
+//! rest ([`crate::crash_safe`]); they stay so until they are removed.
 //!
-//! Nobody has to keep the bitmaps of an image that he opens: without [`BitmapStore::begin`] the first write clears the bit that
-//! says that the bitmaps fit the image, as the format asks of programs that do not know bitmaps.
+//! Nobody has to keep the bitmaps of an image that he opens: without [`BitmapStore::begin`] the first write clears the
+//! bit that says that the bitmaps fit the image, as the format asks of programs that do not know bitmaps.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
@@ -87,8 +89,8 @@ fn marked(entries: &[StoredBitmap]) -> Vec<StoredBitmap> {
     entries.iter().map(|entry| StoredBitmap { flags: entry.flags | IN_USE, ..entry.clone() }).collect()
 }
 
-/// Reads all bitmaps of an image that is being opened, and completes them by the notes in it. `distrusted`: whatever the image says,
-/// they are not to be relied on.
+/// Reads all bitmaps of an image that is being opened, and completes them by the notes in it. `distrusted`: whatever
+/// the image says, they are not to be relied on.
 pub(crate) async fn load(
     file: &Cx<'_>,
     header: &Header,
@@ -193,7 +195,8 @@ impl Qcow2 {
         self.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the disk can be `size` bytes long: the bitmaps change with it, so they must be known, and be possible then.
+    /// Whether the disk can be `size` bytes long: the bitmaps change with it, so they must be known, and be possible
+    /// then.
     pub fn check_bitmaps_can_be_resized(&self, size: u64) -> Result<()> {
         // Nobody asks when a disk that is elsewhere gets another size.
         let is_tied = self.header().extensions.is_tied();
@@ -213,8 +216,8 @@ impl Qcow2 {
         }
     }
 
-    /// Before the first write: what the image says of its bitmaps must hold whatever is written. The turn of `stored_turn` is
-    /// the caller's.
+    /// Before the first write: what the image says of its bitmaps must hold whatever is written. The turn of
+    /// `stored_turn` is the caller's.
     pub(crate) async fn settle_bitmaps(&self, cx: &Cx<'_>) -> Result<()> {
         if self.stored().kept {
             return self.mark_bitmaps(cx).await;
@@ -302,8 +305,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Changes over to a directory of these bitmaps, whose tables and data come from `writer`. Durable on return, as is all
-    /// that was written before. What is not in the new directory is the caller's to give free.
+    /// Changes over to a directory of these bitmaps, whose tables and data come from `writer`. Durable on return, as is
+    /// all that was written before. What is not in the new directory is the caller's to give free.
     async fn change_directory(
         &self,
         mut writer: Writer<'_>,
@@ -403,8 +406,8 @@ fn refused(node: &NodeName, name: &str, why: &str) -> std::result::Result<(), Gr
     Err(GraphError::new(format!("Can't make bitmap '{name}' persistent in '{node}': {why}")))
 }
 
-/// Whether an image of a disk of `size` bytes could keep one more bitmap beside the others of its `node`, only some of which may
-/// be persistent.
+/// Whether an image of a disk of `size` bytes could keep one more bitmap beside the others of its `node`, only some of
+/// which may be persistent.
 pub fn check_new_bitmap(
     node: &NodeName,
     size: u64,

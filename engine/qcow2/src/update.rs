@@ -7,14 +7,14 @@
 //! 1. what the new state has behind the first sector goes to places that the old state does not use; flush;
 //! 2. the first sector, which now points there, is written; flush.
 //!
-//! For that the new name is put behind the old one when it would overlap it (the next rewrite finds the usual place free again).
-//! Where the extensions themselves grow or shrink across the end of the first sector, two more states go between:
-//! old and new header without the feature name table, which is there for error messages only. In the end everything
-//! that is not used any more is zeroed.
+//! For that the new name is put behind the old one when it would overlap it (the next rewrite finds the usual place
+//! free again). Where the extensions themselves grow or shrink across the end of the first sector, two more states go
+//! between: old and new header without the feature name table, which is there for error messages only. In the end
+//! everything that is not used any more is zeroed.
 //!
-//! What cannot be done so (a 1 KiB cluster with two very long names, unknown extensions of more than
-//! 300 bytes) is written behind the first sector first and in it last; a cut between the two can leave a name cut in two
-//! then, which shows as a backing file that cannot be found, never as other data.
+//! What cannot be done so (a 1 KiB cluster with two very long names, unknown extensions of more than 300 bytes) is
+//! written behind the first sector first and in it last; a cut between the two can leave a name cut in two then, which
+//! shows as a backing file that cannot be found, never as other data.
 
 use std::ops::Range;
 
@@ -61,8 +61,9 @@ pub async fn write_header(file: &Cx<'_>, header: &Header) -> Result<()> {
 }
 
 impl Qcow2 {
-    /// Changes the header; durable on return. Everything that it relies on then must have been flushed before. After an error it is
-    /// as it was, on disk too, or the image is unusable: nobody may go on whose header names tables that are not kept up to date.
+    /// Changes the header; durable on return. Everything that it relies on then must have been flushed before. After an
+    /// error it is as it was, on disk too, or the image is unusable: nobody may go on whose header names tables that
+    /// are not kept up to date.
     pub(crate) async fn switch_header(&self, cx: &Cx<'_>, edit: impl FnOnce(&mut Header)) -> Result<()> {
         let _turn = self.header_turn.lock().await;
         let old = self.header();

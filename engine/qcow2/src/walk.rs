@@ -18,7 +18,8 @@ const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits of a refcount table entry that must be zero.
 const TABLE_RESERVED: u64 = 0x1ff;
 
-/// Most places behind the end of the file, neighbours in one, that an image may refer to if its refcounts are to be made anew.
+/// Most places behind the end of the file, neighbours in one, that an image may refer to if its refcounts are to be
+/// made anew.
 const MOST_BEHIND: usize = 1 << 20;
 
 /// An L2 table with nothing wrong in it.
@@ -40,7 +41,8 @@ struct L2Entry {
 }
 
 impl Checker<'_, '_> {
-    /// What is wrong with the snapshot table itself. It is written anew by who has asked for it, once everything else is right.
+    /// What is wrong with the snapshot table itself. It is written anew by who has asked for it, once everything else
+    /// is right.
     pub(crate) fn count_flaws(&mut self, table: &Table) {
         let mut flaws: Vec<(u32, String)> = Vec::new();
         for (i, _) in (0..).zip(&table.snapshots).filter(|(_, snapshot)| snapshot.incomplete) {

@@ -5,8 +5,8 @@
 //! | zero | zero flag; the host cluster stays, or goes when it may be unmapped | without backing file: as discard; else refused, so that zeroes are written |
 //! | discard | zero flag without host cluster; what is unallocated without a backing file stays so | without backing file: unallocated; else nothing happens |
 //!
-//! A part of a (sub)cluster is zeroed with it when the rest of it reads as zero already; otherwise zeroes are written there.
-//! Discards leave parts of clusters alone.
+//! A part of a (sub)cluster is zeroed with it when the rest of it reads as zero already; otherwise zeroes are written
+//! there. Discards leave parts of clusters alone.
 
 use underlay_graph::range_lock::Mode;
 use underlay_graph::{ByteRange, Cx, IoError, Place, Result, ZeroFlags};
@@ -149,7 +149,8 @@ impl Qcow2 {
         self.change_range(cx, self.inner(range, self.layout.cluster()), to, true).await
     }
 
-    /// Removes the mapping of whole clusters, so that even the backing file would show: for what is behind the end of the disk.
+    /// Removes the mapping of whole clusters, so that even the backing file would show: for what is behind the end of
+    /// the disk.
     pub(crate) async fn unmap(&self, cx: &Cx<'_>, range: ByteRange) -> Result<()> {
         self.change_range(cx, range, To::Unallocated, true).await
     }
@@ -250,7 +251,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The entry that follows `old` when bytes `here` of its cluster are changed. `None` for what cannot be changed in part.
+    /// The entry that follows `old` when bytes `here` of its cluster are changed. `None` for what cannot be changed in
+    /// part.
     fn changed(&self, old: Entry, here: (u64, u64), to: To, bare: bool) -> Option<Entry> {
         let layout = &self.layout;
         if here == (0, layout.cluster()) {

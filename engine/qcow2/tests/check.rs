@@ -1,5 +1,5 @@
-//! The same findings, in the same order and words, as `qemu-img check` has on damaged images; and repairs that leave the
-//! image as consistent as its do.
+//! The same findings, in the same order and words, as `qemu-img check` has on damaged images; and repairs that leave
+//! the image as consistent as its do.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -177,8 +177,8 @@ fn theirs(dir: &Path, image: &Image, fix: Fix) -> Printed {
     Printed { status, stderr, stdout }
 }
 
-/// Compares some modes of check. (Not all where QEMU grows the file up to where a stray pointer points, fails half-way, or
-/// complains about something else on closing the image.)
+/// Compares some modes of check. (Not all where QEMU grows the file up to where a stray pointer points, fails half-way,
+/// or complains about something else on closing the image.)
 fn compare_modes(dir: &Path, name: &str, image: &Image, modes: &[Fix]) -> Vec<String> {
     let mut differences = Vec::new();
     for &fix in modes {
@@ -455,8 +455,8 @@ fn four_million_names_for_one_table_cost_one_walk() {
     let (_, view) = Memory::from_bytes(&image.bytes).view();
     let mut lines = 0;
     let outcome = run(check(&view.cx(), Fix::None, &mut |_| lines += 1)).unwrap();
-    // The table's count overflows time and again, those of its clusters once; then none of them is right on disk, and the
-    // new L1 table's 512 clusters are not counted there.
+    // The table's count overflows time and again, those of its clusters once; then none of them is right on disk, and
+    // the new L1 table's 512 clusters are not counted there.
     let overflows = u64::from(entries) - 65535 + 4096;
     assert_eq!(outcome.corruptions, overflows + 1 + 4096 + 512);
     assert_eq!(outcome.corruptions, lines - outcome.leaks);

@@ -1,5 +1,5 @@
-//! The same requests through qemu-io and through the live path: the images must be the same, byte by byte where the order
-//! of allocation is the same, and in what the guest reads always.
+//! The same requests through qemu-io and through the live path: the images must be the same, byte by byte where the
+//! order of allocation is the same, and in what the guest reads always.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 

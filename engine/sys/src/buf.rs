@@ -77,8 +77,8 @@ impl Drop for Memory {
     }
 }
 
-/// Zeroed memory of which the kernel gives each page when it is first written to: a client that announces much and sends little
-/// costs little. (The allocator would write zeroes to all of it.)
+/// Zeroed memory of which the kernel gives each page when it is first written to: a client that announces much and
+/// sends little costs little. (The allocator would write zeroes to all of it.)
 fn map(size: usize) -> Option<NonNull<u8>> {
     let (rights, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping, where there is none.

@@ -9,8 +9,9 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::{pool, ring};
 
-/// Waits until `fd` is ready for `events` (of `poll(2)`), or has an error, which the next call on it tells. It may come too early: who
-/// has written to a pipe wakes its reader a moment later, who may have read everything by then and be waiting again.
+/// Waits until `fd` is ready for `events` (of `poll(2)`), or has an error, which the next call on it tells. It may come
+/// too early: who has written to a pipe wakes its reader a moment later, who may have read everything by then and be
+/// waiting again.
 pub(crate) async fn ready(fd: &Arc<OwnedFd>, events: i16) -> io::Result<()> {
     let mask = u32::from(events.cast_unsigned());
     let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), mask).build();
@@ -108,7 +109,8 @@ mod tests {
     use crate::exec::Core;
     use crate::rt;
 
-    /// Runs a test of a pipe that blocks with each driver. If it blocks, a byte from elsewhere ends that, and the test fails.
+    /// Runs a test of a pipe that blocks with each driver. If it blocks, a byte from elsewhere ends that, and the test
+    /// fails.
     fn with_pipe<F: Future<Output = ()> + Send>(
         test: impl Fn(Arc<OwnedFd>, Arc<OwnedFd>) -> F,
         rescue: fn(&OwnedFd, &OwnedFd),

@@ -416,8 +416,8 @@ impl File {
         Ok(self.kind == FileKind::BlockDevice && device::is_read_only(&*self.fd)?)
     }
 
-    /// Gives back the space of a range that nobody needs any more: of a file by a hole; a block device may forget what was there,
-    /// or not. EOPNOTSUPP where that cannot be.
+    /// Gives back the space of a range that nobody needs any more: of a file by a hole; a block device may forget what
+    /// was there, or not. EOPNOTSUPP where that cannot be.
     pub async fn discard(&self, at: u64, len: u64) -> io::Result<()> {
         if self.kind != FileKind::BlockDevice {
             return self.allocate(Allocate::PunchHole, at, len).await;
@@ -428,8 +428,8 @@ impl File {
         pool::run(move || device::discard(&*fd, at, len)).await?
     }
 
-    /// Makes the `len` bytes at `at` share the storage of those at `from_at` of another file of the same file system; both are
-    /// regular files. EINVAL if they do not lie on whole blocks.
+    /// Makes the `len` bytes at `at` share the storage of those at `from_at` of another file of the same file system;
+    /// both are regular files. EINVAL if they do not lie on whole blocks.
     pub async fn reflink(&self, at: u64, from: &Self, from_at: u64, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());

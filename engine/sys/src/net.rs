@@ -18,8 +18,8 @@ use crate::address::{name_address, path_address};
 use crate::buf::Iov;
 use crate::{driver, pool};
 
-/// Connections that wait to be accepted: as many as the kernel lets. A client on a Unix socket that does not wait is refused when
-/// there are more.
+/// Connections that wait to be accepted: as many as the kernel lets. A client on a Unix socket that does not wait is
+/// refused when there are more.
 const BACKLOG: i32 = i32::MAX;
 /// Most pieces of one `sendmsg`.
 const MAX_PIECES: usize = 1024;
@@ -278,8 +278,8 @@ pub struct Stream {
     drained: AtomicBool,
 }
 
-/// Bytes that may be on their way through a Unix socket, if the system allows it. Its default is less than many a request has: the
-/// two sides would wait for each other several times in each.
+/// Bytes that may be on their way through a Unix socket, if the system allows it. Its default is less than many a
+/// request has: the two sides would wait for each other several times in each.
 const ON_THEIR_WAY: usize = 1 << 20;
 
 impl Stream {

@@ -16,8 +16,8 @@ pub fn end_with_broken_pipe() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
-/// From now on a write beyond the longest file that this process may have (`ulimit -f`) fails, as it does where a disk is full. Else it
-/// would end the process, and with it all disks that it serves.
+/// From now on a write beyond the longest file that this process may have (`ulimit -f`) fails, as it does where a disk
+/// is full. Else it would end the process, and with it all disks that it serves.
 pub fn survive_long_files() {
     // SAFETY: an ignored signal runs none of our code.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };

@@ -127,8 +127,8 @@ pub async fn sleep_until(at: Duration) {
     .await;
 }
 
-/// The output of `future`, or nothing if [`now`] reaches `deadline` before it, if there is one. Only for futures that may be dropped midway:
-/// most of this program's may not.
+/// The output of `future`, or nothing if [`now`] reaches `deadline` before it, if there is one. Only for futures that
+/// may be dropped midway: most of this program's may not.
 pub async fn by<F: Future>(deadline: Option<Duration>, future: F) -> Option<F::Output> {
     let Some(at) = deadline else { return Some(future.await) };
     let (mut future, mut alarm) = (std::pin::pin!(future), std::pin::pin!(sleep_until(at)));

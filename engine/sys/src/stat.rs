@@ -6,7 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// A file as the file system has it. Times are in nanoseconds since the beginning of 1970, and come in steps of some milliseconds.
+/// A file as the file system has it. Times are in nanoseconds since the beginning of 1970, and come in steps of some
+/// milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
     /// Of the file system that the file is in.

@@ -1,4 +1,5 @@
-//! Standard input and output without blocking the thread. Both belong to other processes too: they stay as blocking as they are.
+//! Standard input and output without blocking the thread. Both belong to other processes too: they stay as blocking as
+//! they are.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};

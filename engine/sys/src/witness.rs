@@ -1,11 +1,11 @@
 //! A process that outlives this one for a moment, to write down how a file was when this one died.
 //!
-//! Whatever kills a process, the kernel first ends all its threads and requests, and then closes its files: only after the last write
-//! is the pipe to the witness at its end. The witness is not at once there, though, and somebody else may be quicker. So the two
-//! share some words of memory, where the one says what he is about.
+//! Whatever kills a process, the kernel first ends all its threads and requests, and then closes its files: only after
+//! the last write is the pipe to the witness at its end. The witness is not at once there, though, and somebody else
+//! may be quicker. So the two share some words of memory, where the one says what he is about.
 //!
-//! The witness is this program once more, under another name: its `main` must begin with [`be_one_if_asked`]. Other programs
-//! (tests) have no witnesses.
+//! The witness is this program once more, under another name: its `main` must begin with [`be_one_if_asked`]. Other
+//! programs (tests) have no witnesses.
 
 use std::fs::File as StdFile;
 use std::io::{self, Read};
@@ -145,7 +145,8 @@ pub struct Witness {
 
 impl Witness {
     /// Watches `file`, and will write to `book` at byte `at`. The book's locks stay until the witness is gone, the
-    /// file's too: they should be open files of their own. He is there a moment later ([`Record::has_witness`]). ENOTSUP where the program cannot be a witness.
+    /// file's too: they should be open files of their own. He is there a moment later ([`Record::has_witness`]).
+    /// ENOTSUP where the program cannot be a witness.
     pub fn start(file: &File, book: &File, at: u64, number: u64, record: &Record) -> io::Result<Self> {
         if !CAN.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::ENOTSUP));

@@ -244,8 +244,8 @@ impl Receiver {
             return false;
         }
         if request.command == command::READ && self.outbox.is_dead() {
-            // Requests that came before the client went away can still be received. What it wrote is written; nobody wants
-            // to know what it asked.
+            // Requests that came before the client went away can still be received. What it wrote is written; nobody
+            // wants to know what it asked.
             return true;
         }
         self.received.little = payload >= LARGE;

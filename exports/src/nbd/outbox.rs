@@ -10,8 +10,8 @@ use underlay_sys::net::{Part, Stream};
 /// Pieces in one system call; the kernel's limit is 1024.
 const PARTS: usize = 512;
 
-/// Payloads of so many bytes are worth a system call of their own: the client can begin with them, and they are still in the
-/// processor's cache.
+/// Payloads of so many bytes are worth a system call of their own: the client can begin with them, and they are still
+/// in the processor's cache.
 const HEAVY: usize = 256 << 10;
 
 /// Replies that are sent together.

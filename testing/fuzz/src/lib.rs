@@ -2,7 +2,8 @@
 //! the bytes are; the runner replays what is kept (`corpus/TARGET/`) and what a target makes itself, and then
 //! mutates it, everything from a seed.
 //!
-//! A target fits libFuzzer as it is: `libfuzzer/` beside this crate's sources is a program for `cargo fuzz` that runs any of them.
+//! A target fits libFuzzer as it is: `libfuzzer/` beside this crate's sources is a program for `cargo fuzz` that runs
+//! any of them.
 #![forbid(unsafe_code)]
 
 pub mod mutate;

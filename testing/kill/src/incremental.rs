@@ -1,6 +1,6 @@
-//! Incremental backups with a persistent bitmap, by a daemon that is killed again and again: each of its lives is one backup more,
-//! on top of all before, whether those came to their ends or not. In the end the last one is the disk, and each that was
-//! done is the disk of its moment.
+//! Incremental backups with a persistent bitmap, by a daemon that is killed again and again: each of its lives is one
+//! backup more, on top of all before, whether those came to their ends or not. In the end the last one is the disk, and
+//! each that was done is the disk of its moment.
 //!
 //! ```text
 //!   daemon ─► the bitmap is good ─► guest, backup N ─► SIGKILL ─┐
@@ -10,8 +10,8 @@
 //!   empty ◄── backup 0 ◄── backup 1 (killed) ◄── backup 2 ◄── … the last = the disk
 //! ```
 //!
-//! A backup that was killed has told nobody whether it was done, and then whether the bitmap is what it was before or what was
-//! written since. So nobody needs to know: on top of it, the next one is right in either case.
+//! A backup that was killed has told nobody whether it was done, and then whether the bitmap is what it was before or
+//! what was written since. So nobody needs to know: on top of it, the next one is right in either case.
 
 use std::fs::File;
 use std::path::Path;

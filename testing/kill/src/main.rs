@@ -1,9 +1,9 @@
 //! Kills the daemon for real: the release binary on a chain of images, a guest that writes over NBD, an operation, and
 //! SIGKILL at a random moment of it. Then the images are checked and read, and must have every write that was flushed
-//! (or covered by a snapshot), and nothing that was never written; a backup that was done is what the disk was like when it
-//! began. Incremental backups are made by a daemon that is killed several times ([`incremental`]). Writes that were acknowledged and not flushed are
-//! counted when they are missing: their data is in the kernel's page cache, which survives the kill, but the tables
-//! that say where it lies may still have been in the daemon, as in QEMU.
+//! (or covered by a snapshot), and nothing that was never written; a backup that was done is what the disk was like
+//! when it began. Incremental backups are made by a daemon that is killed several times ([`incremental`]). Writes that
+//! were acknowledged and not flushed are counted when they are missing: their data is in the kernel's page cache, which
+//! survives the kill, but the tables that say where it lies may still have been in the daemon, as in QEMU.
 //!
 //! ```text
 //!   plan ──► operation (QMP) ─┐                    ┌─► check every image

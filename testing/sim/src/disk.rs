@@ -1,8 +1,9 @@
 //! A disk in memory: slow, out of order, failing when told, and forgetful when the power goes.
 //!
-//! A write becomes visible in two parts at random moments before it is done, and a read sees some moment before it is. Until the next flush each of its
-//! sectors may be lost by a power cut, whatever happens to the others. Once the [`Power`] of a disk is cut every
-//! request fails, so that all tasks come to their ends; [`Disk::after_power_cut`] is what the next start finds.
+//! A write becomes visible in two parts at random moments before it is done, and a read sees some moment before it is.
+//! Until the next flush each of its sectors may be lost by a power cut, whatever happens to the others. Once the
+//! [`Power`] of a disk is cut every request fails, so that all tasks come to their ends; [`Disk::after_power_cut`] is
+//! what the next start finds.
 
 use std::any::Any;
 use std::collections::BTreeMap;

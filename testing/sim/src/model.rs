@@ -180,8 +180,8 @@ impl Model {
         self.end_read(&Looking { first, moment: since.moment, seen }, bytes)
     }
 
-    /// Compares a copy of the whole disk, which must be what it was like at one moment since [`Model::remember`]: a copy
-    /// that has a write lacks none that was over when that write began.
+    /// Compares a copy of the whole disk, which must be what it was like at one moment since [`Model::remember`]: a
+    /// copy that has a write lacks none that was over when that write began.
     pub fn check_copy(&self, bytes: &[u8]) -> Result<(), String> {
         let begun = |(number, bytes): (u64, &[u8])| {
             let value = parse(number, bytes).filter(|value| *value != 0)?;

@@ -232,8 +232,8 @@ impl Disk {
         Ok(Self { graph, node, root_id, request, root })
     }
 
-    /// A disk that others have open, as a root of their graph sees it: to be used, not to be closed or reopened. `None` if the
-    /// root has gone.
+    /// A disk that others have open, as a root of their graph sees it: to be used, not to be closed or reopened. `None`
+    /// if the root has gone.
     pub fn of_others(graph: &Arc<Graph>, root_id: RootId, modes: Modes) -> Option<Self> {
         let node = graph.plan().root(root_id)?.node;
         let root = graph.root(root_id)?;

@@ -1,4 +1,5 @@
-//! Temporary overlays (`snapshot=on`, `-s`): what is written goes to a file without a name, and is gone with the program.
+//! Temporary overlays (`snapshot=on`, `-s`): what is written goes to a file without a name, and is gone with the
+//! program.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;

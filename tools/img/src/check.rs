@@ -127,7 +127,8 @@ async fn repair(name: &str, how: How<'_>, fix: Fix, json: bool, quiet: bool) -> 
     close_after(status, opened).await
 }
 
-/// Writes a flawed snapshot table anew if nothing else is wrong. Otherwise, or when that fails, its entries stay what they are.
+/// Writes a flawed snapshot table anew if nothing else is wrong. Otherwise, or when that fails, its entries stay what
+/// they are.
 async fn complete(file: &Arc<View>, found: &mut Found) {
     let entries = std::mem::take(&mut found.incomplete_snapshots);
     if entries == 0 {
@@ -146,7 +147,8 @@ async fn complete(file: &Arc<View>, found: &mut Found) {
     }
 }
 
-/// Closes an image also after a check that failed: what was repaired until then is flushed. That error is the one to tell.
+/// Closes an image also after a check that failed: what was repaired until then is flushed. That error is the one to
+/// tell.
 async fn close_after<T>(status: Result<T, Failure>, opened: Image) -> Result<T, Failure> {
     let closed = opened.close().await;
     let status = status?;

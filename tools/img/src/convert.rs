@@ -439,7 +439,8 @@ impl Copy<'_> {
         outcome
     }
 
-    /// Starts all chunks, as many at a time as there are workers; the last ones are still `running` then. Stops at an error.
+    /// Starts all chunks, as many at a time as there are workers; the last ones are still `running` then. Stops at an
+    /// error.
     async fn start_all(&self, pace: &mut Pace, running: &mut Running) -> Outcome {
         let (request, output) = (self.request, self.output);
         // Compressed clusters are packed one behind the other: in order.

@@ -1,5 +1,5 @@
-//! What `map` prints, line by line. There may be millions of them: numbers and text are put together by hand, and on a thread of
-//! their own, while the next extents are being looked for.
+//! What `map` prints, line by line. There may be millions of them: numbers and text are put together by hand, and on a
+//! thread of their own, while the next extents are being looked for.
 
 use std::io::Write;
 use std::sync::mpsc::{SyncSender, sync_channel};

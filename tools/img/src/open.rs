@@ -268,7 +268,8 @@ impl Image {
         kept.await.map_err(|error| Failure::new(error.to_string()))
     }
 
-    /// The way in leads to the image itself again, which was kept, for writing. What has come into its place is flushed.
+    /// The way in leads to the image itself again, which was kept, for writing. What has come into its place is
+    /// flushed.
     pub async fn come_back(&mut self) -> Result<(), Failure> {
         self.root.flush().await.map_err(|error| Failure::new(format!("Error while flushing: {error}")))?;
         let (node, old) = (self.node, self.root_id);

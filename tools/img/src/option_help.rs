@@ -1,4 +1,5 @@
-//! `-o help`: the options that an image can be made with. Texts are the reference's; options that we refuse are not told.
+//! `-o help`: the options that an image can be made with. Texts are the reference's; options that we refuse are not
+//! told.
 
 use underlay_drivers::options::DriverSpec;
 use underlay_drivers::{NodeSpec, names};

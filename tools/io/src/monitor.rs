@@ -25,8 +25,8 @@ pub enum Way {
     Flush,
 }
 
-/// The statistics of a device whose disk it is. As in the reference, the requests of aio_read, aio_write (of bytes, not of
-/// zeroes) and aio_flush count.
+/// The statistics of a device whose disk it is. As in the reference, the requests of aio_read, aio_write (of bytes, not
+/// of zeroes) and aio_flush count.
 pub trait Accounts: Debug + Send + Sync {
     /// A request has ended; times are those of [`rt::now`](underlay_sys::rt::now).
     fn done(&self, way: Way, bytes: u64, begun: Duration, ended: Duration, went_well: bool);

@@ -359,7 +359,8 @@ impl Said {
     }
 }
 
-/// A whole number, decimal, octal (0…) or hexadecimal (0x…), perhaps with blanks and a plus in front of it; `None` for anything else.
+/// A whole number, decimal, octal (0…) or hexadecimal (0x…), perhaps with blanks and a plus in front of it; `None` for
+/// anything else.
 fn integer(text: &str) -> Option<u64> {
     let text = text.trim_ascii_start();
     let text = text.strip_prefix('+').unwrap_or(text);

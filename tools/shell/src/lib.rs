@@ -1,8 +1,8 @@
 //! qmp-shell's command line: a prompt for any QMP server, ours or QEMU's.
 //!
-//! `words`, `value`, `tree` and `line` understand what is typed; `link` is the connection; `session` brings both together,
-//! and `script` or `prompt` around it. `vocabulary` knows what can be typed, `jobs` watches jobs, `screen` keeps order
-//! on the terminal.
+//! `words`, `value`, `tree` and `line` understand what is typed; `link` is the connection; `session` brings both
+//! together, and `script` or `prompt` around it. `vocabulary` knows what can be typed, `jobs` watches jobs, `screen`
+//! keeps order on the terminal.
 #![forbid(unsafe_code)]
 
 mod jobs;

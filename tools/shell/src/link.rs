@@ -166,8 +166,8 @@ impl Link {
     pub(crate) fn execute<T>(&self, message: &Object, then: impl FnOnce(Reply) -> T) -> Result<T, String> {
         let (sender, receiver) = channel();
         {
-            // Held from the place in the queue to the last byte, so both are in the same order. The hearing thread never
-            // needs it: it goes on when the server waits for us to read.
+            // Held from the place in the queue to the last byte, so both are in the same order. The hearing thread
+            // never needs it: it goes on when the server waits for us to read.
             let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
             let bytes = {
                 let mut state = self.shared.lock();
@@ -276,8 +276,8 @@ mod tests {
         assert!(!inet("qmp.sock") && !inet("localhost") && !inet("/a:1") && !inet("a:b") && !inet("a:"));
     }
 
-    /// Many threads ask at once while events come between; everybody gets the reply that is for him, and when the server
-    /// goes everybody who waits hears it.
+    /// Many threads ask at once while events come between; everybody gets the reply that is for him, and when the
+    /// server goes everybody who waits hears it.
     #[test]
     fn everybody_gets_his_own_reply() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a socket");

@@ -1,8 +1,8 @@
 //! What is on the terminal: replies, the prompt with what is being typed, and above it what comes meanwhile.
 //!
-//! While a line is edited only the editor writes. Whatever is to be shown waits here, the editor is woken, and when it paints
-//! its prompt again it takes along what waits ([`Screen::paint`]). Nothing is lost or shown late when the line ends just
-//! then: what the editor has not taken is still here ([`Screen::editor_is_gone`]).
+//! While a line is edited only the editor writes. Whatever is to be shown waits here, the editor is woken, and when it
+//! paints its prompt again it takes along what waits ([`Screen::paint`]). Nothing is lost or shown late when the line
+//! ends just then: what the editor has not taken is still here ([`Screen::editor_is_gone`]).
 
 use std::io::Write;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,5 @@
-//! Arguments with dots in their names: `file.driver=file file.filename=a` is an object in an object, and numbers in a row
-//! (`a.0=x a.1=y`) are a list.
+//! Arguments with dots in their names: `file.driver=file file.filename=a` is an object in an object, and numbers in a
+//! row (`a.0=x a.1=y`) are a list.
 
 use underlay_qmp::json::{Object, Value};
 

@@ -1,7 +1,7 @@
 //! The value of one argument: what stands behind the first `=` of a word.
 //!
-//! Whole numbers, `true`, `false` and `null` are what they say (also as Python writes them), brackets hold JSON or Python's
-//! form of it, quotes hold a text whatever it looks like, and everything else is a text as it stands.
+//! Whole numbers, `true`, `false` and `null` are what they say (also as Python writes them), brackets hold JSON or
+//! Python's form of it, quotes hold a text whatever it looks like, and everything else is a text as it stands.
 
 use underlay_qmp::json::{self, Value};
 

@@ -93,8 +93,8 @@ impl Stop {
         Ok(Copied { bytes, wrong, far: None })
     }
 
-    /// The storage migration of the document: a second daemon exports an empty disk, the job copies to it, and when both
-    /// are the same the job ends and the guest goes on there.
+    /// The storage migration of the document: a second daemon exports an empty disk, the job copies to it, and when
+    /// both are the same the job ends and the guest goes on there.
     fn migrate(&self, monitor: &mut Monitor, case: &Case, guest: &Guest) -> Result<Copied, String> {
         let far = Far::start(&self.folder)?;
         self.start_job(monitor, case)?;

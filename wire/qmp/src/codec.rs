@@ -1,8 +1,8 @@
 //! Cuts a stream of bytes into messages: several in one packet, one in many packets, garbage in between.
 //!
-//! One pass over the bytes, and memory bounded by the largest message. Where a message ends, and from where on a
-//! client that sent garbage is understood again, is as the reference does it: braces and brackets are counted apart; a
-//! byte that fits nowhere drops what came before it, and everything up to the next of `{}[]:,` or the line's end after it.
+//! One pass over the bytes, and memory bounded by the largest message. Where a message ends, and from where on a client
+//! that sent garbage is understood again, is as the reference does it: braces and brackets are counted apart; a byte
+//! that fits nowhere drops what came before it, and everything up to the next of `{}[]:,` or the line's end after it.
 
 /// Longest message, in bytes. Source: QEMU's limit of one message.
 pub const MAX_MESSAGE: usize = 64 << 20;

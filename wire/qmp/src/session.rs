@@ -6,8 +6,8 @@ use crate::codec::{Piece, Splitter};
 use crate::json::{self, Object, Value};
 use crate::schema::{self, Input, Program};
 
-/// The capability to execute commands out of band. Of the storage daemon's commands none may be (`allow-oob` is nowhere in
-/// the reference's `query-qmp-schema`): whoever asks is told so at once, whatever waits.
+/// The capability to execute commands out of band. Of the storage daemon's commands none may be (`allow-oob` is nowhere
+/// in the reference's `query-qmp-schema`): whoever asks is told so at once, whatever waits.
 const OUT_OF_BAND: &str = "oob";
 
 /// The class of an error, as clients see it.

@@ -43,8 +43,8 @@ fn reference(input: &[u8]) -> Option<Vec<String>> {
     Some(text.split("\r\n").skip(1).map(str::to_owned).collect())
 }
 
-/// What the reference says to `inputs`, each sent when the one before it is answered: with many requests out of band on their
-/// way it may stop to listen.
+/// What the reference says to `inputs`, each sent when the one before it is answered: with many requests out of band on
+/// their way it may stop to listen.
 fn reference_in_step(negotiation: &[u8], inputs: &[&[u8]]) -> Option<Vec<String>> {
     let mut daemon = start()?;
     let mut stdin = daemon.stdin.take().expect("piped");

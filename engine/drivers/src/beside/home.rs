@@ -310,7 +310,8 @@ impl Home for FileHome {
         let Ok(beside) = file_of(&**beside.node()) else { return };
         let is_locked = |byte| beside.handle().is_locked_by_others(byte).unwrap_or(false);
         for waited in 0..PATIENCE {
-            // If both are there nobody has died: but the locks of the dead go only when the kernel has taken their requests down.
+            // If both are there nobody has died: but the locks of the dead go only when the kernel has taken their
+            // requests down.
             if !is_locked(WITNESS) || waited > DYING && is_locked(WRITER) {
                 return;
             }

@@ -1,16 +1,16 @@
-//! The persistent bitmaps of a raw disk, in a file beside it: a qcow2 image without anything but them, which keeps them as it
-//! keeps its own ([`underlay_qcow2`]), crash and all.
+//! The persistent bitmaps of a raw disk, in a file beside it: a qcow2 image without anything but them, which keeps them
+//! as it keeps its own ([`underlay_qcow2`]), crash and all.
 //!
-//! What is missing then is that the bitmaps and the disk are one file: somebody may write to the disk who does not know of the other.
-//! So the file beside is tied to the disk ([`tie`]), and when it is opened and the tie does not hold, all its bitmaps are
-//! inconsistent. While it is open:
+//! What is missing then is that the bitmaps and the disk are one file: somebody may write to the disk who does not know
+//! of the other. So the file beside is tied to the disk ([`tie`]), and when it is opened and the tie does not hold, all
+//! its bitmaps are inconsistent. While it is open:
 //!
-//! * When somebody begins to write, the image marks the bitmaps as in use and takes notes; when that is durable the stamp says
-//!   that he has begun.
-//! * When he has ended, how the disk's file is then goes into the stamp; when that is durable the image calls its bitmaps
-//!   valid. A crash in between leaves bitmaps with notes, which are good as well, and tied.
-//! * File systems count time in steps of some milliseconds. So that whatever is written later shows in the times of the disk,
-//!   the stamp is written anew until the file beside has a later time than the disk.
+//! * When somebody begins to write, the image marks the bitmaps as in use and takes notes; when that is durable the
+//!   stamp says that he has begun.
+//! * When he has ended, how the disk's file is then goes into the stamp; when that is durable the image calls its
+//!   bitmaps valid. A crash in between leaves bitmaps with notes, which are good as well, and tied.
+//! * File systems count time in steps of some milliseconds. So that whatever is written later shows in the times of the
+//!   disk, the stamp is written anew until the file beside has a later time than the disk.
 //!
 //! The file is made with the first bitmap and goes with the last.
 
@@ -40,7 +40,8 @@ use tie::{Mark, Note, Stamp};
 const ANNOUNCED: i64 = 10_000_000_000;
 /// Clocks that are as far apart as this, in nanoseconds, are not the same.
 const OTHER_CLOCK: i64 = 1_000_000_000;
-/// How often is looked for the time to go on, and how many times: file systems that count in seconds are among those that count two.
+/// How often is looked for the time to go on, and how many times: file systems that count in seconds are among those
+/// that count two.
 const TICK: Duration = Duration::from_millis(4);
 const TICKS: usize = 750;
 

@@ -1,5 +1,5 @@
-//! Real files: what is there before and after, and whoever else may have been at them. Power cuts and kills are in the simulated
-//! world (`testing/sim`), kills of a real process in the daemon's tests.
+//! Real files: what is there before and after, and whoever else may have been at them. Power cuts and kills are in the
+//! simulated world (`testing/sim`), kills of a real process in the daemon's tests.
 
 use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
@@ -303,7 +303,8 @@ fn nothing_is_believed_after_somebody_else_was_there() {
     }
 }
 
-/// A process that has died without a witness, as those of tests do: what it wrote is not known, unless it wrote nothing.
+/// A process that has died without a witness, as those of tests do: what it wrote is not known, unless it wrote
+/// nothing.
 #[test]
 fn without_a_witness_only_an_untouched_disk_is_believed() {
     let lab = Lab::with_bitmap();

@@ -1,16 +1,18 @@
 //! What ties a file of bitmaps to the disk beside it, and when that holds.
 //!
-//! The bitmaps say what was written by whoever has kept them. So they are good only if nobody else has written to the disk since. What
-//! is known of that:
+//! The bitmaps say what was written by whoever has kept them. So they are good only if nobody else has written to the
+//! disk since. What is known of that:
 //!
-//! * **Closed.** All was written, and how the file of the disk was then (its number, length and times) was noted. It is tied as long
-//!   as all of that is still so.
-//! * **Open.** Whoever keeps the bitmaps is at work, or has died. If he has died alone, a witness has noted how the file was then
-//!   ([`underlay_sys::witness`]), or after his last write if none was under way: as above. Without a witness, he has died together with the kernel, or with his
-//!   witness. The former is believed if another kernel runs now, nobody has written since that was started, and nobody before later
-//!   than was announced ([`Stamp::until`]), which is seconds at most.
+//! * **Closed.** All was written, and how the file of the disk was then (its number, length and times) was noted. It is
+//!   tied as long as all of that is still so.
+//! * **Open.** Whoever keeps the bitmaps is at work, or has died. If he has died alone, a witness has noted how the
+//!   file was then ([`underlay_sys::witness`]), or after his last write if none was under way: as above. Without a
+//!   witness, he has died together with the kernel, or with his witness. The former is believed if another kernel runs
+//!   now, nobody has written since that was started, and nobody before later than was announced ([`Stamp::until`]),
+//!   which is seconds at most.
 //!
-//! Two sectors are kept, each with a hash of itself, so that half of one is none: the stamp, and behind it what the witness notes.
+//! Two sectors are kept, each with a hash of itself, so that half of one is none: the stamp, and behind it what the
+//! witness notes.
 
 use underlay_sys::stat::{Boot, Stat};
 use underlay_sys::witness::{PAGE, WORDS};
@@ -116,7 +118,8 @@ impl Stamp {
         })
     }
 
-    /// Whether nobody else has written to the disk, as far as can be told from how it is `now` and what a witness has noted.
+    /// Whether nobody else has written to the disk, as far as can be told from how it is `now` and what a witness has
+    /// noted.
     pub fn holds(&self, note: Option<&Note>, now: &Mark, boot: &Boot) -> bool {
         if self.mark == *now {
             return true;

@@ -1,4 +1,5 @@
-//! A disk as it was at some moment, while it is written to: what has been copied away, what has not yet, and the copying.
+//! A disk as it was at some moment, while it is written to: what has been copied away, what has not yet, and the
+//! copying.
 //!
 //! Every cluster of the disk is in one of three states:
 //!
@@ -8,9 +9,9 @@
 //!   not wanted       nobody keeps it                                 neither
 //! ```
 //!
-//! A cluster leaves the first state once and for ever. Who copies a cluster has it alone, and who reads a cluster that is to
-//! be copied shares it with other readers, so it is not copied, and so not overwritten, under them. A write to clusters
-//! that are not to be copied has nothing to wait for.
+//! A cluster leaves the first state once and for ever. Who copies a cluster has it alone, and who reads a cluster that
+//! is to be copied shares it with other readers, so it is not copied, and so not overwritten, under them. A write to
+//! clusters that are not to be copied has nothing to wait for.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -28,8 +29,8 @@ use super::snapshot_access::SnapshotAccess;
 /// Bytes in one copy, if nobody wants it smaller.
 pub const CHUNK: u64 = 1 << 20;
 
-/// Bytes of one copy that are in memory at a time, however large the clusters are: the largest cluster that an image can
-/// have, which is written as a whole.
+/// Bytes of one copy that are in memory at a time, however large the clusters are: the largest cluster that an image
+/// can have, which is written as a whole.
 const MOST_IN_MEMORY: u64 = 2 << 20;
 
 /// The smallest cluster. Source: `design/qemu-surface.md` 3.
@@ -101,8 +102,8 @@ impl Copies {
         Arc::new(Self { how, todo, visible, turns, copied, lost, buffers, reflinks })
     }
 
-    /// Nobody wants more than the clusters in which something is dirty in `bits`. For the very beginning, before anything is
-    /// copied or read.
+    /// Nobody wants more than the clusters in which something is dirty in `bits`. For the very beginning, before
+    /// anything is copied or read.
     pub fn limit_to(&self, bits: &DirtyBitmap) {
         for clusters in [&self.todo, &self.visible] {
             clusters.clear(ByteRange::between(0, clusters.size()));
@@ -176,8 +177,8 @@ impl Copies {
         range.align_out(self.how.cluster).before(length.max(range.end()))
     }
 
-    /// Copies what of `clusters` (whole ones, or the end of the disk) is to be copied, for somebody who waits to write there.
-    /// After an error the rest still is.
+    /// Copies what of `clusters` (whole ones, or the end of the disk) is to be copied, for somebody who waits to write
+    /// there. After an error the rest still is.
     pub async fn copy(&self, ends: Ends<'_>, clusters: ByteRange) -> std::result::Result<(), CopyError> {
         self.copy_with(ends, clusters, None).await
     }
@@ -358,15 +359,15 @@ impl Copies {
         Ok(Found { run: run.split(len).0, at, _turn: turn })
     }
 
-    /// To be asked after reading: a write for which nobody could copy in time does not wait for readers, and a copy that was too
-    /// slow may have copied what that write left.
+    /// To be asked after reading: a write for which nobody could copy in time does not wait for readers, and a copy
+    /// that was too slow may have copied what that write left.
     fn still_there(&self) -> Result<()> {
         self.lost.get().map_or(Ok(()), |_| Err(IoError::EACCES))
     }
 }
 
-/// Frees what has been copied on the disk, once the copy is durable; a moment, which a crash ends in any case, need not wait
-/// for that. It only frees space: errors of the flush are met again at the end.
+/// Frees what has been copied on the disk, once the copy is durable; a moment, which a crash ends in any case, need not
+/// wait for that. It only frees space: errors of the flush are met again at the end.
 async fn discard_copied(ends: Ends<'_>, copied: ByteRange) {
     let is_moment = ends.source.skip_filters().node().as_any().is::<SnapshotAccess>();
     if is_moment || ends.target.flush().await.is_ok() {

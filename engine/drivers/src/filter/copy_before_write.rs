@@ -1,6 +1,6 @@
-//! The driver `copy-before-write`: what is about to be overwritten is first copied to the target, so that the disk as it
-//! was when the filter came can be had all the time, from the two together ([`super::snapshot_access`]) or, once
-//! all of it is copied, from the target alone (a backup job).
+//! The driver `copy-before-write`: what is about to be overwritten is first copied to the target, so that the disk as
+//! it was when the filter came can be had all the time, from the two together ([`super::snapshot_access`]) or, once all
+//! of it is copied, from the target alone (a backup job).
 //!
 //! ```text
 //!   guest ──► copy-before-write ──► target    first, what is there now (once for a cluster)

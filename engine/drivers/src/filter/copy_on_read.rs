@@ -2,9 +2,9 @@
 //! need not be fetched from there again.
 //!
 //! The image makes the copy itself ([`Node::populate`]): it takes only what it still borrows at that moment, and a
-//! guest's write to the same place waits for it or goes first, so a copy never overwrites newer data. With `bottom` only
-//! what lies in the chain down to that image is copied; the chain must stay as it is down to there. A copy that fails
-//! (the disk is full) does not fail the read.
+//! guest's write to the same place waits for it or goes first, so a copy never overwrites newer data. With `bottom`
+//! only what lies in the chain down to that image is copied; the chain must stay as it is down to there. A copy that
+//! fails (the disk is full) does not fail the read.
 
 use std::any::Any;
 

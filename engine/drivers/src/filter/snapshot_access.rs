@@ -1,5 +1,5 @@
-//! The driver `snapshot-access`: reads a disk as it was when the copy-before-write filter below came, while guests write through
-//! that filter. What was given up by a discard here, or lost, cannot be read: EACCES.
+//! The driver `snapshot-access`: reads a disk as it was when the copy-before-write filter below came, while guests
+//! write through that filter. What was given up by a discard here, or lost, cannot be read: EACCES.
 
 use std::any::Any;
 

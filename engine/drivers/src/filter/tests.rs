@@ -1,4 +1,5 @@
-//! The filter and the reader of the moment over disks in memory; beside guests and jobs they are tested with the backup job.
+//! The filter and the reader of the moment over disks in memory; beside guests and jobs they are tested with the backup
+//! job.
 
 use std::any::Any;
 use std::future::Future;

@@ -212,7 +212,8 @@ fn qcow2_spec(fields: &mut Fields, depth: u32) -> Result<DriverSpec, OpenError> 
     Ok(DriverSpec::Qcow2 { file, backing, options: Box::new(options) })
 }
 
-/// `cache-clean-interval` of which nothing is said, in seconds. Source: QEMU's documentation of the L2 cache, for Linux.
+/// `cache-clean-interval` of which nothing is said, in seconds. Source: QEMU's documentation of the L2 cache, for
+/// Linux.
 const CACHE_CLEAN_INTERVAL: u64 = 600;
 
 fn qcow2_options(fields: &mut Fields) -> Result<Qcow2Options, OpenError> {

@@ -238,8 +238,8 @@ impl NodeSpec {
         Self::parse(options)
     }
 
-    /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, `null-co://`, or `json:{…}`; with its format, or
-    /// probed without. The format counts even if `json:{…}` says another, as in QEMU.
+    /// An image by its name: a path, `file:` and a path, `nbd:…` and its like, `null-co://`, or `json:{…}`; with its
+    /// format, or probed without. The format counts even if `json:{…}` says another, as in QEMU.
     pub fn image(name: &str, format: Option<&str>) -> Result<Self, OpenError> {
         Self::image_as(name, format, false)
     }

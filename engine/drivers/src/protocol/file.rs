@@ -322,8 +322,8 @@ impl FileNode {
         &self.spec
     }
 
-    /// Past the page cache or through it from now on, with flushes or without; tells how it was before. To be called while no request
-    /// is inside.
+    /// Past the page cache or through it from now on, with flushes or without; tells how it was before. To be called
+    /// while no request is inside.
     pub fn set_cache(&self, direct: bool, no_flush: bool) -> Result<(bool, bool)> {
         let mut open = self.open_state();
         let was_direct = self.direct.swap(direct, Ordering::Relaxed);

@@ -1,6 +1,6 @@
-//! A leaky bucket. What is read or written is poured in, and it leaks at the average rate; as long as it is not above its
-//! brim, the next request may go on. A bucket with room for a burst has a second, small one inside, which leaks at the rate of
-//! the burst, so that a burst too has its speed.
+//! A leaky bucket. What is read or written is poured in, and it leaks at the average rate; as long as it is not above
+//! its brim, the next request may go on. A bucket with room for a burst has a second, small one inside, which leaks at
+//! the rate of the burst, so that a burst too has its speed.
 //!
 //! ```text
 //!   brim, without a burst: a tenth of a second at the average rate

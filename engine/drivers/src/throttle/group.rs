@@ -1,12 +1,12 @@
 //! Disks that share limits.
 //!
-//! Each [`Member`] has its requests in a queue for each direction, and the heads of these queues stand in a queue of the
-//! group. So members take turns, however many requests they have at once, and reads do not wait for a limit of writes. The one
-//! in front pours its request into the buckets at once and then waits for its time: who comes first has its place, whatever
-//! comes from the other direction.
+//! Each [`Member`] has its requests in a queue for each direction, and the heads of these queues stand in a queue of
+//! the group. So members take turns, however many requests they have at once, and reads do not wait for a limit of
+//! writes. The one in front pours its request into the buckets at once and then waits for its time: who comes first has
+//! its place, whatever comes from the other direction.
 //!
-//! A member that is in a hurry (a change of the graph waits for its requests) waits for nothing; what it lets through is
-//! poured in all the same, for the others and for later.
+//! A member that is in a hurry (a change of the graph waits for its requests) waits for nothing; what it lets through
+//! is poured in all the same, for the others and for later.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

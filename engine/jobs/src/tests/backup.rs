@@ -1,6 +1,7 @@
 //! Backups beside two guests: every sync mode, targets of every kind, errors, copies that take too long, cancels and
-//! readers of the moment at random. Whatever the guests write, the target shows the disk as it was at the command, and so
-//! does all the time who reads through the filter (snapshot-access), or from a target that is based on the disk itself.
+//! readers of the moment at random. Whatever the guests write, the target shows the disk as it was at the command, and
+//! so does all the time who reads through the filter (snapshot-access), or from a target that is based on the disk
+//! itself.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +63,8 @@ fn case(lot: &mut Lot) -> Case {
     }
 }
 
-/// The target: for a whole copy full of something else, for that of the top an overlay of what it leaves out, or always an
-/// overlay of the disk itself.
+/// The target: for a whole copy full of something else, for that of the top an overlay of what it leaves out, or always
+/// an overlay of the disk itself.
 async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, NodeId) {
     let below = match case.sync {
         _ if case.fleecing => Some(3_usize),

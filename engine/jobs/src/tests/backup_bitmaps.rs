@@ -1,5 +1,5 @@
-//! Backups with a dirty bitmap beside two guests: chains of incrementals that succeed, fail and are cancelled at random. After
-//! each, whatever the disk has that the last good copy has not lies in a granule that the bitmap reports.
+//! Backups with a dirty bitmap beside two guests: chains of incrementals that succeed, fail and are cancelled at
+//! random. After each, whatever the disk has that the last good copy has not lies in a granule that the bitmap reports.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Three backups that finish together, cancelled, finalized and failing at random: all end, and all well or none. Their dirty
-//! bitmaps are cleared with all or with none.
+//! Three backups that finish together, cancelled, finalized and failing at random: all end, and all well or none. Their
+//! dirty bitmaps are cleared with all or with none.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -66,8 +66,8 @@ fn case(lot: &mut Lot) -> Case {
     }
 }
 
-/// The target: for a whole copy full of something else (or empty), for that of the top an overlay of what it leaves out,
-/// and for one of later writes only what was there before.
+/// The target: for a whole copy full of something else (or empty), for that of the top an overlay of what it leaves
+/// out, and for one of later writes only what was there before.
 async fn target(lab: &Lab, case: &Case, lot: &mut Lot) -> (Arc<Image>, Target) {
     let below = match case.sync {
         SyncMode::Top => Some(2_usize),

@@ -207,7 +207,8 @@ fn a_resize_and_a_crash() {
     }
 }
 
-/// Written to after the bitmaps were stored, without notes: what is in the image does not count as good again before it is.
+/// Written to after the bitmaps were stored, without notes: what is in the image does not count as good again before it
+/// is.
 #[test]
 fn notes_that_begin_late() {
     let shape = shape(2);

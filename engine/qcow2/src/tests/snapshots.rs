@@ -331,7 +331,8 @@ fn entries_are_kept_as_they_are() {
     assert_eq!((known.unknown.as_slice(), known.raw.0.as_slice()), (&b"stranger"[..], &[0xff][..]));
 }
 
-/// Tables of a snapshot that point at everything: an error, or a change that is sound; never a write to what is not its own.
+/// Tables of a snapshot that point at everything: an error, or a change that is sound; never a write to what is not its
+/// own.
 #[test]
 fn tables_that_lie() {
     let shape = Shape { bits: 12, order: 4, extended: false, v3: true, zstd: false, size: 60 << 12 };

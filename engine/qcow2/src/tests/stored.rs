@@ -378,7 +378,8 @@ fn judge(found: &BTreeMap<String, Said>, known: &[&BTreeMap<String, Said>], seen
     }
 }
 
-/// A disk that fails at any write while bitmaps are stored: the image is sound, and says the old or that it does not know.
+/// A disk that fails at any write while bitmaps are stored: the image is sound, and says the old or that it does not
+/// know.
 #[test]
 fn a_disk_that_fails_keeps_the_image_sound() {
     let mut failed = 0;

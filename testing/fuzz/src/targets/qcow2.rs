@@ -1,7 +1,7 @@
 //! A whole image on a disk in memory: checked, opened, read, mapped, written to, closed, checked again.
 //!
-//! Whatever the image says: no panic, an end, memory within bounds, and it is an image still. And if a check found it sound, then it still is
-//! after the writes, it has what was written, and everything else reads as before.
+//! Whatever the image says: no panic, an end, memory within bounds, and it is an image still. And if a check found it
+//! sound, then it still is after the writes, it has what was written, and everything else reads as before.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

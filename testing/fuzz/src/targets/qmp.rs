@@ -1,5 +1,5 @@
-//! A monitor's input: how the bytes are cut into pieces must make no difference, and what is sent back must be JSON that
-//! means the same when it is read.
+//! A monitor's input: how the bytes are cut into pieces must make no difference, and what is sent back must be JSON
+//! that means the same when it is read.
 
 use underlay_qmp::json;
 use underlay_qmp::session::{Incoming, Session, reply};

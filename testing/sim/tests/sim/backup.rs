@@ -218,7 +218,8 @@ async fn play(seed: u64, faults: bool) {
     setup.cut_and_compare(&guests, seed).await;
 }
 
-/// Above the source a filter that keeps what is overwritten in `temporary`, and a node that shows the two as the disk was.
+/// Above the source a filter that keeps what is overwritten in `temporary`, and a node that shows the two as the disk
+/// was.
 async fn fleece(setup: &Setup, temporary: NodeId, how: CbwOptions) -> NodeId {
     let (graph, source) = (&setup.graph, setup.layers[0].node);
     let wires = graph.wires();
@@ -246,7 +247,8 @@ async fn fleece(setup: &Setup, temporary: NodeId, how: CbwOptions) -> NodeId {
     graph.change(edit).await.unwrap()
 }
 
-/// A backup, while the guest goes on, of what the disk was like when a filter came; the job may give up what it has read.
+/// A backup, while the guest goes on, of what the disk was like when a filter came; the job may give up what it has
+/// read.
 async fn play_fleecing(seed: u64) {
     let mut rng = Rng::new(seed);
     let mut setup = build(&mut rng, 1, LARGE).await;

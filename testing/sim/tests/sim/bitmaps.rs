@@ -1,7 +1,7 @@
-//! Dirty bitmaps under guests who write, while bitmaps come, are cleared, merged, switched on and off and brought up to date in the
-//! image, or beside a raw one. Whatever on the disk is not what it was when a bitmap was last clean lies in granules that it calls dirty: now,
-//! after the image was closed and opened again, and after a power cut or a kill. A raw disk to which somebody else has
-//! written has no bitmap that could be believed.
+//! Dirty bitmaps under guests who write, while bitmaps come, are cleared, merged, switched on and off and brought up to
+//! date in the image, or beside a raw one. Whatever on the disk is not what it was when a bitmap was last clean lies in
+//! granules that it calls dirty: now, after the image was closed and opened again, and after a power cut or a kill. A
+//! raw disk to which somebody else has written has no bitmap that could be believed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -216,15 +216,16 @@ impl Lab {
         }
     }
 
-    /// Opens what is left of the image after an end in a graph of its own, and once more as if that one ended at once: nobody
-    /// writes, or only somebody who does not know of the bitmaps.
+    /// Opens what is left of the image after an end in a graph of its own, and once more as if that one ended at once:
+    /// nobody writes, or only somebody who does not know of the bitmaps.
     async fn check_left(&self, end: End, seed: u64) {
         let mut rng = Rng::new(seed ^ 0xbeef);
         let mut left = Left::of(&self.setup.layers[0], end, seed);
         let lasts = left.home.is_some() || self.setup.cluster >= ROOMY;
         // Who was cut off while he closed an image without room for notes may have been done with the bitmaps, or not.
         let mut is_good = Some(end == End::Still || lasts).filter(|good| *good || !self.closing);
-        // A raw disk of another length is not the one that the bitmaps are of; and the file beside may have failed for good.
+        // A raw disk of another length is not the one that the bitmaps are of; and the file beside may have failed for
+        // good.
         if (self.resizing || self.faulty) && left.home.is_some() {
             is_good = None;
         }

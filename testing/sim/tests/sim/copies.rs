@@ -1,4 +1,5 @@
-//! Guests above a copy-on-read filter: reads copy, beside writes to the same clusters and on disks that lose power or fill up.
+//! Guests above a copy-on-read filter: reads copy, beside writes to the same clusters and on disks that lose power or
+//! fill up.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! A raw disk in the simulated world and the file beside it that has its bitmaps: how both are after a power cut, after the one who
-//! kept the bitmaps was killed, and after somebody else has written to the disk.
+//! A raw disk in the simulated world and the file beside it that has its bitmaps: how both are after a power cut, after
+//! the one who kept the bitmaps was killed, and after somebody else has written to the disk.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -217,7 +217,8 @@ impl Home for SimHome {
     async fn hear_witness(&self, _beside: &View) {}
 }
 
-/// Whatever changes the content of a disk with bitmaps beside it says so before: the disk looks (see [`SimHome::begin_write`]).
+/// Whatever changes the content of a disk with bitmaps beside it says so before: the disk looks (see
+/// [`SimHome::begin_write`]).
 #[test]
 fn every_kind_of_write_is_announced() {
     run_seeds(20, |seed| async move {

@@ -1,7 +1,8 @@
-//! A chain of incremental backups of a disk under guests, by a bitmap that lasts: backups that succeed, fail and are cancelled,
-//! while the disk grows and the bitmaps are brought up to date; then the power goes, or the process is killed, or all is closed.
-//! Whatever on the disk is not what it was at the last backup that succeeded is dirty. Each backup that was done shows the disk
-//! of its moment. After the end the next one goes on top of them, or of one that was cut off, and shows the disk as it is.
+//! A chain of incremental backups of a disk under guests, by a bitmap that lasts: backups that succeed, fail and are
+//! cancelled, while the disk grows and the bitmaps are brought up to date; then the power goes, or the process is
+//! killed, or all is closed. Whatever on the disk is not what it was at the last backup that succeeded is dirty. Each
+//! backup that was done shows the disk of its moment. After the end the next one goes on top of them, or of one that
+//! was cut off, and shows the disk as it is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,7 +84,8 @@ async fn target(rng: &mut Rng, bytes: u64) -> Image {
     Image::on(disk, false)
 }
 
-/// An incremental backup, to its end. How long the client waits is up to `settings`, which a second one of them has too.
+/// An incremental backup, to its end. How long the client waits is up to `settings`, which a second one of them has
+/// too.
 struct Backup<'a> {
     graph: &'a Arc<Graph>,
     source: NodeId,
@@ -239,7 +241,8 @@ impl Life {
     }
 }
 
-/// Whatever is not what it was at the moment, when the guests' disk had so many `sectors` and the rest was zero, is dirty.
+/// Whatever is not what it was at the moment, when the guests' disk had so many `sectors` and the rest was zero, is
+/// dirty.
 fn check_dirty(graph: &Graph, node: NodeId, (moment, sectors): (&Model, u64), content: &[u8]) {
     let plan = graph.plan();
     let bits = &plan.bitmap(node, BITMAP).unwrap().bits;

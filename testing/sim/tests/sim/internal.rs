@@ -1,5 +1,5 @@
-//! Snapshots inside an image, taken and deleted under guests who write, on disks that lose power or fail: each is what the disk was
-//! at its moment, as long as it is there, and so is the disk.
+//! Snapshots inside an image, taken and deleted under guests who write, on disks that lose power or fail: each is what
+//! the disk was at its moment, as long as it is there, and so is the disk.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -175,8 +175,8 @@ pub async fn resize(graph: &Graph, node: NodeId, size: u64) -> Result<(), GraphE
     graph.change_with(edit).await
 }
 
-/// A chain of `length` images, with something in each, and a guest on top. The lowest may be raw, and each may be longer
-/// or shorter than the one below it. They have `least` bytes, more with large clusters, or about half of that.
+/// A chain of `length` images, with something in each, and a guest on top. The lowest may be raw, and each may be
+/// longer or shorter than the one below it. They have `least` bytes, more with large clusters, or about half of that.
 pub async fn build(rng: &mut Rng, length: usize, least: u64) -> Setup {
     let cluster = rng.pick(&[512, 1024, 4096, 16384, 65536]);
     let usual = (cluster * 24).max(least);

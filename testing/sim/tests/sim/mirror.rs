@@ -1,5 +1,5 @@
-//! Guests on a chain of images, while the chain is mirrored: with every sync and copy mode, to images of all kinds, to a
-//! switch, to a copy of one moment, or to nothing; on disks that lose power, fill up and fail. The guest always reads
+//! Guests on a chain of images, while the chain is mirrored: with every sync and copy mode, to images of all kinds, to
+//! a switch, to a copy of one moment, or to nothing; on disks that lose power, fill up and fail. The guest always reads
 //! what it wrote, before the switch and behind it; a copy is what the disk was like at one moment, and is durable when
 //! the job says that it is done; after a power cut every flushed write is in the image that the guest's disk was on.
 

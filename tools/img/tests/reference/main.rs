@@ -203,7 +203,8 @@ fn more_snapshots_than_there_can_be() {
     assert_eq!((status, text.as_str()), (Some(0), "Discarding 117440512 overhanging snapshots\n2\n"));
 }
 
-/// On a full disk an image cannot keep its bitmaps: that is said, and the image is sound. (The reference says it in other words.)
+/// On a full disk an image cannot keep its bitmaps: that is said, and the image is sound. (The reference says it in
+/// other words.)
 #[test]
 fn bitmaps_that_cannot_be_stored() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -37,9 +37,9 @@ struct Side {
 
 /// What scripts may use beside programs: a server in the background, waiting until its process is over (and its image
 /// free), waiting until one answers; an image that somebody else has open meanwhile; a filter for how much room files
-/// take up; how the reference's daemon finds the bitmaps of an image, bits and all; a bitmap (by its place in the directory, where
-/// names have one letter) that looks as if its image had not been closed; and an image that looks as if a program that knows no
-/// bitmaps had written to it. Nothing is waited for for ever, and no server is left.
+/// take up; how the reference's daemon finds the bitmaps of an image, bits and all; a bitmap (by its place in the
+/// directory, where names have one letter) that looks as if its image had not been closed; and an image that looks as
+/// if a program that knows no bitmaps had written to it. Nothing is waited for for ever, and no server is left.
 const HELPERS: &str = r#"
 serve() { qemu-nbd --fork --pid-file=pid -k "$PWD/s" "$@" && server=$(cat pid); }
 gone() { timeout 10 sh -c "while test -e /proc/$server/exe; do sleep 0.01; done"; }

@@ -1,8 +1,8 @@
 //! All commands and events.
 //!
 //! Facts of the interface, as `query-qmp-schema` of the reference reports them, cut down to the drivers, exports and
-//! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them, so what
-//! is accepted and what is announced cannot differ.
+//! kinds of job that there are here. [`super::check`] decodes by these tables and [`super::introspect`] publishes them,
+//! so what is accepted and what is announced cannot differ.
 
 use super::backup::*;
 use super::bitmaps::*;

@@ -1,12 +1,12 @@
 //! One connection to an NBD server: many requests at a time, from any thread.
 //!
 //! Nobody is there only to receive. Whoever waits for his reply and finds nobody receiving does it, for himself and all
-//! others, until his own reply has come; then the next one takes over. A reply's data goes from the socket straight into
-//! the request's buffer, but for what came along with its header.
+//! others, until his own reply has come; then the next one takes over. A reply's data goes from the socket straight
+//! into the request's buffer, but for what came along with its header.
 //!
 //! Everything that the server says is checked against what was asked: a reply to no request, a chunk outside its
-//! request, or too long, or a read that is not answered whole, ends the connection. Then every request on its way fails as
-//! lost, and it is for [`super::link`] to say whether it is made again.
+//! request, or too long, or a read that is not answered whole, ends the connection. Then every request on its way fails
+//! as lost, and it is for [`super::link`] to say whether it is made again.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -136,8 +136,8 @@ async fn agree(stream: &Stream, wish: Wish, buffer: &mut [u8]) -> Result<Negotia
 }
 
 impl Connection {
-    /// Connects and agrees on an export, with the best headers that both sides know. A server that has not got so far when
-    /// [`rt::now`] reaches `deadline` is hung up on.
+    /// Connects and agrees on an export, with the best headers that both sides know. A server that has not got so far
+    /// when [`rt::now`] reaches `deadline` is hung up on.
     pub(crate) async fn open(
         address: &Address,
         export: &str,
@@ -255,8 +255,8 @@ impl Connection {
         self.stream.shutdown();
     }
 
-    /// Fails every request on its way. Only for who has the right to receive (`_input` shows it): a request that is told
-    /// that it failed lets go of its buffer, into which nobody may be receiving then.
+    /// Fails every request on its way. Only for who has the right to receive (`_input` shows it): a request that is
+    /// told that it failed lets go of its buffer, into which nobody may be receiving then.
     fn lose_all(&self, _input: &Input) {
         for waiting in self.waiting().values_mut() {
             waiting.done.get_or_insert(Err(Failure::Lost));

@@ -1,16 +1,18 @@
 //! A connection that is made anew when it is lost.
 //!
-//! With `reconnect-delay`, requests that were on their way when the connection was lost, and those that come meanwhile, wait
-//! for so long and are then made (again): all of NBD's requests may be done twice. Without it they fail. Either way a
-//! later request tries to connect again.
+//! With `reconnect-delay`, requests that were on their way when the connection was lost, and those that come meanwhile,
+//! wait for so long and are then made (again): all of NBD's requests may be done twice. Without it they fail. Either
+//! way a later request tries to connect again.
 //!
-//! The server that is found again may be another process, which does not have what the first one had not flushed. Within the
-//! `reconnect-delay` all of that is done once more before anything else ([`super::unflushed`]). Where that is not possible, no flush
-//! succeeds any more, until somebody undertakes to write all of it once more ([`Link::forgive`]).
+//! The server that is found again may be another process, which does not have what the first one had not flushed.
+//! Within the `reconnect-delay` all of that is done once more before anything else ([`super::unflushed`]). Where that
+//! is not possible, no flush succeeds any more, until somebody undertakes to write all of it once more
+//! ([`Link::forgive`]).
 //!
-//! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets one for each
-//! thread that asks for anything, up to [`MOST_CONNECTIONS`]. They are made in the background, and the first is used until then. A
-//! server may say so and yet take no more: then it stays with the first. When a further one is lost its requests go to the first.
+//! A server that says that its connections are all the same (`CAN_MULTI_CONN`: a flush on one is for all) gets one for
+//! each thread that asks for anything, up to [`MOST_CONNECTIONS`]. They are made in the background, and the first is
+//! used until then. A server may say so and yet take no more: then it stays with the first. When a further one is lost
+//! its requests go to the first.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -104,8 +106,8 @@ pub(crate) struct Link {
     granted: Negotiated,
     state: Mutex<State>,
     further: Arc<Mutex<Further>>,
-    /// Without the data if there is no `reconnect-delay`: when the server comes back is up to chance then, and others may have written
-    /// to it.
+    /// Without the data if there is no `reconnect-delay`: when the server comes back is up to chance then, and others
+    /// may have written to it.
     unflushed: Unflushed,
     doubts: AtomicU64,
     /// The doubts that do not matter any more.
@@ -255,8 +257,8 @@ impl Link {
         let moment = self.unflushed.flush_begins();
         // A server that cannot be asked for it keeps everything at once.
         if self.granted.flags & SEND_FLUSH != 0 {
-            // The first connection answers for all, or is lost with the server that had what was written before. A further one may have
-            // been made to another server since.
+            // The first connection answers for all, or is lost with the server that had what was written before. A
+            // further one may have been made to another server since.
             self.ask_on(true, || Ask { command: FLUSH, ..Ask::default() }, None).await?;
         }
         // It may have been lost and found in this very request.
@@ -374,8 +376,8 @@ impl Link {
         made
     }
 
-    /// Does once more, on a new connection, what the server may have lost, or notes that it has; whether the connection is
-    /// still there.
+    /// Does once more, on a new connection, what the server may have lost, or notes that it has; whether the connection
+    /// is still there.
     async fn restore(&self, connection: &Connection, in_time: bool) -> bool {
         let asks = if in_time { self.unflushed.again() } else { None };
         let mut is_restored = asks.is_some();

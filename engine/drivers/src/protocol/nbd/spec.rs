@@ -1,5 +1,5 @@
-//! Where an NBD export is, as options and as a name. Source: QEMU's `qapi/block-core.json` as its schema reports it, the NBD
-//! URI specification, and what `qemu-img` 10.0.2 makes of names.
+//! Where an NBD export is, as options and as a name. Source: QEMU's `qapi/block-core.json` as its schema reports it,
+//! the NBD URI specification, and what `qemu-img` 10.0.2 makes of names.
 
 use std::time::Duration;
 

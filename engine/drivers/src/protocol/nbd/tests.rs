@@ -471,8 +471,8 @@ fn a_server_that_comes_back_is_told_again() {
     assert_eq!(all, [first, second, third, vec![(READ, 0)]].concat());
 }
 
-/// No flush succeeds after something was lost for good: here a server is found again by chance, and there it does not take again
-/// what it had.
+/// No flush succeeds after something was lost for good: here a server is found again by chance, and there it does not
+/// take again what it had.
 #[test]
 fn what_is_lost_is_not_durable() {
     let refuses: fn() -> Script = || {

@@ -1,9 +1,9 @@
 //! What a server has acknowledged and perhaps not made durable, kept to be done once more should the server be lost.
 //!
-//! A server that is killed and started again, or whose machine loses its power, comes back without it. As many bytes and requests are
-//! kept as [`MOST_BYTES`] and [`MOST_REQUESTS`] say, from one flush to the next. When it is more than that, nothing is kept until the next flush,
-//! and a server that is lost meanwhile may have lost something for good. Who will not have it done once more keeps no bytes, and
-//! learns only whether there is something that may be lost.
+//! A server that is killed and started again, or whose machine loses its power, comes back without it. As many bytes
+//! and requests are kept as [`MOST_BYTES`] and [`MOST_REQUESTS`] say, from one flush to the next. When it is more than
+//! that, nothing is kept until the next flush, and a server that is lost meanwhile may have lost something for good.
+//! Who will not have it done once more keeps no bytes, and learns only whether there is something that may be lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,8 @@ struct Kept {
     ask: Option<Ask>,
     /// Whether the server has acknowledged it.
     done: bool,
-    /// It was made of a server that was lost, and has not been made again: if it is acknowledged, that was the lost one.
+    /// It was made of a server that was lost, and has not been made again: if it is acknowledged, that was the lost
+    /// one.
     is_late: bool,
 }
 
@@ -31,8 +32,8 @@ struct Kept {
 struct State {
     /// The number of the next request.
     next: u64,
-    /// Begun and not known to be durable, in the order in which they were begun. Who writes to the same place twice, one after the
-    /// other, gets them done again in this order.
+    /// Begun and not known to be durable, in the order in which they were begun. Who writes to the same place twice,
+    /// one after the other, gets them done again in this order.
     requests: BTreeMap<u64, Kept>,
     /// Of data in `requests`.
     bytes: usize,
