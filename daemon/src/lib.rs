@@ -1,5 +1,6 @@
 //! The storage daemon and the machine: the one place that knows everyone.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod args;
 mod chardev;

@@ -3,6 +3,8 @@
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use underlay_sys::{complain, say};
+
 const NAMES: [&str; 6] =
     ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "qemu-system-x86_64", "qmp-shell"];
 
@@ -10,20 +12,17 @@ const NAMES: [&str; 6] =
 /// except links to this very program.
 pub fn install(words: &[String]) -> i32 {
     let [folder] = words else {
-        eprintln!("Usage: underlay install-links DIR");
+        complain!("Usage: underlay install-links DIR");
         return 1;
     };
     if folder == "--help" || folder == "-h" {
-        println!(
-            "Usage: underlay install-links DIR\nMakes links to this program in DIR: {}",
-            NAMES.join(", ")
-        );
+        say!("Usage: underlay install-links DIR\nMakes links to this program in DIR: {}", NAMES.join(", "));
         return 0;
     }
     match install_into(Path::new(folder)) {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("underlay: {error}");
+            complain!("underlay: {error}");
             1
         }
     }
@@ -38,7 +37,7 @@ fn install_into(folder: &Path) -> Result<(), String> {
             continue;
         }
         symlink(&program, &link).map_err(|error| format!("cannot make {}: {error}", link.display()))?;
-        println!("{} -> {}", link.display(), program.display());
+        say!("{} -> {}", link.display(), program.display());
     }
     Ok(())
 }

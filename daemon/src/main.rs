@@ -1,5 +1,6 @@
 //! One binary for everything: the storage daemon, the image tools, and what helps to try them.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod links;
 
@@ -7,6 +8,7 @@ use std::path::Path;
 use std::process::exit;
 
 use underlay_daemon::{machine, storage_daemon};
+use underlay_sys::{complain, complain_part, say, say_part};
 
 const HELP: &str = "\
 Usage: underlay COMMAND [arguments]
@@ -31,15 +33,21 @@ or qmp-shell, this is that program.
 fn main() {
     underlay_sys::process::survive_long_files();
     underlay_sys::witness::be_one_if_asked(underlay_drivers::beside::tie::testimony);
-    let mut words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
-    let program = words.next().unwrap_or_default();
-    let rest: Vec<String> = words.collect();
-    let name =
-        Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    exit(match name.as_str() {
+    let mut words = std::env::args_os();
+    let program = words.next().unwrap_or_default().to_string_lossy().into_owned();
+    let name = Path::new(&program).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    // Whatever is put in the place of bytes that are no text, it might be the name of another file.
+    let rest: Vec<String> = match words.map(|word| word.into_string()).collect() {
+        Ok(rest) => rest,
+        Err(word) => {
+            complain!("{name}: the argument {word:?} is not UTF-8, and names that are not are not supported");
+            exit(1);
+        }
+    };
+    exit(match name {
         "qemu-storage-daemon" => storage_daemon::main(&program, &rest),
         "qemu-system-x86_64" => machine::main(&program, &rest),
-        "qemu-img" => img(&program, &rest),
+        "qemu-img" => underlay_img::main(&program, &rest),
         "qemu-io" => underlay_io::main(&program, &rest),
         "qemu-nbd" => underlay_nbd_server::main(&program, &rest),
         "qmp-shell" => underlay_shell::main(&program, &rest),
@@ -47,36 +55,30 @@ fn main() {
     });
 }
 
-/// What it prints is often piped into something that stops reading.
-fn img(program: &str, words: &[String]) -> i32 {
-    underlay_sys::process::end_with_broken_pipe();
-    underlay_img::main(program, words)
-}
-
 fn underlay(words: &[String]) -> i32 {
     let Some((command, rest)) = words.split_first() else {
-        eprint!("{HELP}");
+        complain_part!("{HELP}");
         return 1;
     };
     match command.as_str() {
         "machine" => machine::main("qemu-system-x86_64", rest),
         "storage-daemon" => storage_daemon::main("qemu-storage-daemon", rest),
-        "img" => img("qemu-img", rest),
+        "img" => underlay_img::main("qemu-img", rest),
         "io" => underlay_io::main("qemu-io", rest),
         "nbd" => underlay_nbd_server::main("qemu-nbd", rest),
         "shell" => underlay_shell::main("qmp-shell", rest),
         "tour" => underlay_tour::main(rest),
         "install-links" => links::install(rest),
         "help" | "--help" | "-h" => {
-            print!("{HELP}");
+            say_part!("{HELP}");
             0
         }
         "version" | "--version" | "-V" => {
-            println!("underlay {}", env!("CARGO_PKG_VERSION"));
+            say!("underlay {}", env!("CARGO_PKG_VERSION"));
             0
         }
         other => {
-            eprintln!("underlay: there is no command '{other}'; see underlay --help");
+            complain!("underlay: there is no command '{other}'; see underlay --help");
             1
         }
     }

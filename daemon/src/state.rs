@@ -13,6 +13,7 @@ use underlay_graph::{Graph, GraphError, NodeId, Plan};
 use underlay_jobs::{GRACE, Jobs};
 use underlay_qmp::json::Object;
 use underlay_qmp::schema::Program;
+use underlay_sys::complain;
 use underlay_sys::rt::{self, StopSign};
 use underlay_sys::thread::{IoThread, Spawner};
 
@@ -143,7 +144,7 @@ impl Daemon {
     pub fn on_corrupt(&self) -> OnCorrupt {
         let events = self.events.clone();
         Arc::new(move |node_name, corruption| {
-            eprintln!("{corruption}");
+            complain!("{corruption}");
             events.emit("BLOCK_IMAGE_CORRUPTED", event::corrupted(node_name, &corruption));
         })
     }
@@ -178,7 +179,7 @@ impl Daemon {
             // One that cannot be flushed must not keep the others from it.
             for node in nodes {
                 if let Err(error) = self.close_nodes(&[node]).await {
-                    eprintln!("Could not close all block nodes: {error}");
+                    complain!("Could not close all block nodes: {error}");
                 }
             }
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use underlay_drivers::NodeSpec;
 use underlay_qmp::json::{Object, Value};
+use underlay_sys::{complain, say, say_part};
 
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
 use crate::chardev::Wanted;
@@ -21,12 +22,12 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     match parse(words) {
         Err(error) => fail(&name, &error),
         Ok(CommandLine::Help) => {
-            print!("{}", HELP.replace("%s", program));
+            say_part!("{}", HELP.replace("%s", program));
             0
         }
         Ok(CommandLine::Version) => {
-            println!("qemu-storage-daemon version 10.0.2 (Underlay {})", env!("CARGO_PKG_VERSION"));
-            println!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
+            say!("qemu-storage-daemon version 10.0.2 (Underlay {})", env!("CARGO_PKG_VERSION"));
+            say!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
             0
         }
         Ok(CommandLine::Run { daemonize, given }) => {
@@ -50,7 +51,7 @@ pub fn understood(words: &[String]) -> Result<(), String> {
 }
 
 fn fail(name: &str, error: &str) -> i32 {
-    eprintln!("{name}: {error}");
+    complain!("{name}: {error}");
     1
 }
 
@@ -64,12 +65,12 @@ async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<R
     for given in given {
         let typed = &given.typed;
         let told = |error: CommandError| format!("{typed}: {}", error.in_full());
-        let remark = |text: &str| eprintln!("{name}: {typed}: {text}");
+        let remark = |text: &str| complain!("{name}: {typed}: {text}");
         match given.read().map_err(told)? {
             Arg::PidFile(path) => pid_file = Some(path),
             arg => {
                 if let Some(answer) = carry_out(daemon, arg, &remark).await.map_err(told)? {
-                    print!("{answer}");
+                    say_part!("{answer}");
                     return Ok(Ready::Answered);
                 }
             }

@@ -55,6 +55,16 @@ fn block_devices() {
 }
 
 #[test]
+fn past_filters() {
+    compare_replies("past_filters");
+}
+
+#[test]
+fn lost_target() {
+    compare_replies("lost_target");
+}
+
+#[test]
 fn based_later() {
     compare_replies("based_later");
 }

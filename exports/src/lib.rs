@@ -2,6 +2,7 @@
 //!
 //! No export knows the control protocol; errors carry the texts that QEMU's clients match on.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod error;
 pub mod guest;

@@ -113,7 +113,7 @@ fn bench(arguments: impl IntoIterator<Item = String>) -> bool {
 
 /// Kills the release binary for real, a few rounds of each operation; `cargo run -p underlay-kill` does it longer.
 fn kill() -> bool {
-    step(cargo().args(["run", "--package", "underlay-kill", "--", "--rounds", "5", "--seconds", "120"]))
+    step(cargo().args(["run", "--package", "underlay-kill", "--", "--rounds", "3", "--seconds", "90"]))
 }
 
 /// Installs the programs that the comparison tests need, if this is a Debian on which we may; else says what is

@@ -18,8 +18,8 @@ use underlay_exports::listen::{cannot_connect, cannot_listen, reason};
 use underlay_qmp::json::{Object, Value};
 use underlay_qmp::option_list::OptionList;
 use underlay_sys::net::{Abstract, Address, Listener, Stream};
-use underlay_sys::pipe::Pipe;
 use underlay_sys::pty::Pty;
+use underlay_sys::{pipe::Pipe, say};
 
 use crate::command::arguments::Arguments;
 use crate::error::{CommandError, CommandResult};
@@ -117,7 +117,7 @@ impl Chardevs {
         let device = self.open(id, device, remark).await?;
         if is_terminal {
             let name = device.shown.filename();
-            println!("char device redirected to {} (label {id})", name.trim_start_matches("pty:"));
+            say!("char device redirected to {} (label {id})", name.trim_start_matches("pty:"));
         }
         self.devices().push(device);
         Ok(None)

@@ -76,7 +76,7 @@ async fn drive_args(daemon: &Daemon, plan: &Plan, arguments: &mut Arguments) -> 
     if !existing {
         let view = below.map(|below| wires.view(plan.skip_filters(below)));
         let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
-        snapshot::create_image(&file, format, size, view.as_deref()).await?;
+        snapshot::create_image(plan, &file, format, size, view.as_deref()).await?;
     }
     let based_on = (args.sync == BackupSync::None).then_some(source);
     let target = open_target(daemon, plan, source, &file, format.as_deref(), based_on).await?;

@@ -56,7 +56,7 @@ pub async fn drive_mirror(daemon: &Daemon, arguments: &mut Arguments) -> Command
     if !existing {
         let view = below.map(|below| wires.view(plan.skip_filters(below)));
         let (format, size) = (format.as_deref().unwrap_or_default(), wires.view(source).cx().length());
-        snapshot::create_image(&file, format, size, view.as_deref()).await?;
+        snapshot::create_image(&plan, &file, format, size, view.as_deref()).await?;
     }
     let mut node = open_target(daemon, source, &file, format.as_deref(), node_name).await?;
     let below = match existing {

@@ -1,15 +1,17 @@
 //! External snapshots: an overlay slides in between a disk and all its users.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
+use underlay_drivers::protocol::file::FileNode;
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
 use underlay_graph::{
     Access, BackingRef, GraphError, NewNode, NodeId, Perms, Plan, Preallocation, Role, View,
 };
-
 use underlay_qcow2::CreateOptions;
+use underlay_sys::say;
 
 use super::arguments::Arguments;
 use super::lookup::Names;
@@ -102,6 +104,8 @@ fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), Grap
     plan.replace(disk, overlay, |parent| parent == overlay)?;
     plan.set_child(overlay, Role::Backing, Some(disk))?;
     if !plan.node(disk).read_only {
+        // A flush of the overlay is none of what is below it. Below a filter an image may stay writable for others.
+        plan.flush_before(disk);
         plan.set_read_only(disk, true);
     }
     // Nobody uses the disk yet: the overlay would go as soon as it came. The monitor keeps it, as it keeps the disk.
@@ -114,17 +118,24 @@ fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), Grap
 /// Makes the overlay's file, naming the disk as what is below it.
 async fn create_overlay(plan: &Plan, disk: NodeId, file: &str, format: &str) -> CommandResult<()> {
     let view = plan.wires().view(plan.skip_filters(disk));
-    create_image(file, format, view.cx().length(), Some(&view)).await
+    create_image(plan, file, format, view.cx().length(), Some(&view)).await
 }
 
 /// Makes an image file of `size` bytes, based on the image `below`. QEMU announces this on standard output, as qemu-img
 /// does.
-pub async fn create_image(file: &str, format: &str, size: u64, below: Option<&View>) -> CommandResult<()> {
+pub async fn create_image(
+    plan: &Plan,
+    file: &str,
+    format: &str,
+    size: u64,
+    below: Option<&View>,
+) -> CommandResult<()> {
     let known = matches!(format, "raw" | "file" | "host_device" | "null-co" | "null-aio");
     match (format, below) {
         ("qcow2", _) => {}
         ("raw", None) => {
-            println!("Formatting '{file}', fmt=raw size={size}");
+            check_users_without_lock(plan, file)?;
+            say!("Formatting '{file}', fmt=raw size={size}");
             return Ok(underlay_drivers::create::raw(file, size, Preallocation::Off).await?);
         }
         (_, Some(_)) if known => {
@@ -142,15 +153,36 @@ pub async fn create_image(file: &str, format: &str, size: u64, below: Option<&Vi
     let mut named = String::new();
     if let Some(below) = below {
         let (backing, driver) = (name_from(file, &filename::for_header(below)), below.node().driver());
+        if backing == file {
+            let text = "Error: Trying to create an image with the same filename as the backing file";
+            return Err(CommandError::new(text));
+        }
         named = format!(" backing_file={} backing_fmt={driver}", backing.replace(',', ",,"));
         options.backing = Some(BackingRef { file: backing, format: Some(driver.to_owned()) });
     }
-    println!(
+    check_users_without_lock(plan, file)?;
+    say!(
         "Formatting '{file}', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib \
          size={}{named} lazy_refcounts=off refcount_bits=16",
         options.size
     );
     Ok(underlay_drivers::create::qcow2(file, &options).await?)
+}
+
+/// Refuses when a node has this file and no lock on it (nobody uses the node yet, or it does without): an image that is made there would be made in the place of its
+/// own. (A lock is met when the file is opened, and gives QEMU's error.)
+fn check_users_without_lock(plan: &Plan, file: &str) -> CommandResult<()> {
+    let NodeSpec { driver: DriverSpec::File(spec), .. } = NodeSpec::file(file) else { return Ok(()) };
+    let Ok(found) = std::fs::metadata(&spec.filename) else { return Ok(()) };
+    let is_it = |node: &FileNode| {
+        let stat = node.handle().stat();
+        !node.is_locked() && stat.is_ok_and(|own| (own.device, own.inode) == (found.dev(), found.ino()))
+    };
+    let mut nodes = plan.nodes().map(|(_, node)| node);
+    match nodes.find(|node| node.node.as_any().downcast_ref().is_some_and(is_it)) {
+        Some(node) => Err(CommandError::new(format!("'{file}' is in use by node '{}'", node.name))),
+        None => Ok(()),
+    }
 }
 
 /// How the image `from` must call the image `to`, a name that counts from our own folder: as it is, unless that

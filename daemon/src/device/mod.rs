@@ -264,12 +264,8 @@ impl Devices {
 impl Backend {
     /// The node of its disk, below filters that only jobs know of.
     pub fn disk(&self, plan: &Plan) -> Option<NodeId> {
-        let mut id = plan.root(self.medium?)?.node;
-        while plan.get(id)?.implicit {
-            let node = plan.node(id);
-            id = node.child(underlay_graph::Role::Backing).or(node.child(underlay_graph::Role::File))?;
-        }
-        Some(id)
+        let node = plan.root(self.medium?)?.node;
+        plan.get(node).map(|_| plan.skip_implicit(node))
     }
 
     /// What messages call it as a user of its disk.

@@ -44,8 +44,11 @@ pub async fn session(daemon: &Arc<Daemon>, wire: Wire) {
                 }
                 Typed::Line(line) => {
                     listens = listens && wire.write(&out).await.is_ok();
-                    let line = String::from_utf8_lossy(&line);
-                    out = execute(daemon, &line, readline.history()).await.into_bytes();
+                    out = match std::str::from_utf8(&line) {
+                        Ok(line) => execute(daemon, line, readline.history()).await.into_bytes(),
+                        // What stood in their place might be the name of another file.
+                        Err(_) => b"Error: bytes that are not UTF-8 are not supported\r\n".to_vec(),
+                    };
                     if daemon.quit.is_raised() {
                         // Nobody cares whether that gets there.
                         let _ = wire.write(&out).await;

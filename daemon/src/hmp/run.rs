@@ -5,6 +5,7 @@ use underlay_graph::units::is_well_formed_id;
 use underlay_qmp::json::{Object, Value};
 use underlay_qmp::option_list;
 use underlay_qmp::session::Request;
+use underlay_sys::complain;
 
 use super::table::{COMMANDS, INFO, Line};
 use super::{disks, parse, show};
@@ -184,7 +185,7 @@ async fn device_add(daemon: &Daemon, words: &str) -> CommandResult<String> {
     }
     let _turn = daemon.turn.lock().await;
     let device = device::given::Given::read(options, Input::Words)?;
-    plug::plug(daemon, machine, device, &|text| eprintln!("{text}")).await?;
+    plug::plug(daemon, machine, device, &|text| complain!("{text}")).await?;
     Ok(String::new())
 }
 

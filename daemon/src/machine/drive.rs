@@ -148,16 +148,7 @@ fn place(
     if index.is_some() && (bus_number.is_some() || unit.is_some()) {
         return Err(CommandError::new("index cannot be used with bus and unit"));
     }
-    let units = match bus {
-        "ide" if machine.has_one_unit_per_ide_bus() => 1,
-        "ide" => 2,
-        "none" | "virtio" => 0,
-        "floppy" | "pflash" => {
-            return Err(CommandError::new(format!("if={bus} is not supported: nothing would ever read it")));
-        }
-        "scsi" | "sd" | "mtd" | "xen" => 0,
-        other => return Err(CommandError::new(format!("unsupported bus type '{other}'"))),
-    };
+    let units = units_per_bus(machine, bus)?;
     if let Some(unit) = unit.filter(|unit| units > 0 && *unit >= units) {
         let most = units - 1;
         return Err(CommandError::new(format!("unit {unit} too big (max is {most})")));
@@ -166,15 +157,7 @@ fn place(
         0 => (0, index),
         units => (index / units, index % units),
     };
-    let is_free = |place: Place| {
-        let same = |other: &&Drive| match (place, other.place) {
-            (Place::Ide { bus, unit, .. }, Place::Ide { bus: other_bus, unit: other_unit, .. }) => {
-                (bus, unit) == (other_bus, other_unit)
-            }
-            _ => other.place == place,
-        };
-        !others.iter().any(|other| same(&other))
-    };
+    let is_free = |place: Place| !others.iter().any(|other| is_same_place(place, other.place));
     let called = |(number, unit): (u32, u32)| {
         let kind = if is_cd { "cd" } else { "hd" };
         match bus {
@@ -206,6 +189,29 @@ fn place(
             let text = format!("machine type does not support if={bus},bus={number},unit={unit}");
             Err(CommandError::new(text))
         }
+    }
+}
+
+/// How many units a bus of this kind has; 0: there are no buses, only units.
+fn units_per_bus(machine: &Machine, bus: &str) -> CommandResult<u32> {
+    match bus {
+        "ide" if machine.has_one_unit_per_ide_bus() => Ok(1),
+        "ide" => Ok(2),
+        "none" | "virtio" | "scsi" | "sd" | "mtd" | "xen" => Ok(0),
+        "floppy" | "pflash" => {
+            Err(CommandError::new(format!("if={bus} is not supported: nothing would ever read it")))
+        }
+        other => Err(CommandError::new(format!("unsupported bus type '{other}'"))),
+    }
+}
+
+/// Whether two disks cannot be at these places: a CD drive takes the place of a disk.
+fn is_same_place(one: Place, other: Place) -> bool {
+    match (one, other) {
+        (Place::Ide { bus, unit, .. }, Place::Ide { bus: other_bus, unit: other_unit, .. }) => {
+            (bus, unit) == (other_bus, other_unit)
+        }
+        _ => one == other,
     }
 }
 

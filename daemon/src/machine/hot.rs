@@ -4,6 +4,7 @@ use underlay_graph::Plan;
 use underlay_graph::units::is_well_formed_id;
 use underlay_qmp::json::Value;
 use underlay_qmp::option_list;
+use underlay_sys::complain;
 
 use super::Machine;
 use super::args::{DriveWords, Typed};
@@ -41,7 +42,7 @@ pub async fn add(daemon: &Daemon, machine: &Machine, words: &str) -> CommandResu
     let others: Vec<_> =
         machine.devices.backends().into_iter().filter_map(|backend| counted(backend.name)).collect();
     let given = Typed { typed: String::new(), value: DriveWords { options, default_bus: "ide" } };
-    drive::open(daemon, machine, false, given, &others, &|text| eprintln!("{text}")).await.map(drop)
+    drive::open(daemon, machine, false, given, &others, &|text| complain!("{text}")).await.map(drop)
 }
 
 /// Takes a drive away; a device that has it stays, empty. A node of blockdev-add goes as with blockdev-del.

@@ -13,6 +13,7 @@ mod set_up;
 
 use std::path::Path;
 use std::sync::Arc;
+use underlay_sys::{complain, say_part};
 
 use crate::device::Devices;
 use crate::device::given::Given;
@@ -88,11 +89,11 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     let name = Path::new(program).file_name().map_or(program.into(), |name| name.to_string_lossy());
     let result = args::parse(words).and_then(|asked| match asked {
         Asked::Text(text) => {
-            print!("{}", text.replace("%s", program));
+            say_part!("{}", text.replace("%s", program));
             Ok(())
         }
         Asked::Run(setting) => {
-            setting.remarks.iter().for_each(|remark| eprintln!("{name}: {remark}"));
+            setting.remarks.iter().for_each(|remark| complain!("{name}: {remark}"));
             let machine = Machine::new(&setting);
             let (daemonize, started) = (setting.daemonize, machine.clone());
             life::run(
@@ -105,7 +106,7 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     match result {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("{name}: {error}");
+            complain!("{name}: {error}");
             1
         }
     }

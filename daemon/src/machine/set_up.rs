@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use underlay_qmp::json::Object;
+use underlay_sys::complain;
 
 use super::Machine;
 use super::args::{Setting, Typed};
@@ -25,7 +26,7 @@ pub async fn set_up(
     name: &str,
     setting: Setting,
 ) -> Result<Ready, String> {
-    let remark = |typed: &str, text: &str| eprintln!("{name}: {typed}: {text}");
+    let remark = |typed: &str, text: &str| complain!("{name}: {typed}: {text}");
     let Setting { objects, chardevs, blockdevs, drives, monitors, devices, .. } = setting;
     for Typed { typed, value } in objects {
         object::add(daemon, Arguments::new(value)).map_err(|error| told(&typed, &error))?;
@@ -46,7 +47,7 @@ pub async fn set_up(
         let typed = given.typed.clone();
         // The reference says this of nobody.
         let drive =
-            drive::open(daemon, machine, setting.snapshot, given, &opened, &|text| eprintln!("{text}")).await;
+            drive::open(daemon, machine, setting.snapshot, given, &opened, &|text| complain!("{text}")).await;
         opened.push(drive.map_err(|error| told(&typed, &error))?);
     }
     for Typed { typed, value } in monitors {

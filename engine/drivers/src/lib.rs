@@ -1,5 +1,6 @@
 //! Everything that can be a node except qcow2, and how to open any of them.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod beside;
 pub mod create;

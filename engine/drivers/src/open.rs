@@ -14,6 +14,7 @@ use underlay_graph::{
 };
 use underlay_qcow2::{Corruption, Qcow2};
 use underlay_qmp::json::Object;
+use underlay_sys::{complain, complain_part};
 
 use crate::error::OpenError;
 use crate::filter::copy_before_write::{CbwOptions, CopyBeforeWrite};
@@ -44,7 +45,7 @@ pub type OnCorrupt = Arc<dyn Fn(&str, Corruption) + Send + Sync>;
 
 /// Tells whoever runs a program.
 pub fn tell_on_stderr() -> OnCorrupt {
-    Arc::new(|_, found| eprintln!("{found}"))
+    Arc::new(|_, found| complain!("{found}"))
 }
 
 /// The name under which the program runs, for messages.
@@ -55,13 +56,13 @@ fn program() -> String {
 
 /// Tells whoever runs a program what goes wrong too late for an error ([`Graph::on_trouble`]).
 pub fn tell_trouble_on_stderr(text: &str) {
-    eprintln!("{}: {text}", program());
+    complain!("{}: {text}", program());
 }
 
 /// As QEMU tells it, down to the newline that is missing.
 fn tell_of_stale_bitmaps() {
     let program = program();
-    eprint!(
+    complain_part!(
         "{program}: warning: a program lacking bitmap support modified this file, so all bitmaps are now considered \
          inconsistent\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
     );
@@ -253,24 +254,34 @@ impl Opener {
                 (Arc::new(SnapshotAccess), file)
             }
             DriverSpec::CopyBeforeWrite { file, target, options: how, bitmap } => {
-                let (how, bitmap) = (*how, bitmap.clone());
                 let file = self.open_child(file.clone(), for_file).await?;
                 let target = self.open_child(target.clone(), for_file).await?;
-                let bitmap = bitmap.map(|(node, name)| self.bitmap(&node, name)).transpose()?;
-                let filter = copy_before_write(&file.view, &target.view, how)?;
-                if let Some((node, name)) = bitmap {
-                    let size = file.view.cx().length();
-                    let bits = self.wires.plan().bits_for_size(node, &name, size).map_err(|why| {
-                        let text = "Cannot create block-copy-state: Failed to merge bitmap";
-                        OpenError::text(format!("{text} '{name}' to internal copy-bitmap: {why}"))
-                    })?;
-                    filter.copies().limit_to(&bits);
-                }
-                return Ok(Unbacked { spec, node: filter, read_only, options, file, target: Some(target) });
+                let node = self.open_copy_before_write(&file, &target, *how, bitmap.clone())?;
+                return Ok(Unbacked { spec, node, read_only, options, file, target: Some(target) });
             }
             DriverSpec::Probe { .. } => return Err(OpenError::text("The format is not known".to_owned())),
         };
         Ok(Unbacked { spec, node, read_only, options, file, target: None })
+    }
+
+    fn open_copy_before_write(
+        &self,
+        file: &Opened,
+        target: &Opened,
+        how: CbwOptions,
+        bitmap: Option<(String, String)>,
+    ) -> Result<Arc<dyn Node>, OpenError> {
+        let bitmap = bitmap.map(|(node, name)| self.bitmap(&node, name)).transpose()?;
+        let filter = copy_before_write(&file.view, &target.view, how)?;
+        if let Some((node, name)) = bitmap {
+            let size = file.view.cx().length();
+            let bits = self.wires.plan().bits_for_size(node, &name, size).map_err(|why| {
+                let text = "Cannot create block-copy-state: Failed to merge bitmap";
+                OpenError::text(format!("{text} '{name}' to internal copy-bitmap: {why}"))
+            })?;
+            filter.copies().limit_to(&bits);
+        }
+        Ok(filter)
     }
 
     fn bitmap(&self, node: &str, name: String) -> Result<(NodeId, String), OpenError> {

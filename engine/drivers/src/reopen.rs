@@ -192,7 +192,9 @@ impl<'a> Reopening<'a> {
 
     /// A child by its name, or by the options of the one that is there.
     fn child(&mut self, given: &Object, id: NodeId, role: Role, child: &Child) -> Result<()> {
-        let now = self.plan.node(id).child(role);
+        let wired = self.plan.node(id).child(role);
+        // A job's filter in between does not count.
+        let now = wired.map(|wired| self.plan.skip_implicit(wired));
         let name = match child {
             Child::Reference(name) => name,
             Child::Inline(spec) => {
@@ -210,9 +212,10 @@ impl<'a> Reopening<'a> {
         };
         let missing = || text(format!("Cannot find device='' nor node-name='{name}'"));
         let found = self.plan.find(name).ok_or_else(missing)?;
-        if now == Some(found) {
+        if now == Some(found) || wired == Some(found) {
             return Ok(());
         }
+        self.has_no_implicit(id, role)?;
         let keeps_metadata = self.plan.node(id).node.keeps_metadata();
         let bytes = |plan: &Plan, id| plan.skip_filters(id);
         if role == Role::File
@@ -235,6 +238,22 @@ impl<'a> Reopening<'a> {
         Ok(())
     }
 
+    /// Refuses when a job has its filter in this place: the job relies on what comes by there.
+    fn has_no_implicit(&self, id: NodeId, role: Role) -> Result<()> {
+        let node = self.plan.node(id);
+        let Some(filter) = node.child(role).filter(|child| self.plan.node(*child).implicit) else {
+            return Ok(());
+        };
+        let (role, name) = (role.as_str(), &node.name);
+        Err(text(match self.plan.node(filter).busy {
+            Some("commit") => {
+                let below = &self.plan.node(self.plan.skip_implicit(filter)).name;
+                format!("Cannot change frozen '{role}' link from '{name}' to '{below}'")
+            }
+            _ => format!("Cannot replace implicit {role} child of {name}"),
+        }))
+    }
+
     /// The bitmaps of a raw disk belong to its file.
     fn other_file(&mut self, id: NodeId) -> Result<()> {
         let node = self.plan.node(id);
@@ -252,7 +271,10 @@ impl<'a> Reopening<'a> {
         let node = self.plan.node(id);
         match backing {
             Backing::Child(child) => self.child(given, id, Role::Backing, child),
-            Backing::None => self.plan.set_child(id, Role::Backing, None),
+            Backing::None => {
+                self.has_no_implicit(id, Role::Backing)?;
+                self.plan.set_child(id, Role::Backing, None)
+            }
             Backing::FromImage
                 if node.child(Role::Backing).is_none() && node.node.backing_ref().is_none() =>
             {

@@ -5,7 +5,7 @@
 //! a read-modify-write has them alone.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use underlay_sys::Iov;
 
@@ -25,8 +25,6 @@ pub struct Blocks {
     highest: AtomicU64,
     pub(crate) threshold: Threshold,
     pub(crate) reliers: Reliers,
-    /// Nobody needs what was written.
-    pub(crate) given_up: AtomicBool,
     /// Of a node that must not change under a reader; see [`Cx::overwrite`].
     serialised: OnceLock<RangeLock>,
 }

@@ -4,7 +4,6 @@
 //! bitmap that is cleared gets fresh bits. One that others are merged into gets fresh bits as well, which are filled at
 //! the moment when the draft is put into force ([`Plan::at_the_moment`]): no request is inside then.
 
-use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -377,6 +376,8 @@ pub trait BitmapStore: Send + Sync {
     /// Whether the image is still as [`BitmapStore::store`] left it: whoever has written to it since, be it to its
     /// header, has had it call its bitmaps not valid.
     fn is_stored(&self) -> bool;
+    /// Whether the image has a bitmap of that name, valid or not.
+    fn has(&self, name: &str) -> bool;
     /// Takes one out, if the image has it: durable on return.
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()>;
 
@@ -415,36 +416,5 @@ impl LastStep for Forget {
             }
         }
         Ok(())
-    }
-}
-
-/// What a draft does when it is put into force.
-#[derive(Default)]
-pub(crate) struct Moment {
-    actions: Vec<Box<dyn FnOnce() + Send + Sync>>,
-    /// Images may go on keeping what they have: it says enough.
-    pub(crate) may_lag: bool,
-}
-
-impl Moment {
-    pub(crate) fn push(&mut self, action: impl FnOnce() + Send + Sync + 'static) {
-        self.actions.push(Box::new(action));
-    }
-
-    pub(crate) fn run(self) {
-        self.actions.into_iter().for_each(|action| action());
-    }
-}
-
-impl fmt::Debug for Moment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} actions", self.actions.len())
-    }
-}
-
-/// It belongs to one draft, not to what is copied from it.
-impl Clone for Moment {
-    fn clone(&self) -> Self {
-        Self::default()
     }
 }

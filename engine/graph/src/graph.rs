@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use tokio::sync::OwnedMutexGuard;
 use underlay_sys::rt;
 
-use crate::bitmaps::{BitmapStore, Moment, PlanBitmap};
+use crate::bitmaps::{BitmapStore, PlanBitmap};
 use crate::error::{GraphError, IoError};
+use crate::moment::Moment;
 use crate::node::{Kind, Node};
 use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanNode, PlanRoot, RootId, Wires};
@@ -218,7 +219,7 @@ impl Draft<'_> {
         let old = Wires::new(graph.plan());
         let old_access = graph.now().access.clone();
         plan.collect();
-        let moment = plan.take_moment();
+        let mut moment = plan.take_moment();
         let new_access = plan.check()?;
         let new = Wires::new(Arc::new(plan));
 
@@ -238,8 +239,9 @@ impl Draft<'_> {
         let trouble = &graph.trouble;
         let lasts = graph.lasts.load(Ordering::Relaxed);
         let (old_access, new_access) = (&old_access, &new_access);
-        let step = Step { graph, old: &old, new: &new, old_access, new_access, trouble, lasts };
-        let outcome = step.run(moment, last_step).await;
+        moment.act();
+        let step = Step { graph, old: &old, new: &new, old_access, new_access, moment, trouble, lasts };
+        let outcome = step.run(last_step).await;
         if outcome.is_ok() {
             step.resize_bitmaps().await;
             // Nodes may want to be asked in another way after the last step.
@@ -297,6 +299,7 @@ struct Step<'a> {
     new: &'a Wires,
     old_access: &'a BTreeMap<NodeId, Access>,
     new_access: &'a BTreeMap<NodeId, Access>,
+    moment: Moment,
     trouble: &'a Trouble,
     lasts: bool,
 }
@@ -313,13 +316,15 @@ async fn refresh_cleaner(
 }
 
 impl Step<'_> {
-    async fn run(&self, moment: Moment, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
-        let mut done = Done { may_lag: moment.may_lag, ..Done::default() };
-        moment.run();
+    async fn run(&self, last_step: Option<Box<dyn LastStep>>) -> Result<(), GraphError> {
+        let mut done = Done::default();
         self.flush_leaving().await?;
         let outcome = self.steps(last_step, &mut done).await;
         match outcome {
-            Ok(()) => self.store_late(&done.stored).await,
+            Ok(()) => {
+                self.store_late(&done.stored).await;
+                self.tell_of_lost_bitmaps();
+            }
             Err(_) => self.undo(done).await,
         }
         outcome
@@ -348,7 +353,7 @@ impl Step<'_> {
             let before = self.old.plan().get(id).map_or_else(|| store.loaded(), persistent);
             let now = persistent(node);
             let is_same = now.len() == before.len() && now.iter().zip(&before).all(|(a, b)| a.is_kept_as(b));
-            if !is_same && done.may_lag {
+            if !is_same && self.moment.may_lag {
                 self.graph.lagging().insert(id);
             } else if !is_same {
                 done.refreshed.push(id);
@@ -363,7 +368,7 @@ impl Step<'_> {
         self.old.plan().nodes().filter_map(|(id, node)| {
             let now = self.new.plan().get(id);
             let stops = !node.read_only && now.is_none_or(|node| node.read_only);
-            let given_up = node.node.is_unusable() || now.is_none() && node.is_given_up();
+            let given_up = node.node.is_unusable() || now.is_none() && self.moment.given_up.contains(&id);
             let stores = stops && !given_up && node.node.as_bitmap_store().is_some();
             stores.then(|| (id, persistent(now.unwrap_or(node))))
         })
@@ -387,6 +392,18 @@ impl Step<'_> {
                 let node = view.name();
                 self.trouble
                     .tell(&format!("Lost persistent bitmaps during inactivation of node '{node}': {error}"));
+            }
+        }
+    }
+
+    /// Bitmaps that were to be persistent and were added to images which nobody may write to, and which go.
+    fn tell_of_lost_bitmaps(&self) {
+        let gone = self.old.plan().nodes().filter(|(id, _)| self.new.plan().get(*id).is_none());
+        for (_, node) in gone.filter(|(_, node)| node.read_only) {
+            let Some(store) = node.node.as_bitmap_store() else { continue };
+            if !persistent(node).iter().all(|bitmap| store.has(&bitmap.name)) {
+                let text = "Lost persistent bitmaps during inactivation of node";
+                self.trouble.tell(&format!("{text} '{}': No write access", node.name));
             }
         }
     }
@@ -437,13 +454,18 @@ impl Step<'_> {
         self.new_access.get(&id).copied().unwrap_or(Access::UNUSED)
     }
 
-    /// Flushes the nodes that were written to and will not be any more. A filter keeps nothing, and what it filters is
-    /// asked for itself: a job that failed must get its filter out above a disk that cannot be flushed, too.
+    /// Flushes the nodes that were written to and will not be any more, and those of which the draft wants it. A filter
+    /// keeps nothing, and what it filters is asked for itself: a job that failed must get its filter out above a disk
+    /// that cannot be flushed, too.
     async fn flush_leaving(&self) -> Result<(), GraphError> {
+        for id in self.moment.flushes.iter().filter(|id| self.old.plan().get(**id).is_some()) {
+            self.old.view(*id).cx().flush().await?;
+        }
         for (id, node) in self.old.plan().nodes() {
             let now = self.new.plan().get(id);
             let is_filter = node.node.kind() == Kind::Filter;
-            let pointless = is_filter || node.node.is_unusable() || (now.is_none() && node.is_given_up());
+            let is_given_up = now.is_none() && self.moment.given_up.contains(&id);
+            let pointless = is_filter || node.node.is_unusable() || is_given_up;
             let stops = !node.read_only && now.is_none_or(|node| node.read_only) && !pointless;
             if !stops {
                 continue;
@@ -566,8 +588,6 @@ impl Step<'_> {
 /// What a change has done so far, in case it cannot go on.
 #[derive(Default)]
 struct Done {
-    /// Images are told of other bitmaps later ([`Graph::refresh_bitmaps`]).
-    may_lag: bool,
     /// Nodes that were asked to get ready for more.
     gained: Vec<NodeId>,
     /// Nodes whose stored bitmaps were called out of date.

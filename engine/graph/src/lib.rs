@@ -4,6 +4,7 @@
 //! the wiring as requests see it: immutable, reached through a [`Root`]'s gate, walked with a [`Cx`]. This crate
 //! knows no driver: nodes come from outside.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod align;
 pub mod bitmap;
@@ -15,6 +16,7 @@ pub mod format;
 pub mod graph;
 pub mod info;
 mod marks;
+mod moment;
 mod node;
 pub mod perm;
 pub mod plan;

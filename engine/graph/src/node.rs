@@ -233,6 +233,9 @@ pub trait Node: Debug + Send + Sync {
     /// Nobody needs what is under way here, nor what would come: a node that waits for somebody else fails it all from
     /// now on, and is unusable.
     fn give_up(&self) {}
+    /// Somebody who has used the node does not want to wait any longer: a node that waits for somebody else to come
+    /// back fails what waits for that, and what comes until he is back.
+    fn stop_waiting(&self) {}
     /// Waits for work of the node's own that may outlive the request which began it. While it waits no request is
     /// inside and none comes.
     async fn settle(&self) {}

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
 use crate::align::Blocks;
-use crate::bitmaps::{Moment, PlanBitmap};
+use crate::bitmaps::PlanBitmap;
 use crate::error::{Conflict, GraphError};
 use crate::marks::Marks;
+use crate::moment::Moment;
 use crate::node::{Kind, Node};
 use crate::perm::{self, Access, Perms};
 use crate::root::{Door, Drained};
@@ -145,10 +145,6 @@ impl PlanNode {
         self.bitmaps.iter().any(|bitmap| bitmap.persistent && !bitmap.inconsistent)
     }
 
-    pub(crate) fn is_given_up(&self) -> bool {
-        self.blocks.given_up.load(Ordering::Relaxed)
-    }
-
     /// Whether requests to the node are the same under both wirings.
     pub(crate) fn is_wired_as(&self, other: &Self) -> bool {
         self.children == other.children
@@ -254,11 +250,7 @@ impl Plan {
 
     /// The node with this name.
     pub fn find(&self, name: &str) -> Option<NodeId> {
-        // Names that are not well formed cannot be in the map, except generated ones.
-        self.nodes.iter().find(|(_, node)| node.name.as_str() == name).map(|(id, _)| *id).filter(|id| {
-            debug_assert_eq!(self.names.get(&self.node(*id).name), Some(id));
-            true
-        })
+        self.names.get(name).copied()
     }
 
     /// All parents of a node with the role in which it is theirs.
@@ -284,6 +276,16 @@ impl Plan {
         while self.node(id).node.kind() == Kind::Filter {
             let node = self.node(id);
             let Some(below) = node.child(Role::File).or(node.child(Role::Backing)) else { break };
+            id = below;
+        }
+        id
+    }
+
+    /// The first node at or below `id` that is not a filter which only a job knows of.
+    pub fn skip_implicit(&self, mut id: NodeId) -> NodeId {
+        while self.node(id).implicit {
+            let node = self.node(id);
+            let Some(below) = node.child(Role::Backing).or(node.child(Role::File)) else { break };
             id = below;
         }
         id
@@ -462,14 +464,18 @@ impl Plan {
         }
     }
 
-    /// Nobody needs what was written to a node that goes with its last user, nor its file: that they cannot be flushed
+    /// If a node goes with this draft, nobody needs what was written to it, nor its file: that they cannot be flushed
     /// does not keep them in the graph. For the target of a copy that came to nothing.
-    pub fn give_up_content(&self, id: NodeId) {
-        let mut at = Some(id);
-        while let Some(node) = at.map(|id| self.node(id)).filter(|node| !node.monitor_owned) {
-            node.blocks.given_up.store(true, Ordering::Relaxed);
-            at = node.child(Role::File);
-        }
+    pub fn give_up_content(&mut self, id: NodeId) {
+        let own = |id: NodeId| self.get(id).is_some_and(|node| !node.monitor_owned);
+        let below = |id: &NodeId| self.node(*id).child(Role::File).filter(|file| own(*file));
+        let all: Vec<_> = std::iter::successors(Some(id).filter(|id| own(*id)), below).collect();
+        self.moment.given_up.extend(all);
+    }
+
+    /// What was written to a node is made durable before the draft is put into force, and if that fails it is not.
+    pub fn flush_before(&mut self, id: NodeId) {
+        self.moment.flushes.push(id);
     }
 
     /// Makes the change hold back the requests to this node although its wiring stays: it will be resized, say.

@@ -82,6 +82,9 @@ impl BitmapStore for Keeper {
     fn is_stored(&self) -> bool {
         true
     }
+    fn has(&self, _name: &str) -> bool {
+        self.kept.load(Ordering::Relaxed) > 0
+    }
     async fn remove(&self, _cx: &Cx<'_>, _name: &str) -> Result<()> {
         Ok(())
     }
@@ -184,4 +187,42 @@ fn only_what_is_lost_itself_goes_without_a_flush() {
         top.lost.store(true, Ordering::Relaxed);
         assert!(remove().await && graph.plan().get(id).is_none());
     });
+}
+
+/// A bitmap of a node that may not be written to is nowhere when the node goes, unless the image had it before.
+#[test]
+fn lost_bitmaps_are_told_of() {
+    for (read_only_before, lost) in [(false, 0), (true, 1)] {
+        block_on(async {
+            let (graph, _, id) = with_keeper().await;
+            let told = Arc::<AtomicUsize>::default();
+            let heard = told.clone();
+            graph.on_trouble(move |text| {
+                assert!(
+                    text.contains("Lost persistent bitmaps") && text.contains("No write access"),
+                    "{text}"
+                );
+                heard.fetch_add(1, Ordering::Relaxed);
+            });
+            let make_read_only = async || {
+                let change = graph.change(|plan| {
+                    plan.set_read_only(id, true);
+                    Ok(())
+                });
+                change.await.expect("it can be");
+            };
+            if read_only_before {
+                make_read_only().await;
+            }
+            graph.change(|plan| plan.add_bitmap(id, &persistent("a"))).await.expect("there is room");
+            make_read_only().await;
+            let remove = graph.change(|plan| {
+                plan.node_mut(id).monitor_owned = false;
+                Ok(())
+            });
+            remove.await.expect("it goes");
+            assert!(graph.plan().get(id).is_none());
+            assert_eq!(told.load(Ordering::Relaxed), lost);
+        });
+    }
 }

@@ -1,5 +1,6 @@
 //! Bytes, ranges and names.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -123,6 +124,13 @@ impl NodeName {
     /// Whether it was made by [`NodeName::generated`].
     pub fn is_generated(&self) -> bool {
         self.0.starts_with('#')
+    }
+}
+
+/// So that a map of names can be asked for a text.
+impl Borrow<str> for NodeName {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

@@ -125,7 +125,12 @@ impl Active {
             claim.leave_writable(part.base);
         }
         claim.release(plan);
-        plan.replace(wiring.filter, if switch { part.base } else { part.top }, |_| false)
+        plan.replace(wiring.filter, if switch { part.base } else { part.top }, |_| false)?;
+        match switch {
+            // Somebody may have come to it past the filter.
+            true => plan.replace(part.top, part.base, |parent| parent == wiring.filter),
+            false => Ok(()),
+        }
     }
 }
 

@@ -304,7 +304,7 @@ impl Backup {
         let main = root("main node", filter, Some(Arc::new(HeldBack(job.clone()))));
         let roots = [main, root("target", target, None)];
         let (graph, source) = (self.graph.clone(), self.source);
-        job.set_last_resort(move || chain::give_up(&graph.plan(), source, target));
+        job.set_at_target(move |act| chain::at_target(&graph.plan(), source, target, act));
         self.wiring = Some(Wiring { claim, target, filter, roots });
         Ok(())
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use underlay_graph::plan::NewRoot;
-use underlay_graph::{Graph, GraphError, Kind as NodeKind, NodeId, Perms, Plan, Role, RootId};
+use underlay_graph::{Graph, GraphError, Kind as NodeKind, Node, NodeId, Perms, Plan, Role, RootId};
 
 use crate::error::JobError;
 use crate::job::Job;
@@ -35,13 +35,14 @@ pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError
     Ok(())
 }
 
-/// Fails what is under way at the target of a copy that came to nothing, as far as it is not the source's as well.
-pub(crate) fn give_up(plan: &Plan, source: NodeId, target: NodeId) {
+/// Does something to the nodes of the target of a copy that came to nothing, as far as they are not the source's as
+/// well.
+pub(crate) fn at_target(plan: &Plan, source: NodeId, target: NodeId, act: fn(&dyn Node)) {
     let of_source = if plan.get(source).is_some() { plan.reachable(source) } else { Default::default() };
     let file = |id: &NodeId| plan.get(*id).and_then(|node| node.child(Role::File));
     for id in std::iter::successors(Some(target), file).filter(|id| !of_source.contains(id)) {
         if let Some(node) = plan.get(id) {
-            node.node.give_up();
+            act(&*node.node);
         }
     }
 }

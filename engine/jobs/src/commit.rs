@@ -242,7 +242,8 @@ impl Work for Commit {
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
-        let overlays = overlays(&self.graph.plan(), self.part.top);
+        // Who has come to the top itself since keeps it.
+        let overlays = overlays(&self.graph.plan(), self.wiring.filter);
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let (wiring, part, args) = (&self.wiring, &self.part, &self.args);
         let edit = |plan: &mut Plan| {

@@ -5,13 +5,14 @@
 //! (`busy` tells whether something that it began before is still under way). A pause has two reasons that are
 //! counted apart: a user's, and changes of the graph that hold the job's requests back ([`Drained`]).
 
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use underlay_graph::root::Drained;
-use underlay_graph::{Graph, GraphError, IoError, Plan};
+use underlay_graph::{Graph, GraphError, IoError, Node, Plan};
 use underlay_sys::rt;
 
 use crate::chain::Afterlife;
@@ -21,6 +22,9 @@ use crate::group::Group;
 use crate::pace::Pace;
 use crate::settings::{IoStatus, JobInfo, Kind, OnError, Settings};
 use crate::status::{Status, Verb};
+
+/// How often a job that was cancelled by force looks whether its target has gone.
+const HURRY: Duration = Duration::from_millis(100);
 
 /// How a client wants a job to end before its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +58,9 @@ struct State {
     synced: bool,
 }
 
+/// Does something to the nodes of a job's target.
+type AtTarget = Box<dyn Fn(fn(&dyn Node)) + Send + Sync>;
+
 /// A job. See the module.
 pub struct Job {
     id: String,
@@ -68,8 +75,8 @@ pub struct Job {
     counter: OnceLock<Arc<AtomicU64>>,
     /// Those with which it ends.
     group: OnceLock<Weak<Group>>,
-    /// Makes the requests of a job that was cancelled fail which do not come to an end.
-    last_resort: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Reaches the nodes of a target that nobody needs any more.
+    at_target: OnceLock<AtTarget>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     changed: Notify,
@@ -120,7 +127,7 @@ impl Job {
             write_blocking: OnceLock::new(),
             counter: OnceLock::new(),
             group: OnceLock::new(),
-            last_resort: OnceLock::new(),
+            at_target: OnceLock::new(),
             auto_finalize: settings.auto_finalize,
             auto_dismiss: settings.auto_dismiss,
             sink,
@@ -468,15 +475,40 @@ impl Job {
         self.state().total = total;
     }
 
-    /// What fails the requests of this job that do not come to an end.
-    pub(crate) fn set_last_resort(&self, last_resort: impl Fn() + Send + Sync + 'static) {
-        let _ = self.last_resort.set(Box::new(last_resort));
+    /// What does something to the nodes of the target, which nobody needs any more.
+    pub(crate) fn set_at_target(&self, at_target: impl Fn(fn(&dyn Node)) + Send + Sync + 'static) {
+        let _ = self.at_target.set(Box::new(at_target));
     }
 
     /// Has the requests under way fail, as far as they are for nobody but this job, which was cancelled.
     pub fn give_up(&self) {
-        if let Some(last_resort) = self.last_resort.get() {
-            last_resort();
+        if let Some(at_target) = self.at_target.get() {
+            at_target(|node| node.give_up());
+        }
+    }
+
+    /// Does a part of the job's work. Once the job is cancelled by force that does not wait for a target to come back,
+    /// whenever it is noticed that it has gone.
+    pub(crate) async fn in_a_hurry<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut hurry = std::pin::pin!(self.hurry());
+        let mut work = std::pin::pin!(work);
+        std::future::poll_fn(|cx| {
+            let done = work.as_mut().poll(cx);
+            if done.is_pending() {
+                let _ = hurry.as_mut().poll(cx);
+            }
+            done
+        })
+        .await
+    }
+
+    /// From when the job is cancelled by force: nobody waits for its target any longer.
+    async fn hurry(&self) -> Infallible {
+        self.until_group(|cancelled| cancelled).await;
+        let Some(at_target) = self.at_target.get() else { return std::future::pending().await };
+        loop {
+            at_target(|node| node.stop_waiting());
+            rt::sleep(HURRY).await;
         }
     }
 

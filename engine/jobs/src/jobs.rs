@@ -222,8 +222,12 @@ impl Jobs {
 
     /// The life of a job from running on.
     async fn live(self: Arc<Self>, job: &Arc<Job>, mut work: Box<dyn Work>, group: &Group) {
-        let worked = work.run(job).await;
-        let result = group.finish(job, &mut *work, worked).await;
+        let result = job
+            .in_a_hurry(async {
+                let worked = work.run(job).await;
+                group.finish(job, &mut *work, worked).await
+            })
+            .await;
         {
             // Who hears that the job is over and asks at once finds it concluded, or gone.
             let mut list = self.list();

@@ -12,6 +12,7 @@
 //!                                   events ──► EventSink
 //! ```
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod active;
 pub mod backup;

@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::graph::LastStep;
 use underlay_graph::plan::{NewRoot, Wires};
 use underlay_graph::range_lock::Mode;
@@ -120,9 +121,12 @@ impl Jobs {
         // A cluster that is only partly there would hide what will be below it.
         let least = cluster.filter(|_| unbacked).unwrap_or(0);
         let granularity = granularity.unwrap_or(default).max(least);
+        let length = wires.view(args.source).cx().length();
+        if !DirtyBitmap::fits(length, granularity) {
+            return Err(wrong(format!("Granularity {granularity} is too small for {length} bytes")));
+        }
         let id = self.choose_id(&args.settings)?;
         let job = self.draft(id, Kind::Mirror, &args.settings);
-        let length = wires.view(args.source).cx().length();
         let tracked = Tracked::new(length, granularity, unbacked, args.write_blocking);
         if let Target::Existing(id) = args.target {
             tracked.begin_with(wires.view(id).cx().doubts());
@@ -135,7 +139,7 @@ impl Jobs {
         let wiring = wired.map_err(|why| self.refused(&job, &settings, why))?;
         let (graph, of_job) = (graph.clone(), graph.clone());
         let (source, target) = (wiring.source, wiring.target);
-        job.set_last_resort(move || chain::give_up(&of_job.plan(), source, target));
+        job.set_at_target(move |act| chain::at_target(&of_job.plan(), source, target, act));
         let means = Arc::new(Means::new(true));
         let mirror = Mirror {
             graph,
@@ -399,12 +403,13 @@ impl Mirror {
         if plan.get(*filter).is_none() {
             return Ok(());
         }
-        let of_target = plan.reachable(*target);
-        let replaced = self.replaces.filter(|replaces| switch && replaces != source);
-        let to = if switch && replaced.is_none() { *target } else { *source };
+        let replaced = self.replaces.unwrap_or(*source);
+        let to = if switch && replaced == *source { *target } else { *source };
         plan.replace(*filter, to, |_| false)?;
-        if let Some(replaced) = replaced.filter(|replaced| plan.get(*replaced).is_some()) {
-            plan.replace(replaced, *target, |parent| of_target.contains(&parent))?;
+        // Also the source itself: somebody may have come to it past the filter.
+        if switch && plan.get(replaced).is_some() {
+            let of_target = plan.reachable(*target);
+            plan.replace(replaced, *target, |parent| parent == *filter || of_target.contains(&parent))?;
         }
         match self.wiring.backing.filter(|backing| switch && plan.get(*backing).is_some()) {
             Some(backing) => plan.set_child(*target, Role::Backing, Some(backing)),

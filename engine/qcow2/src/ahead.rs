@@ -43,6 +43,8 @@ const SECTOR_WORDS: usize = 64;
 const HASHES: Range<usize> = 24..504;
 /// The smallest header cluster with room for it.
 const MIN_CLUSTER: u64 = 4096;
+/// Most ranges that are told apart: as many as the largest place has bits.
+const MAX_RANGES: u64 = 1 << 22;
 /// Bytes of the smallest region, as a power of two.
 const MIN_REGION_BITS: u32 = 20;
 
@@ -284,17 +286,45 @@ impl Ahead {
         self.put(file, &before, &self.snapshot()).await
     }
 
-    /// All that may have been written to, of a disk of `size` bytes.
-    pub fn ranges(&self, size: u64) -> impl Iterator<Item = ByteRange> {
+    /// All that may have been written to, of a disk of `size` bytes; one range with more in it if it would be more than
+    /// [`MAX_RANGES`].
+    pub fn ranges(&self, size: u64) -> Vec<ByteRange> {
         let region = 1_u64 << self.region_bits();
         let count = self.regions();
-        let is_covered = move |n: u64| {
-            let bit = n % count;
-            let word = self.covered.get(usize::try_from(bit / 64).unwrap_or(usize::MAX));
-            word.is_some_and(|word| word.load(Ordering::SeqCst) >> (bit % 64) & 1 != 0)
-        };
-        let all = (0..size.div_ceil(region)).filter(move |n| is_covered(*n));
-        all.map(move |n| ByteRange::between(n * region, (n + 1).saturating_mul(region).min(size)))
+        let runs = self.runs();
+        // A disk that has grown since the size of a region was chosen has several regions for a bit.
+        let rounds = size.div_ceil(region).div_ceil(count);
+        if runs.is_empty() || size == 0 {
+            return Vec::new();
+        }
+        if rounds.saturating_mul(runs.len() as u64) > MAX_RANGES {
+            return vec![ByteRange::between(0, size)];
+        }
+        let place = |round: u64, bit: u64| (round * count + bit).saturating_mul(region).min(size);
+        let all = (0..rounds).flat_map(|round| runs.iter().map(move |run| (round, run)));
+        let all = all.map(|(round, run)| ByteRange::between(place(round, run.start), place(round, run.end)));
+        all.filter(|range| !range.is_empty()).collect()
+    }
+
+    /// The runs of bits that are set.
+    fn runs(&self) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for (index, word) in self.covered.iter().enumerate() {
+            let mut word = word.load(Ordering::SeqCst);
+            let mut at = index as u64 * 64;
+            while word != 0 {
+                let skip = word.trailing_zeros();
+                let len = (word >> skip).trailing_ones();
+                let start = at + u64::from(skip);
+                match runs.last_mut().filter(|last| last.end == start) {
+                    Some(last) => last.end += u64::from(len),
+                    None => runs.push(start..start + u64::from(len)),
+                }
+                word = word.checked_shr(skip + len).unwrap_or(0);
+                at = start + u64::from(len);
+            }
+        }
+        runs
     }
 }
 
@@ -312,7 +342,8 @@ mod tests {
     }
 
     fn regions(ahead: &Ahead, size: u64) -> Vec<u64> {
-        ahead.ranges(size).map(|range| range.start() / MIB).collect()
+        let ranges = ahead.ranges(size).into_iter();
+        ranges.flat_map(|range| range.start() / MIB..range.end().div_ceil(MIB)).collect()
     }
 
     #[test]
@@ -335,7 +366,7 @@ mod tests {
             }
         });
         assert_eq!(regions(&kept(&disk), size), [3, 7, 9999, 10_000]);
-        assert_eq!(kept(&disk).ranges(size).last().map(|range| range.len()), Some(3));
+        assert_eq!(kept(&disk).ranges(size).last().map(|range| range.len()), Some(MIB + 3));
         assert!(kept(&disk).is_broken("bad") && !kept(&disk).is_broken("good"));
         // One is written to while the bitmaps are being stored.
         ahead.begin_epoch();
@@ -363,6 +394,8 @@ mod tests {
         assert_eq!(ahead.regions(), 4096);
         run(ahead.cover(&view.cx(), ByteRange::between(4095 * MIB, 4097 * MIB))).expect("a disk");
         assert_eq!(regions(&ahead, 4200 * MIB), [0, 4095, 4096]);
+        // Not so many that it would take for ever, whatever an image says.
+        assert_eq!(ahead.ranges(1 << 60), [ByteRange::between(0, 1 << 60)]);
         assert!(!ahead.covers(ByteRange::between(0, 10_000 * MIB)));
         run(ahead.cover(&view.cx(), ByteRange::between(100 * MIB, 10_000 * MIB))).expect("a disk");
         assert!(ahead.covers(ByteRange::between(0, 100_000 * MIB)));

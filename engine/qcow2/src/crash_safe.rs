@@ -15,10 +15,10 @@ use std::sync::atomic::Ordering;
 
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::PlanBitmap;
-use underlay_graph::{Cx, Result};
+use underlay_graph::{ByteRange, Cx, Result};
 
 use crate::ahead::{self, Ahead};
-use crate::bitmaps::{AUTO, IN_USE, StoredBitmap};
+use crate::bitmaps::{IN_USE, StoredBitmap};
 use crate::features;
 use crate::header::{Header, Version};
 use crate::live::Qcow2;
@@ -39,18 +39,41 @@ pub(crate) fn is_good(entry: &StoredBitmap, ahead: Option<&Ahead>) -> bool {
     entry.flags & IN_USE == 0 || ahead.is_some_and(|ahead| !ahead.is_broken(&entry.name))
 }
 
-/// Bytes of memory that [`complete`] may take, at most.
-pub(crate) fn missing_bytes(bits: &DirtyBitmap, entry: &StoredBitmap, ahead: Option<&Ahead>) -> u64 {
-    let ahead = ahead.filter(|_| entry.flags & AUTO != 0);
-    let dirty: u64 = ahead.map_or(0, |ahead| ahead.ranges(bits.size()).map(|range| range.len()).sum());
-    // Whole words are taken, and more, for small parts.
-    dirty / bits.granularity() / 8 + dirty.min(1) * 4096
+/// Most ranges that the bitmaps of an image are told, together: so many take about a second.
+const MAX_TOLD: usize = 16 << 20;
+
+/// What the bitmaps of an image have not been told, by the notes in it.
+pub(crate) struct Missing {
+    ranges: Vec<ByteRange>,
+    /// Of all ranges together.
+    bytes: u64,
+    size: u64,
+    /// How many ranges may still be told, for all bitmaps together.
+    left: usize,
 }
 
-/// Adds to a bitmap what it has not been told.
-pub(crate) fn complete(bits: &DirtyBitmap, entry: &StoredBitmap, ahead: Option<&Ahead>) {
-    if let Some(ahead) = ahead.filter(|_| entry.flags & AUTO != 0) {
-        ahead.ranges(bits.size()).for_each(|range| bits.set(range));
+impl Missing {
+    /// Of a disk of `size` bytes.
+    pub(crate) fn new(ahead: Option<&Ahead>, size: u64) -> Self {
+        let ranges = ahead.map_or_else(Vec::new, |ahead| ahead.ranges(size));
+        let bytes = ranges.iter().map(|range| range.len()).sum();
+        Self { ranges, bytes, size, left: MAX_TOLD }
+    }
+
+    /// Before another bitmap is told: if that is too much, it is told that all of the disk is dirty. The memory that
+    /// this may take, at most, in bytes.
+    pub(crate) fn prepare(&mut self, bits: &DirtyBitmap) -> u64 {
+        match self.left.checked_sub(self.ranges.len()) {
+            Some(left) => self.left = left,
+            None => (self.ranges, self.bytes) = (vec![ByteRange::between(0, self.size)], self.size),
+        }
+        // Whole words are taken, and more, for small parts.
+        self.bytes / bits.granularity() / 8 + self.bytes.min(1) * 4096
+    }
+
+    /// Adds to a bitmap what it has not been told.
+    pub(crate) fn add_to(&self, bits: &DirtyBitmap) {
+        self.ranges.iter().for_each(|range| bits.set(*range));
     }
 }
 
@@ -124,5 +147,22 @@ impl Qcow2 {
         self.store_as(cx, bitmaps, State::InUse).await?;
         ahead.forget(&cx.below()).await?;
         self.commit(cx).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_much_to_tell_is_told_as_one() {
+        let ranges = vec![ByteRange::between(0, 512), ByteRange::between(4096, 4608)];
+        let mut missing = Missing { ranges, bytes: 1024, size: 1 << 20, left: 3 };
+        for expected in [1024, 1 << 20, 1 << 20] {
+            let bits = DirtyBitmap::new(1 << 20, 512);
+            assert!(missing.prepare(&bits) >= expected / 512 / 8);
+            missing.add_to(&bits);
+            assert_eq!(bits.count(), expected);
+        }
     }
 }

@@ -147,7 +147,11 @@ impl Qcow2 {
             way.take_over(&file, header).await?;
             end.write(&file, header).await?;
             end.take_over(&file, header).await?;
-            file.node().resize(&file, end.end() << self.layout.cluster_bits, Preallocation::Off).await?;
+            // What is behind that nobody needs; it stays where it cannot be given back.
+            let len = end.end() << self.layout.cluster_bits;
+            if let Err(error) = file.node().resize(&file, len, Preallocation::Off).await {
+                tracing::debug!(%error, "the file stays as long as it was");
+            }
             self.data_end.store(0, Ordering::Relaxed);
             *self.frees() = Frees::default();
             *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;

@@ -228,6 +228,18 @@ impl Layout {
         Packed { offset, len: (sectors + 1) * 512 - (offset & 511) }
     }
 
+    /// The host clusters that an entry refers to: the first, counted from the beginning of the file, and how many.
+    pub fn clusters_of(&self, entry: Entry) -> (u64, u64) {
+        let bits = self.cluster_bits;
+        if entry.word & COMPRESSED != 0 {
+            let packed = self.packed(entry);
+            let (first, last) = (packed.offset >> bits, (packed.offset + packed.len - 1) >> bits);
+            return (first, last - first + 1);
+        }
+        let host = self.host(entry);
+        (host >> bits, u64::from(host != 0))
+    }
+
     /// The entry of a compressed cluster of `len` bytes at `offset`. `None` if it cannot be expressed.
     pub fn pack(&self, offset: u64, len: u64) -> Option<Entry> {
         let bits = 62 - (self.cluster_bits - 8);

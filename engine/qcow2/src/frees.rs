@@ -19,6 +19,17 @@ use underlay_graph::{ByteRange, Cx, Result};
 use crate::entry::{COMPRESSED, Entry};
 use crate::live::Qcow2;
 
+/// Whether the file may give the space of clusters back that are free then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discard {
+    /// The guest does not need them any more: as `pass-discard-request` says.
+    Request,
+    /// They were replaced or moved: as `pass-discard-other` says.
+    Other,
+    /// Never: they hold compressed clusters, and others lie there too, or may come there at any time.
+    Never,
+}
+
 /// A run of clusters that each lose one reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Free {
@@ -26,8 +37,8 @@ pub struct Free {
     pub first: u64,
     /// How many.
     pub count: u64,
-    /// The guest does not need them any more: the file may give the space back.
-    pub discard: bool,
+    /// What becomes of their space.
+    pub discard: Discard,
 }
 
 /// See the module.
@@ -83,21 +94,22 @@ impl Qcow2 {
         self.epoch.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// `count` clusters from `host` on lost a reference. The mapping in memory must not have it any more.
-    pub(crate) fn drop_clusters(&self, host: u64, count: u64, discard: bool) {
+    /// `count` clusters from `host` on lost a reference, because the guest does not need them (`is_request`) or for
+    /// another reason. The mapping in memory must not have it any more.
+    pub(crate) fn drop_clusters(&self, host: u64, count: u64, is_request: bool) {
         let first = host >> self.layout.cluster_bits;
+        let discard = if is_request { Discard::Request } else { Discard::Other };
         self.frees().drop_later(Free { first, count, discard });
     }
 
-    /// An entry is not in the mapping any more: what it referred to loses a reference.
-    pub(crate) fn drop_entry(&self, entry: Entry, discard: bool) {
+    /// An entry is not in the mapping any more: what it referred to loses a reference. For `is_request` see
+    /// [`Qcow2::drop_clusters`].
+    pub(crate) fn drop_entry(&self, entry: Entry, is_request: bool) {
+        let (first, count) = self.layout.clusters_of(entry);
         if entry.word & COMPRESSED != 0 {
-            let packed = self.layout.packed(entry);
-            let bits = self.layout.cluster_bits;
-            let (first, last) = (packed.offset >> bits, (packed.offset + packed.len - 1) >> bits);
-            self.frees().drop_later(Free { first, count: last - first + 1, discard: false });
-        } else if self.layout.host(entry) != 0 {
-            self.drop_clusters(self.layout.host(entry), 1, discard);
+            self.frees().drop_later(Free { first, count, discard: Discard::Never });
+        } else if count != 0 {
+            self.drop_clusters(first << self.layout.cluster_bits, count, is_request);
         }
     }
 
@@ -122,8 +134,9 @@ impl Qcow2 {
             let Some(batch) = self.frees().take_ready() else { return };
             for free in batch {
                 let passed_on = match free.discard {
-                    true => self.options().pass_discard_request != Some(false),
-                    false => self.options().pass_discard_other,
+                    Discard::Request => self.options().pass_discard_request != Some(false),
+                    Discard::Other => self.options().pass_discard_other,
+                    Discard::Never => false,
                 };
                 if passed_on && let Err(error) = self.discard_unshared(cx, free).await {
                     tracing::debug!(%error, "the file kept discarded clusters");
@@ -135,8 +148,8 @@ impl Qcow2 {
         }
     }
 
-    /// Tells the file that nobody needs clusters, which are about to lose a reference, unless snapshots have them too
-    /// or, in a damaged image, they are metadata.
+    /// Tells the file that nobody needs clusters, which are about to lose a reference, unless it is not their last one
+    /// (snapshots have them too) or, in a damaged image, they are metadata.
     async fn discard_unshared(&self, cx: &Cx<'_>, free: Free) -> Result<()> {
         let bits = self.layout.cluster_bits;
         let discard = async |first: u64, end: u64| match first < end {
@@ -147,12 +160,10 @@ impl Qcow2 {
         if self.metadata().owner(first, end).is_some() {
             return Ok(());
         }
-        if self.header_mut().snapshots > 0 {
-            for cluster in free.first..end {
-                if self.refcount(cx, cluster).await? > 1 {
-                    discard(first, cluster).await?;
-                    first = cluster + 1;
-                }
+        for cluster in free.first..end {
+            if self.refcount(cx, cluster).await? > 1 {
+                discard(first, cluster).await?;
+                first = cluster + 1;
             }
         }
         discard(first, end).await

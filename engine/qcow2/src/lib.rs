@@ -1,5 +1,6 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod ahead;
 mod amend;

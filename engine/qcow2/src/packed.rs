@@ -162,9 +162,7 @@ impl Qcow2 {
     }
 
     async fn free_packed(&self, cx: &Cx<'_>, entry: Entry) {
-        let packed = self.layout.packed(entry);
-        let bits = self.layout.cluster_bits;
-        let (first, last) = (packed.offset >> bits, (packed.offset + packed.len - 1) >> bits);
-        self.free_unused(cx, first << bits, last - first + 1).await;
+        let (first, count) = self.layout.clusters_of(entry);
+        self.free_unused(cx, first << self.layout.cluster_bits, count).await;
     }
 }

@@ -1,6 +1,7 @@
 //! The refcounts on disk, compared with the references found, and corrected in place.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
 use underlay_sys::Iov;
@@ -13,7 +14,8 @@ use crate::counts::PAGE;
 #[derive(Debug)]
 struct Block {
     offset: u64,
-    bytes: Vec<u8>,
+    /// Shared by all entries of a damaged table that name the same block: there may be many.
+    bytes: Arc<Vec<u8>>,
     /// A count went up: written first.
     raised: bool,
     /// A count went down.
@@ -90,6 +92,7 @@ impl RefcountBlocks {
         all.slots.reserve(usize::try_from(checker.clusters.div_ceil(per_block).min(1 << 20)).unwrap_or(0));
         let len = u64::from(header.refcount_table_clusters) * cluster;
         let table = checker.read(header.refcount_table_offset, len).await?;
+        let mut known: HashMap<u64, Arc<Vec<u8>>> = HashMap::new();
         for (_, entry) in (0..checker.clusters.div_ceil(per_block)).zip(words(&table)) {
             let offset = entry & !511;
             let slot = if !offset.is_multiple_of(cluster) {
@@ -97,7 +100,11 @@ impl RefcountBlocks {
             } else if offset > i64::MAX as u64 - cluster {
                 Slot::Unreadable
             } else if offset != 0 && offset < checker.file_len {
-                let bytes = checker.read(offset, cluster).await?;
+                let bytes = match known.get(&offset) {
+                    Some(bytes) => bytes.clone(),
+                    None => Arc::new(checker.read(offset, cluster).await?),
+                };
+                known.insert(offset, bytes.clone());
                 match is_zero(&bytes) {
                     true => Slot::Empty,
                     false => Slot::Block(Block { offset, bytes, raised: false, lowered: false }),
@@ -134,15 +141,17 @@ impl RefcountBlocks {
     }
 
     /// Changes a refcount in memory. Its block exists: a count to be raised from zero means that all are made anew.
-    fn set(&mut self, cluster: u64, count: u64) {
+    /// False, and nothing changes, when the table names the block for other clusters as well.
+    fn set(&mut self, cluster: u64, count: u64) -> bool {
         let (at, order) = (self.in_block(cluster), self.order);
         let index = usize::try_from(cluster >> self.block_bits).unwrap_or(usize::MAX);
-        if let Some(Slot::Block(block)) = self.slots.get_mut(index) {
-            let old = get(&block.bytes, at, order);
-            block.raised |= count > old;
-            block.lowered |= count < old;
-            set(&mut block.bytes, at, order, count);
-        }
+        let Some(Slot::Block(block)) = self.slots.get_mut(index) else { return true };
+        let Some(bytes) = Arc::get_mut(&mut block.bytes) else { return false };
+        let old = get(bytes, at, order);
+        block.raised |= count > old;
+        block.lowered |= count < old;
+        set(bytes, at, order, count);
+        true
     }
 
     /// A block made by somebody else, which is on disk already.
@@ -151,6 +160,7 @@ impl RefcountBlocks {
         if index >= self.slots.len() {
             self.slots.resize_with(index + 1, || Slot::Empty);
         }
+        let bytes = Arc::new(bytes);
         self.slots[index] = Slot::Block(Block { offset, bytes, raised: false, lowered: false });
     }
 
@@ -238,7 +248,8 @@ impl Checker<'_, '_> {
         };
         *sum += 1;
         if repair {
-            blocks.set(cluster, references);
+            let changed = blocks.set(cluster, references);
+            debug_assert!(changed, "blocks that are named twice are made anew");
         }
     }
 

@@ -272,6 +272,9 @@ impl Qcow2 {
                 }
                 Ok(())
             }
+            Preallocation::Falloc if file.length() <= place.start() => {
+                file.node().resize(&file, place.end(), Preallocation::Falloc).await
+            }
             Preallocation::Falloc => {
                 file.write_zeroes(place, ZeroFlags { may_unmap: false, no_fallback: false }).await
             }

@@ -20,7 +20,7 @@ use underlay_graph::{ByteRange, Cx, IoError, WriteFlags};
 use underlay_sys::Iov;
 
 use crate::commit::write_pieces;
-use crate::entry::{COMPRESSED, Entry, Layout, MAX_HOST};
+use crate::entry::MAX_HOST;
 use crate::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use crate::live::Qcow2;
 use crate::metadata::Owner;
@@ -433,16 +433,4 @@ async fn read_clusters(cx: &Cx<'_>, offsets: &[u64], cluster: u64) -> Result<Vec
         }
     }
     Ok(contents)
-}
-
-/// The clusters that an L2 entry refers to: the first, and how many.
-pub(crate) fn clusters_of(layout: &Layout, entry: Entry) -> (u64, u64) {
-    let bits = layout.cluster_bits;
-    if entry.word & COMPRESSED != 0 {
-        let packed = layout.packed(entry);
-        let first = packed.offset >> bits;
-        return (first, ((packed.offset + packed.len - 1) >> bits) - first + 1);
-    }
-    let host = layout.host(entry);
-    (host >> bits, u64::from(host != 0))
 }

@@ -16,7 +16,7 @@ use crate::info::snapshot_info;
 use crate::live::{Corruption, OpenOptions, Qcow2};
 use crate::mapping::L1;
 use crate::metadata::Owner;
-use crate::shadow::{Bad, Freed, Shadow, clusters_of};
+use crate::shadow::{Bad, Freed, Shadow};
 use crate::snapshots::{self, Snapshot, SnapshotError, Table};
 use crate::words::to_bytes;
 
@@ -63,6 +63,7 @@ pub async fn complete_snapshots(file: &Arc<View>) -> Result<()> {
     let view = View::detached(image.clone(), [(Role::File, file.clone())]);
     let cx = view.cx();
     image.become_writable(&cx).await?;
+    image.change_only_metadata();
     let done = image.complete(&cx).await;
     let closed = image.close(&cx).await;
     done.and(closed)
@@ -399,7 +400,7 @@ fn change_references<'a>(
         if entry.word == 0 {
             continue;
         }
-        let (first, count) = clusters_of(&layout, entry);
+        let (first, count) = layout.clusters_of(entry);
         if entry.word & COMPRESSED == 0 && layout.host(entry) & (layout.cluster() - 1) != 0 {
             return Err(Bad::Wrong(first, "is referred to by an unaligned L2 entry"));
         }

@@ -32,7 +32,7 @@ use crate::bitmaps::{
     self, ALL_ONES, AUTO, BitmapError, GRANULARITY_BITS, IN_USE, MAX_BITMAP, MAX_NAME, StoredBitmap,
     bytes_of_bits,
 };
-use crate::crash_safe::{complete, is_good, missing_bytes};
+use crate::crash_safe::{Missing, is_good};
 use crate::extensions::{BitmapsExtension, MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Region};
 use crate::features;
 use crate::header::{Header, Version};
@@ -105,6 +105,7 @@ pub(crate) async fn load(
     let mut names = HashSet::new();
     let mut loaded = Vec::with_capacity(entries.len());
     let mut memory = 0;
+    let mut missing = Missing::new(ahead, header.virtual_size());
     let mut written = Written::new();
     for entry in &mut entries {
         if !names.insert(entry.name.clone()) {
@@ -125,11 +126,13 @@ pub(crate) async fn load(
             load_bits(file, header, entry, &bits, &mut memory).await?;
             // One that is in use may be of the disk before it got another size, and is written anew.
             changes = (!was_in_use).then(|| bits.changes());
-            memory += missing_bytes(&bits, entry, ahead);
-            if memory > MAX_MEMORY {
-                return Err(BitmapError::TooMuch(MAX_MEMORY));
+            if entry.flags & AUTO != 0 {
+                memory += missing.prepare(&bits);
+                if memory > MAX_MEMORY {
+                    return Err(BitmapError::TooMuch(MAX_MEMORY));
+                }
+                missing.add_to(&bits);
             }
-            complete(&bits, entry, ahead);
             entry.flags &= !IN_USE;
         }
         let enabled = !inconsistent && entry.flags & AUTO != 0;
@@ -501,6 +504,10 @@ impl BitmapStore for Qcow2 {
 
     fn is_stored(&self) -> bool {
         !self.stored().marked
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.stored().find(name).is_some()
     }
 
     async fn remove(&self, cx: &Cx<'_>, name: &str) -> Result<()> {

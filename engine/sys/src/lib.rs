@@ -2,6 +2,7 @@
 //!
 //! Everything above asks for memory ([`buf`]), time and tasks ([`rt`]), files ([`mod@file`]) and sockets ([`net`]) here
 //! and nowhere else, so that the same code runs on a real machine and in the simulated world.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod address;
 mod background;
@@ -22,6 +23,7 @@ mod reflink;
 mod ring;
 pub mod rt;
 pub mod signal;
+pub mod spoken;
 pub mod stat;
 pub mod stdio;
 pub mod thread;

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, Protocol, SocketAddrUnix, SocketFlags, SocketType, ipproto, sockopt};
@@ -16,13 +17,15 @@ use smallvec::{SmallVec, smallvec};
 pub use crate::address::{Abstract, Address, Inet};
 use crate::address::{name_address, path_address};
 use crate::buf::Iov;
-use crate::{driver, pool};
+use crate::{driver, pool, rt};
 
 /// Connections that wait to be accepted: as many as the kernel lets. A client on a Unix socket that does not wait is
 /// refused when there are more.
 const BACKLOG: i32 = i32::MAX;
 /// Most pieces of one `sendmsg`.
 const MAX_PIECES: usize = 1024;
+/// How often is asked for room among those who wait to be let in.
+const FULL_HOUSE: Duration = Duration::from_millis(10);
 
 fn would_block(error: rustix::io::Errno) -> bool {
     error == rustix::io::Errno::AGAIN || error == rustix::io::Errno::WOULDBLOCK
@@ -340,7 +343,13 @@ impl Stream {
 
     async fn connect_unix(address: &SocketAddrUnix) -> io::Result<Self> {
         let fd = Arc::new(socket(AddressFamily::UNIX)?);
-        connected(&fd, rustix::net::connect(&*fd, address)).await?;
+        let mut result = rustix::net::connect(&*fd, address);
+        // So many others wait to be let in that there is no room to wait. That cannot be waited for.
+        while result == Err(rustix::io::Errno::AGAIN) {
+            rt::sleep(FULL_HOUSE).await;
+            result = rustix::net::connect(&*fd, address);
+        }
+        connected(&fd, result).await?;
         let stream = Self::over(fd);
         stream.tune();
         Ok(stream)
@@ -450,7 +459,6 @@ impl Stream {
 async fn connected(fd: &Arc<OwnedFd>, result: rustix::io::Result<()>) -> io::Result<()> {
     match result {
         Ok(()) => Ok(()),
-        // A Unix socket with a full backlog gives EAGAIN and cannot be waited for.
         Err(rustix::io::Errno::INPROGRESS) => {
             driver::ready(fd, libc::POLLOUT).await?;
             Ok(sockopt::socket_error(&**fd)??)

@@ -9,13 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
-/// From now on a write into a pipe that nobody reads ends the process, without a word, as it does other programs of the
-/// command line. (Rust's start-up code has it fail instead.)
-pub fn end_with_broken_pipe() {
-    // SAFETY: the default action of a signal runs none of our code.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-}
-
 /// From now on a write beyond the longest file that this process may have (`ulimit -f`) fails, as it does where a disk
 /// is full. Else it would end the process, and with it all disks that it serves.
 pub fn survive_long_files() {
@@ -64,10 +57,10 @@ pub struct Birth {
 }
 
 impl Birth {
-    /// Tells the parent that all is well, lets go of the terminal and of the folder.
+    /// Tells the parent that all is well, and lets go of the terminal. Not of the folder: the names of files that are
+    /// open, and those in the headers of images, may count from it.
     pub fn succeeded(mut self) -> io::Result<()> {
         let null = File::options().read(true).write(true).open("/dev/null")?;
-        rustix::process::chdir("/")?;
         rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(&null)?;
         rustix::stdio::dup2_stderr(&null)?;

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
+use crate::complain;
+
 use crate::exec::{self, Class, Core, Crew, Remote};
 
 /// A thread with an executor of its own. When it is dropped the thread ends.
@@ -48,7 +50,7 @@ impl IoThread {
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| executor.run_until_stopped()))
                 .is_err()
             {
-                eprintln!("an I/O thread panicked; ending");
+                complain!("an I/O thread panicked; ending");
                 std::process::abort();
             }
         })?;

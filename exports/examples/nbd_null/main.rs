@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use underlay_exports::nbd::{NbdExport, NbdServer, ServerOptions};
 use underlay_nbd::blocking::{Client, Server};
-use underlay_sys::net::Address;
 use underlay_sys::thread::{IoThread, block_on};
+use underlay_sys::{net::Address, say};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -83,7 +83,7 @@ fn bench(socket: &str, export: &str, load: Load, clients: usize) -> Outcome {
     let time = start.elapsed();
     let per_second = total as f64 / time.as_secs_f64();
     let mib = per_second * f64::from(load.bytes) / f64::from(1 << 20);
-    println!("{per_second:.0} op/s, {:.2} us/op, {mib:.0} MiB/s", 1e6 / per_second);
+    say!("{per_second:.0} op/s, {:.2} us/op, {mib:.0} MiB/s", 1e6 / per_second);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! One disk, opened as a program's command line says: by name and format or by a list of options, with a cache mode,
 //! and opened again with others.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod disk;
 mod modes;

@@ -3,6 +3,5 @@
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     underlay_sys::process::survive_long_files();
-    underlay_sys::process::end_with_broken_pipe();
     std::process::exit(underlay_img::main("qemu-img", &words));
 }

@@ -3,6 +3,7 @@
 use underlay_graph::{IoError, Preallocation};
 use underlay_qcow2::resize::trim_file;
 use underlay_qcow2::{Header, Qcow2, Version};
+use underlay_sys::say;
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
@@ -44,7 +45,7 @@ pub async fn run(words: &[String]) -> Outcome {
             // Nothing that we change is unsafe.
             "force" => {}
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img amend [-f FMT | --image-opts] [-t CACHE] [-p] [-q] -o OPTIONS FILENAME"
                 );
                 return Ok(());

@@ -4,6 +4,7 @@ use underlay_graph::bitmaps::{Forget, NewBitmap};
 use underlay_graph::graph::LastStep;
 use underlay_graph::{Graph, GraphError, NodeId, Plan};
 use underlay_qcow2::{Qcow2, Version};
+use underlay_sys::{complain, say_part};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, image, image_in};
@@ -74,7 +75,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         match name.as_str() {
             "h" => {
-                print!("{USAGE}");
+                say_part!("{USAGE}");
                 return Ok(());
             }
             "image-opts" => image_opts = true,
@@ -228,7 +229,7 @@ pub async fn copy_all(source: &Image, target: &Image) -> Outcome {
     for bitmap in wires.plan().node(source.node()).bitmaps.iter().rev() {
         let name = &*bitmap.name;
         if bitmap.inconsistent {
-            eprintln!("qemu-img: warning: Skipping inconsistent bitmap '{name}'");
+            complain!("qemu-img: warning: Skipping inconsistent bitmap '{name}'");
             continue;
         }
         let granularity = Some(bitmap.bits.granularity());

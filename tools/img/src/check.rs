@@ -6,6 +6,7 @@ use underlay_graph::{Role, View};
 use underlay_qcow2::{CheckError, Finding, Fix, Outcome as Found};
 use underlay_qcow2::{can_only_be_checked, check, complete_snapshots};
 use underlay_qmp::json::{Object, Value};
+use underlay_sys::{complain, say};
 
 use crate::getopt::Known;
 use crate::info::is_json;
@@ -50,7 +51,7 @@ pub async fn run(words: &[String]) -> Outcome {
             }
             "image-opts" => image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME"
                 );
                 return Ok(());
@@ -141,7 +142,7 @@ async fn complete(file: &Arc<View>, found: &mut Found) {
     match done {
         Ok(()) => found.corruptions_fixed += entries,
         Err(why) => {
-            eprintln!("qemu-img: ERROR failed to update snapshot table: {why}");
+            complain!("qemu-img: ERROR failed to update snapshot table: {why}");
             found.corruptions += entries;
         }
     }
@@ -157,8 +158,8 @@ async fn close_after<T>(status: Result<T, Failure>, opened: Image) -> Result<T, 
 
 async fn once(file: &View, fix: Fix) -> Result<Found, Failure> {
     let mut say = |finding: Finding| match finding {
-        Finding::Line(line) => eprintln!("{line}"),
-        Finding::Error(line) => eprintln!("qemu-img: {line}"),
+        Finding::Line(line) => complain!("{line}"),
+        Finding::Error(line) => complain!("qemu-img: {line}"),
     };
     check(&file.cx(), fix, &mut say).await.map_err(|error| match error {
         CheckError::Failed(error) => Failure::new(format!("Check failed: {error}")),
@@ -176,17 +177,18 @@ async fn told(name: &str, file: &View, found: Found, json: bool, quiet: bool) ->
     let fixed = (found.leaks_fixed, found.corruptions_fixed);
     if fixed != (0, 0) {
         if !json && !quiet {
-            println!(
+            say!(
                 "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
                  Double checking the fixed image now...",
-                fixed.0, fixed.1
+                fixed.0,
+                fixed.1
             );
         }
         found = once(file, Fix::None).await?;
         (found.leaks_fixed, found.corruptions_fixed) = fixed;
     }
     if json && !quiet {
-        println!("{}", Value::Object(as_json(name, &found)).to_pretty());
+        say!("{}", Value::Object(as_json(name, &found)).to_pretty());
     } else if !json && !quiet {
         print_human(&found);
     }
@@ -202,26 +204,26 @@ async fn told(name: &str, file: &View, found: Found, json: bool, quiet: bool) ->
 
 fn print_human(found: &Found) {
     if found.corruptions == 0 && found.leaks == 0 && found.check_errors == 0 {
-        println!("No errors were found on the image.");
+        say!("No errors were found on the image.");
     }
     if found.corruptions > 0 {
-        println!(
+        say!(
             "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
             found.corruptions
         );
     }
     if found.leaks > 0 {
-        println!(
+        say!(
             "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
             found.leaks
         );
     }
     if found.check_errors > 0 {
-        println!("\n{} internal errors have occurred during the check.", found.check_errors);
+        say!("\n{} internal errors have occurred during the check.", found.check_errors);
     }
     if found.total_clusters > 0 && found.allocated_clusters > 0 {
         let share = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
-        println!(
+        say!(
             "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
             found.allocated_clusters,
             found.total_clusters,
@@ -231,7 +233,7 @@ fn print_human(found: &Found) {
         );
     }
     if found.image_end_offset > 0 {
-        println!("Image end offset: {}", found.image_end_offset);
+        say!("Image end offset: {}", found.image_end_offset);
     }
 }
 

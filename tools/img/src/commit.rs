@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use underlay_drivers::filename;
 use underlay_graph::{IoError, NodeId, Role};
 use underlay_jobs::{CommitArgs, EventSink, Job, JobEvent, Jobs, Settings};
-use underlay_sys::rt;
+use underlay_sys::{rt, say};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
@@ -64,7 +64,7 @@ pub async fn run(words: &[String]) -> Outcome {
             }
             "image-opts" => request.image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img commit [-f FMT] [-t CACHE] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME"
                 );
                 return Ok(());
@@ -88,7 +88,7 @@ pub async fn run(words: &[String]) -> Outcome {
     drop(progress);
     done.and(closed)?;
     if !request.quiet {
-        println!("Image committed.");
+        say!("Image committed.");
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use underlay_graph::status::Status;
 use underlay_graph::{ByteRange, Root};
-use underlay_sys::{Iov, rt};
+use underlay_sys::{Iov, rt, say};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
@@ -47,7 +47,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "T" => cache = Some(value),
             "image-opts" => image_opts = true,
             "h" => {
-                println!("Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2");
+                say!("Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2");
                 return Ok(());
             }
             other => {
@@ -71,7 +71,7 @@ pub async fn run(words: &[String]) -> Outcome {
     first.close().await.map_err(trouble)?;
     second.close().await.map_err(trouble)?;
     if !quiet {
-        println!("{}", difference.as_deref().unwrap_or("Images are identical."));
+        say!("{}", difference.as_deref().unwrap_or("Images are identical."));
     }
     difference.map_or(Ok(()), |_| Err(Failure::status(1)))
 }
@@ -109,7 +109,7 @@ impl Comparison<'_> {
             return Ok(both);
         }
         if !self.quiet {
-            println!("Warning: Image size mismatch!");
+            say!("Warning: Image size mismatch!");
         }
         self.part(ByteRange::between(common, longest), longer, None, longest).await
     }

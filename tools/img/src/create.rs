@@ -4,6 +4,7 @@ use underlay_drivers::create::{self, NewFile};
 use underlay_drivers::names::{plain_path, resolve_backing};
 use underlay_graph::{BackingRef, Preallocation};
 use underlay_qcow2::{Compression, CreateOptions, Version};
+use underlay_sys::say;
 
 use crate::getopt::Known;
 use crate::open::{How, image};
@@ -49,7 +50,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "q" => request.quiet = true,
             "u" => request.unsafe_backing = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]"
                 );
                 return Ok(());
@@ -264,7 +265,7 @@ async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(),
     if !request.quiet {
         let shown = mode.as_ref().map(|mode| format!(" preallocation={mode}")).unwrap_or_default();
         let (nocow, extent_size) = hints.shown();
-        println!("Formatting '{name}', fmt={} size={size}{nocow}{shown}{extent_size}", request.format);
+        say!("Formatting '{name}', fmt={} size={size}{nocow}{shown}{extent_size}", request.format);
     }
     let unknown = |mode: &str| cannot(format!("invalid parameter value: {mode}"));
     let mode =
@@ -402,7 +403,7 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(
     wanted.options.size =
         backing_and_size(name, size, &request, &mut wanted.options).await.map_err(Refused::Create)?;
     if !request.quiet {
-        println!("{}", formatting(name, &wanted, &request));
+        say!("{}", formatting(name, &wanted, &request));
     }
     let options = wanted.finish(&request)?;
     // Nothing is emptied for an image that cannot be.

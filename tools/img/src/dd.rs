@@ -1,7 +1,7 @@
 //! `dd`: copies blocks of one image into a new one.
 
 use underlay_graph::{ByteRange, IoError, WriteFlags};
-use underlay_sys::Iov;
+use underlay_sys::{Iov, complain, say};
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
@@ -51,7 +51,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "U" => force_share = true,
             "image-opts" => image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT"
                 );
                 return Ok(());
@@ -114,7 +114,7 @@ async fn copy(request: &Request) -> Outcome {
         return Err(Failure::new(format!("{output}: input and output are the same file")));
     }
     if start > end {
-        eprintln!("qemu-img: {input}: cannot skip to specified offset");
+        complain!("qemu-img: {input}: cannot skip to specified offset");
     }
     let range = ByteRange::between(start.min(end), end);
     let format = request.target_format.as_str();

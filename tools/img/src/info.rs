@@ -5,6 +5,7 @@ use underlay_drivers::names::resolve_backing;
 use underlay_graph::plan::Wires;
 use underlay_graph::{FormatInfo, InfoValue, Kind, NodeId, Role};
 use underlay_qmp::json::{Object, Value};
+use underlay_sys::{say, say_part};
 
 use crate::getopt::Known;
 use crate::open::{How, image};
@@ -36,9 +37,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "U" => force_share = true,
             "image-opts" => image_opts = true,
             "h" => {
-                println!(
-                    "Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME"
-                );
+                say!("Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME");
                 return Ok(());
             }
             other => return Err(crate::unsupported(other)),
@@ -67,10 +66,10 @@ pub async fn run(words: &[String]) -> Outcome {
     if json {
         let mut values: Vec<_> = infos.iter().map(|info| Value::Object(info.json())).collect();
         let value = if chain { Value::List(values) } else { values.remove(0) };
-        println!("{}", value.to_pretty());
+        say!("{}", value.to_pretty());
     } else {
         let texts: Vec<_> = infos.iter().map(Info::human).collect();
-        print!("{}", texts.join("\n"));
+        say_part!("{}", texts.join("\n"));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The command line of qemu-img on Underlay's engine: a file per subcommand.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod amend;
 mod bitmap;
@@ -29,6 +30,7 @@ pub use snapshot_list::lines as snapshot_lines;
 pub use info::format_lines as info_lines;
 
 use underlay_sys::thread::{IoThread, block_on};
+use underlay_sys::{complain, say, say_part};
 
 /// Why a subcommand ends early: what to print (nothing when that has been done) and the exit status.
 #[derive(Clone, Debug)]
@@ -143,12 +145,12 @@ pub fn main(program: &str, words: &[String]) -> i32 {
             let command = failure.help.unwrap_or_default();
             let space = if command.is_empty() { "" } else { " " };
             match failure.message {
-                Some(message) if failure.named => eprintln!("{name}{space}{command}: {message}"),
-                Some(message) => eprintln!("{name}: {message}"),
+                Some(message) if failure.named => complain!("{name}{space}{command}: {message}"),
+                Some(message) => complain!("{name}: {message}"),
                 None => {}
             }
             if failure.help.is_some() {
-                eprintln!("Try '{name}{space}{command} --help' for more info");
+                complain!("Try '{name}{space}{command} --help' for more info");
             }
             failure.status
         }
@@ -158,12 +160,12 @@ pub fn main(program: &str, words: &[String]) -> i32 {
 fn run(command: &str, rest: &[String]) -> Outcome {
     match command {
         "--help" | "-h" => {
-            print!("{HELP}");
+            say_part!("{HELP}");
             Ok(())
         }
         "--version" | "-V" => {
-            println!("qemu-img version 10.0.2 (Underlay {})", env!("CARGO_PKG_VERSION"));
-            println!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
+            say!("qemu-img version 10.0.2 (Underlay {})", env!("CARGO_PKG_VERSION"));
+            say!("Copyright (c) 2026 The Underlay authors; the interface is that of QEMU 10.0.2");
             Ok(())
         }
         "amend" => on_one_thread(amend::run(rest)),

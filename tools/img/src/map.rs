@@ -3,6 +3,7 @@
 use underlay_graph::ByteRange;
 use underlay_graph::status::Status;
 use underlay_graph::walk::Walk;
+use underlay_sys::say;
 
 use crate::getopt::Known;
 use crate::info::is_json;
@@ -40,7 +41,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "l" => most = sizes::argument(&value, "max length")?,
             "image-opts" => image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME"
                 );
                 return Ok(());

@@ -1,7 +1,7 @@
 //! What `map` prints, line by line. There may be millions of them: numbers and text are put together by hand, and on a
 //! thread of their own, while the next extents are being looked for.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -112,6 +112,11 @@ impl Lines {
     pub fn flush(&mut self) -> Outcome {
         let written = std::io::stdout().lock().write_all(&self.out);
         self.out.clear();
+        let written = match written {
+            // Who reads it has seen enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            other => other,
+        };
         written.map_err(|error| Failure::new(format!("Cannot write to standard output: {error}")))
     }
 

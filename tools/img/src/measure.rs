@@ -4,6 +4,7 @@ use underlay_graph::{ByteRange, IoError};
 use underlay_qcow2::measure::measure;
 use underlay_qcow2::{CreateError, CreateOptions, Qcow2, Version};
 use underlay_qmp::json::{Object, Value};
+use underlay_sys::say;
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
@@ -61,7 +62,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "output" => request.json = is_json(&value, "measure")?,
             "size" => request.size = Some(sizes::argument(&value, "image size")?),
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-l SNAPSHOT] [-U] FILENAME | \
                      --size SIZE"
                 );
@@ -115,13 +116,13 @@ fn show(sizes: &Sizes, json: bool) {
         if let Some(bitmaps) = sizes.bitmaps {
             object.insert("bitmaps", bitmaps);
         }
-        println!("{}", Value::Object(object).to_pretty());
+        say!("{}", Value::Object(object).to_pretty());
         return;
     }
-    println!("required size: {}", sizes.required);
-    println!("fully allocated size: {}", sizes.fully_allocated);
+    say!("required size: {}", sizes.required);
+    say!("fully allocated size: {}", sizes.fully_allocated);
     if let Some(bitmaps) = sizes.bitmaps {
-        println!("bitmaps size: {bitmaps}");
+        say!("bitmaps size: {bitmaps}");
     }
 }
 

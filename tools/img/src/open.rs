@@ -12,6 +12,7 @@ use underlay_graph::status::{Status, status};
 use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Root, RootId};
 
 use underlay_qmp::json::Value;
+use underlay_sys::complain;
 
 use crate::{Failure, Outcome};
 
@@ -137,7 +138,7 @@ pub async fn closing(command: impl Future<Output = Outcome>) -> Outcome {
             Ok(())
         });
         if let Err(error) = closed.await {
-            eprintln!("qemu-img: Error while closing the image: {error}");
+            complain!("qemu-img: Error while closing the image: {error}");
         }
     }
     outcome
@@ -154,11 +155,11 @@ fn listed(
     }
     let list = underlay_disk::parse_options(list, Some("file"));
     for warning in list.warnings {
-        eprintln!("qemu-img: {warning}");
+        complain!("qemu-img: {warning}");
     }
     let mut options = nest(list.options);
     if options.get("backing").is_some_and(|backing| *backing == Value::Str(String::new())) {
-        eprintln!("qemu-img: warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+        complain!("qemu-img: warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
         if options.get("driver").and_then(Value::as_str) == Some("raw") {
             // That there is nothing below may be said of everything.
             options.remove("backing");
@@ -251,7 +252,7 @@ impl Image {
     pub fn warn_if_guessed(&self) {
         let name = filename::of_alone(&self.wires().view(self.node));
         if self.probed && self.is_raw() {
-            eprintln!(
+            complain!(
                 "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
                  Automatically detecting the format is dangerous for raw images, write operations on block 0 will \
                  be restricted.\n         Specify the 'raw' format explicitly to remove the restrictions."

@@ -3,6 +3,7 @@
 
 use underlay_drivers::options::DriverSpec;
 use underlay_drivers::{NodeSpec, names};
+use underlay_sys::say;
 
 use crate::{Failure, Outcome};
 
@@ -49,7 +50,7 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
         other => return Err(Failure::new(format!("Unknown file format '{other}'"))),
     };
     match name {
-        None => println!("Supported {format} options:"),
+        None => say!("Supported {format} options:"),
         Some(name) => {
             if stored_in_file(name)? {
                 let own = rows.clone();
@@ -57,12 +58,12 @@ pub fn print(format: &str, name: Option<&str>) -> Outcome {
                 rows.extend(adds.iter().filter(|(name, _, _)| own.iter().all(|(known, _, _)| known != name)));
                 rows.sort_unstable();
             }
-            println!("Supported options:");
+            say!("Supported options:");
         }
     }
     print_rows(rows);
     if name.is_none() {
-        println!(
+        say!(
             "\nThe protocol level may support further options.\n\
              Specify the target filename to include those options."
         );
@@ -78,7 +79,7 @@ const AMENDABLE: [&str; 6] =
 pub fn print_amendable(format: &str) -> Outcome {
     match format {
         "qcow2" => {
-            println!("Amend options for 'qcow2':");
+            say!("Amend options for 'qcow2':");
             print_rows(QCOW2.into_iter().filter(|(name, _, _)| AMENDABLE.contains(name)));
             Ok(())
         }
@@ -91,7 +92,7 @@ pub fn print_amendable(format: &str) -> Outcome {
 
 fn print_rows(rows: impl IntoIterator<Item = Row>) {
     for (name, kind, text) in rows {
-        println!("  {:<22} - {text}", format!("{name}=<{kind}>"));
+        say!("  {:<22} - {text}", format!("{name}=<{kind}>"));
     }
 }
 

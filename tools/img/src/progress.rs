@@ -1,6 +1,7 @@
 //! The progress line of `-p`.
 
 use std::io::Write;
+use underlay_sys::{say, say_part};
 
 /// Shows how much is done, if anybody wants to know, and leaves its line at the end.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ impl Progress {
     /// So much is done, in percent.
     pub fn show(&self, percent: f64) {
         if self.on {
-            print!("    ({percent:.2}/100%)\r");
+            say_part!("    ({percent:.2}/100%)\r");
             // Where it cannot be shown there is nobody to see it.
             let _ = std::io::stdout().flush();
         }
@@ -34,7 +35,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.on {
-            println!();
+            say!();
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use underlay_drivers::names;
 use underlay_graph::status::status;
 use underlay_graph::{BackingRef, ByteRange, IoError, NodeId, Role, WriteFlags, ZeroFlags};
-use underlay_sys::{Iov, rt};
+use underlay_sys::{Iov, rt, say};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, check_cache, image};
@@ -71,7 +71,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "T" => caches.1 = Some(value),
             "image-opts" => request.image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img rebase [-f FMT] [-t CACHE] [-q] [-U] [-p] [-b BACKING [-F FMT] [-T CACHE]] [-u] [-c] FILENAME"
                 );
                 return Ok(());

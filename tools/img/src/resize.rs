@@ -3,6 +3,7 @@
 use underlay_graph::{IoError, Preallocation};
 use underlay_qcow2::Qcow2;
 use underlay_qcow2::resize::trim_file;
+use underlay_sys::{complain, say};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, image};
@@ -49,7 +50,7 @@ pub async fn run(words: &[String]) -> Outcome {
     resize(&opened, now, total, asked.mode).await?;
     opened.close().await?;
     if !asked.quiet {
-        println!("Image resized.");
+        say!("Image resized.");
     }
     Ok(())
 }
@@ -78,7 +79,7 @@ fn read(words: &[String]) -> Result<Option<Asked>, Failure> {
             "preallocation" => asked.mode = mode(&value)?,
             "image-opts" => asked.image_opts = true,
             "h" => {
-                println!(
+                say!(
                     "Usage: qemu-img resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE"
                 );
                 return Ok(None);
@@ -123,7 +124,7 @@ impl Asked {
             return Err(Failure::new("Preallocation can only be used for growing images"));
         }
         if total < now && !self.shrink {
-            eprintln!(
+            complain!(
                 "qemu-img: Use the --shrink option to perform a shrink operation.\n\
                  qemu-img: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
                  performing such an operation, make sure there is no important data there."

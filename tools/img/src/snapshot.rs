@@ -7,6 +7,7 @@ use underlay_graph::{Cx, IoError};
 use underlay_qcow2::Qcow2;
 use underlay_qcow2::snapshot_changes::NewSnapshot;
 use underlay_qmp::json::Value;
+use underlay_sys::{complain, say, say_part};
 
 use crate::getopt::Known;
 use crate::open::{How, Image, image};
@@ -47,7 +48,7 @@ pub async fn run(words: &[String]) -> Outcome {
     for (name, value) in options {
         let wanted = match name.as_str() {
             "h" => {
-                print!("{USAGE}");
+                say_part!("{USAGE}");
                 return Ok(());
             }
             "f" => {
@@ -104,8 +105,8 @@ async fn perform(opened: &Image, action: &Action) -> Outcome {
     match (action, qcow2) {
         (Action::List, _) if known.is_empty() => Ok(()),
         (Action::List, _) => {
-            println!("Snapshot list:");
-            snapshot_list::lines(&known).iter().for_each(|line| println!("{line}"));
+            say!("Snapshot list:");
+            snapshot_list::lines(&known).iter().for_each(|line| say!("{line}"));
             Ok(())
         }
         (Action::Create(name), Some(qcow2)) => {
@@ -184,7 +185,7 @@ impl Wanted {
         }
         let list = underlay_disk::parse_options(text, None);
         for warning in list.warnings {
-            eprintln!("{program}: {warning}");
+            complain!("{program}: {warning}");
         }
         let (mut id, mut name) = (None, None);
         for (key, value) in list.options {

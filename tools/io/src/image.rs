@@ -112,74 +112,8 @@ const LATER: [&str; 5] =
 
 /// reopen
 pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done {
-    let (options, others) = options(name, "rwc:o:", words)?;
-    let before = session.disk()?.request().clone();
-    let mut request = before.clone();
-    let (mut access, mut cache, mut list) = (None, false, Object::new());
-    for (letter, value) in options {
-        match letter {
-            'c' => {
-                cache = true;
-                set_mode(&mut request.modes, 'c', &value).map_err(Fault::Disk)?;
-            }
-            'o' => session.add_options(&value, &mut list),
-            letter => {
-                if access.replace(letter == 'r').is_some() {
-                    return Err(Fault::Disk("Only one -r/-w option may be given".to_owned()));
-                }
-            }
-        }
-    }
-    if !others.is_empty() {
-        return Err(Fault::Usage);
-    }
-    let has_cache = list.iter().any(|(name, _)| name.starts_with("cache."));
-    if cache && has_cache {
-        return Err(Fault::Disk("Cannot set both -c and the cache options".to_owned()));
-    }
-    if access.is_some() && list.get("read-only").is_some() {
-        return Err(Fault::Disk("Cannot set both -r/-w and 'read-only'".to_owned()));
-    }
-    let own: &[&str] = match session.disk()?.driver() {
-        "qcow2" => &OF_QCOW2,
-        "raw" => &OF_RAW,
-        _ => &[],
-    };
-    let is_known = |name: &str| CHANGEABLE.contains(&name) || own.contains(&name);
-    if let Some((name, _)) = list.iter().find(|(name, _)| !is_known(name)) {
-        return Err(Fault::Disk(match LATER.iter().find(|later| name.split('.').next() == Some(**later)) {
-            Some(later) => not_yet(&format!("reopening with option '{later}'")),
-            None => format!("Cannot change the option '{}'", name.rsplit("file.").next().unwrap_or(name)),
-        }));
-    }
-    if cache {
-        without(&mut request, &["cache.direct", "cache.no-flush"]);
-    }
-    if let Some(read_only) = access {
-        without(&mut request, &["read-only"]);
-        request.read_only = read_only;
-    }
-    let is_image = |name: &str| !matches!(name, "read-only" | "auto-read-only" | "discard" | "detect-zeroes");
-    let has_driver = request.format.is_some() || request.options.get("driver").is_some();
-    let for_image = list.iter().any(|(name, _)| is_image(name) && !name.starts_with("cache."));
-    if matches!(request.source, Source::Name(_)) && !has_driver && for_image {
-        request.format = Some(session.disk()?.driver().to_owned());
-    }
-    match list.get("read-only").and_then(|value| value.as_str()) {
-        // Its user still wants to write: only -r asks that user, too.
-        Some("on" | "yes" | "true" | "y") if !session.disk()?.is_read_only() => {
-            let disk = session.disk()?;
-            let text = format!("Read-only block node '{}' cannot support read-write users", disk.node_name());
-            return Err(Fault::Disk(text));
-        }
-        Some("off" | "no" | "false" | "n") => request.read_only = false,
-        _ => {}
-    }
-    if request.read_only && request.modes.copy_on_read {
-        let name = session.disk()?.node_name();
-        return Err(Fault::Disk(format!("Can't set node '{name}' to r/o with copy-on-read enabled")));
-    }
-    list.into_iter().for_each(|(name, value)| request.options.insert(&name, value));
+    let change = Change::parse(session, name, words)?;
+    let request = change.request(session.disk()?)?;
     session.drain().await;
     let Some(disk) = session.disk.take() else { return Ok(()) };
     match disk.reopen(request).await {
@@ -190,6 +124,100 @@ pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done
         }
     }
     Ok(())
+}
+
+/// What `reopen` is to change.
+struct Change {
+    /// The disk's modes, if -c changes them.
+    modes: Option<Modes>,
+    /// -r or -w: whether it is read only then.
+    read_only: Option<bool>,
+    /// -o
+    options: Object,
+}
+
+impl Change {
+    fn parse(session: &mut Session, name: &str, words: &[String]) -> Result<Self, Fault> {
+        let (options, others) = options(name, "rwc:o:", words)?;
+        let mut change = Self { modes: None, read_only: None, options: Object::new() };
+        for (letter, value) in options {
+            match letter {
+                'c' => {
+                    let mut modes = session.disk()?.request().modes;
+                    set_mode(&mut modes, 'c', &value).map_err(Fault::Disk)?;
+                    change.modes = Some(modes);
+                }
+                'o' => session.add_options(&value, &mut change.options),
+                letter => {
+                    if change.read_only.replace(letter == 'r').is_some() {
+                        return Err(Fault::Disk("Only one -r/-w option may be given".to_owned()));
+                    }
+                }
+            }
+        }
+        if !others.is_empty() {
+            return Err(Fault::Usage);
+        }
+        if change.modes.is_some() && change.options.iter().any(|(name, _)| name.starts_with("cache.")) {
+            return Err(Fault::Disk("Cannot set both -c and the cache options".to_owned()));
+        }
+        if change.read_only.is_some() && change.options.get("read-only").is_some() {
+            return Err(Fault::Disk("Cannot set both -r/-w and 'read-only'".to_owned()));
+        }
+        Ok(change)
+    }
+
+    /// How the disk is to be opened now; an error if that is more than can change.
+    fn request(self, disk: &Disk) -> Result<Request, Fault> {
+        self.check(disk)?;
+        let mut request = disk.request().clone();
+        if let Some(modes) = self.modes {
+            without(&mut request, &["cache.direct", "cache.no-flush"]);
+            request.modes = modes;
+        }
+        if let Some(read_only) = self.read_only {
+            without(&mut request, &["read-only"]);
+            request.read_only = read_only;
+        }
+        let is_image =
+            |name: &str| !matches!(name, "read-only" | "auto-read-only" | "discard" | "detect-zeroes");
+        let has_driver = request.format.is_some() || request.options.get("driver").is_some();
+        let for_image = self.options.iter().any(|(name, _)| is_image(name) && !name.starts_with("cache."));
+        if matches!(request.source, Source::Name(_)) && !has_driver && for_image {
+            request.format = Some(disk.driver().to_owned());
+        }
+        match self.options.get("read-only").and_then(|value| value.as_str()) {
+            // Its user still wants to write: only -r asks that user, too.
+            Some("on" | "yes" | "true" | "y") if !disk.is_read_only() => {
+                let name = disk.node_name();
+                let text = format!("Read-only block node '{name}' cannot support read-write users");
+                return Err(Fault::Disk(text));
+            }
+            Some("off" | "no" | "false" | "n") => request.read_only = false,
+            _ => {}
+        }
+        if request.read_only && request.modes.copy_on_read {
+            let name = disk.node_name();
+            return Err(Fault::Disk(format!("Can't set node '{name}' to r/o with copy-on-read enabled")));
+        }
+        self.options.into_iter().for_each(|(name, value)| request.options.insert(&name, value));
+        Ok(request)
+    }
+
+    /// Whether all options are among those that can change.
+    fn check(&self, disk: &Disk) -> Done {
+        let own: &[&str] = match disk.driver() {
+            "qcow2" => &OF_QCOW2,
+            "raw" => &OF_RAW,
+            _ => &[],
+        };
+        let is_known = |name: &str| CHANGEABLE.contains(&name) || own.contains(&name);
+        let Some((name, _)) = self.options.iter().find(|(name, _)| !is_known(name)) else { return Ok(()) };
+        Err(Fault::Disk(match LATER.iter().find(|later| name.split('.').next() == Some(**later)) {
+            Some(later) => not_yet(&format!("reopening with option '{later}'")),
+            None => format!("Cannot change the option '{}'", name.rsplit("file.").next().unwrap_or(name)),
+        }))
+    }
 }
 
 /// Takes options back that were given before.

@@ -2,6 +2,7 @@
 //!
 //! `table` says what there is, `session` runs a line, `data`, `aio`, `image` and `help` do the work, `report` prints.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod aio;
 mod data;
@@ -15,6 +16,7 @@ mod table;
 
 use underlay_disk::{Request, Source, parse_options};
 use underlay_img::getopt::{Known, parse};
+use underlay_sys::complain;
 use underlay_sys::thread::block_on;
 
 use report::Out;
@@ -237,7 +239,12 @@ impl Input {
                 }
                 let rest = self.bytes.split_off((end + 1).min(self.bytes.len()));
                 let line = std::mem::replace(&mut self.bytes, rest);
-                return Some(String::from_utf8_lossy(&line).into_owned());
+                match String::from_utf8(line) {
+                    Ok(line) => return Some(line),
+                    // What stood in their place might be the name of another file.
+                    Err(_) => complain!("bytes that are not UTF-8 are not supported"),
+                }
+                continue;
             }
             let mut more = [0; 4096];
             match underlay_sys::stdio::read(&mut more).await {

@@ -3,6 +3,7 @@
 //!
 //! `command_line` understands the words, `server` serves, `list` looks, `activation` takes over a socket.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod activation;
 pub mod command_line;

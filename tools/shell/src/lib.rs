@@ -4,6 +4,7 @@
 //! together, and `script` or `prompt` around it. `vocabulary` knows what can be typed, `jobs` watches jobs, `screen`
 //! keeps order on the terminal.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod jobs;
 pub mod line;

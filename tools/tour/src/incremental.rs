@@ -7,7 +7,7 @@ use underlay_graph::BackingRef;
 use underlay_qcow2::CreateOptions;
 use underlay_qmp::blocking::Monitor;
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::thread::block_on;
+use underlay_sys::{say, thread::block_on};
 
 use crate::guest::{Guest, Moment};
 use crate::{DISK, Daemon, PER_LAYER, Summary};
@@ -117,7 +117,7 @@ fn make(folder: &Path, file: &str, below: Option<&str>) -> Result<(), String> {
 
 /// Backs the disk up, kills the daemon, and backs up what has changed: twice. Then compares all three.
 pub(crate) fn visit(folder: &Path, summary: &mut Summary) -> Result<(), String> {
-    println!("\n== incremental backup: a full one, the daemon killed, and two of what has changed");
+    say!("\n== incremental backup: a full one, the daemon killed, and two of what has changed");
     make(folder, "mortal.qcow2", None)?;
     let mut place = Place::start(folder)?;
     let guest = Guest::start(&place.socket(), "disk", 0x2545_f491_4f6c_dd1d)?;
@@ -147,13 +147,13 @@ pub(crate) fn visit(folder: &Path, summary: &mut Summary) -> Result<(), String> 
     let ended = place.daemon.child.wait().map_err(|error| format!("the daemon: {error}"))?;
     wrong += u64::from(!ended.success());
     let sizes: Vec<_> = sizes.iter().map(|size| HumanBytes(*size).to_string()).collect();
-    println!(
+    say!(
         "   copied  {}; {} to copy after the crash",
         sizes.join(", then "),
         HumanBytes(after_crash.unwrap_or(DISK))
     );
     let verdict = if wrong + account.errors == 0 { "every byte as it must be" } else { "DIFFERENT" };
-    println!("   all three restored; {verdict}");
+    say!("   all three restored; {verdict}");
     summary.guest.requests += account.requests;
     summary.guest.errors += account.errors + wrong;
     Ok(())

@@ -2,6 +2,7 @@
 //! streamed, committed, mirrored, backed up and moved to another daemon under it, case by case as in "Live Block Device
 //! Operations"; and a daemon that is killed between the backups of a disk.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod cases;
 mod guest;
@@ -16,7 +17,7 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use underlay_qcow2::CreateOptions;
 use underlay_qmp::blocking::Monitor;
 use underlay_qmp::json::{Object, Value};
-use underlay_sys::thread::block_on;
+use underlay_sys::{complain, say, say_part, thread::block_on};
 
 use cases::{CASES, Case, End};
 use guest::{Account, Guest};
@@ -40,11 +41,11 @@ pub fn main(words: &[String]) -> i32 {
     match words {
         [] => {}
         [word] if word == "--help" || word == "-h" => {
-            print!("{HELP}");
+            say_part!("{HELP}");
             return 0;
         }
         [word, ..] => {
-            eprintln!("underlay tour: unexpected argument '{word}'");
+            complain!("underlay tour: unexpected argument '{word}'");
             return 1;
         }
     }
@@ -52,7 +53,7 @@ pub fn main(words: &[String]) -> i32 {
         Ok(true) => 0,
         Ok(false) => 1,
         Err(error) => {
-            eprintln!("underlay tour: {error}");
+            complain!("underlay tour: {error}");
             1
         }
     }
@@ -93,7 +94,7 @@ struct Summary {
 
 fn tour() -> Result<bool, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
-    println!("Underlay's tour, in {}", folder.path().display());
+    say!("Underlay's tour, in {}", folder.path().display());
     let begun = Instant::now();
     let mut daemon = Daemon::start(folder.path(), "")?;
     let mut monitor = Monitor::connect(&folder.path().join("qmp.sock"))?;
@@ -106,11 +107,11 @@ fn tour() -> Result<bool, String> {
     monitor.execute("quit", Object::new())?;
     let ended = daemon.child.wait().map_err(|error| format!("the daemon: {error}"))?;
     let errors = summary.guest.errors + u64::from(summary.wrong_chains) + u64::from(!ended.success());
-    println!();
-    println!("chain data copied by jobs   {}", HumanBytes(summary.copied));
-    println!("guest requests served       {}", HumanCount(summary.guest.requests));
-    println!("time                        {:.1} s", begun.elapsed().as_secs_f64());
-    println!("{errors} errors");
+    say!();
+    say!("chain data copied by jobs   {}", HumanBytes(summary.copied));
+    say!("guest requests served       {}", HumanCount(summary.guest.requests));
+    say!("time                        {:.1} s", begun.elapsed().as_secs_f64());
+    say!("{errors} errors");
     Ok(errors == 0)
 }
 
@@ -130,9 +131,9 @@ impl Stop {
     }
 
     fn visit(&self, monitor: &mut Monitor, case: &Case, summary: &mut Summary) -> Result<(), String> {
-        println!("\n== {}", case.title);
+        say!("\n== {}", case.title);
         let guest = self.make_chain(monitor)?;
-        println!("   before  {}", show(&self.chain(monitor)?));
+        say!("   before  {}", show(&self.chain(monitor)?));
         let (begun, served) = (Instant::now(), guest.requests());
         let Copied { bytes: copied, wrong, far } = match case.end {
             End::Itself | End::Complete => {
@@ -142,7 +143,7 @@ impl Stop {
         };
         let (took, served) = (begun.elapsed().as_secs_f64(), guest.requests() - served);
         let chain = self.chain(monitor)?;
-        println!("   after   {}", show(&chain));
+        say!("   after   {}", show(&chain));
         guest.work(PER_LAYER / 4);
         let account = guest.finish()?;
         let ended = far.map_or(Ok(true), Far::end)?;
@@ -150,7 +151,7 @@ impl Stop {
         let right = chain == wanted && ended;
         let verdict =
             if right && account.errors + wrong == 0 { "every byte as it must be" } else { "DIFFERENT" };
-        println!("   {} in {took:.2} s, {served} guest requests meanwhile; {verdict}", HumanBytes(copied));
+        say!("   {} in {took:.2} s, {served} guest requests meanwhile; {verdict}", HumanBytes(copied));
         summary.guest.requests += account.requests;
         summary.guest.errors += account.errors + wrong;
         summary.copied += copied;

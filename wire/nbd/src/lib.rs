@@ -7,6 +7,7 @@
 //!
 //! Source of all numbers: the public specification, `doc/proto.md` of the NetworkBlockDevice project.
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod blocking;
 pub mod errno;

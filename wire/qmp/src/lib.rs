@@ -1,6 +1,7 @@
 //! QMP without sockets: JSON, the options that look like it, commands, events and sessions. ([`blocking`] is a small
 //! client with a socket, for tools and tests.)
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod blocking;
 pub mod client;

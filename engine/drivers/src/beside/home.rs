@@ -247,7 +247,7 @@ impl Home for FileHome {
     }
 
     async fn sync(&self) -> Result<()> {
-        Ok(self.disk()?.sync().await?)
+        file_of(&*self.disk)?.sync().await
     }
 
     fn written_at(&self, beside: &View) -> Result<i64> {

@@ -419,6 +419,10 @@ impl BitmapStore for Beside {
         self.side().is_none_or(|side| side.image.is_stored())
     }
 
+    fn has(&self, name: &str) -> bool {
+        self.side().is_some_and(|side| side.image.has(name))
+    }
+
     async fn remove(&self, _cx: &Cx<'_>, name: &str) -> Result<()> {
         let _turn = self.turn.lock().await;
         match self.side() {

@@ -312,6 +312,10 @@ impl BitmapStore for Raw {
         true
     }
 
+    fn has(&self, _name: &str) -> bool {
+        false
+    }
+
     async fn remove(&self, _cx: &Cx<'_>, _name: &str) -> Result<()> {
         Ok(())
     }

@@ -17,6 +17,7 @@ use underlay_sys::Iov;
 use underlay_sys::file::{Allocate, File, FileKind, OpenOptions};
 
 use super::locks::{self, Held};
+use super::syncs::Syncs;
 use crate::error::OpenError;
 use crate::names;
 use crate::options::FileSpec;
@@ -81,8 +82,7 @@ pub struct FileNode {
     /// Requests that write behind the end share it; whoever sets the length has it alone, or else it could cut off
     /// what another thread has just written.
     growth: RwLock<()>,
-    /// A flush has failed: what was written before may be lost, and no later flush may say otherwise.
-    lost_writes: AtomicBool,
+    syncs: Syncs,
     known: Mutex<Known>,
     discards: Discards,
     /// Nobody writes to the file, and a lock sees to it.
@@ -226,11 +226,17 @@ impl FileNode {
             grows,
             length: AtomicU64::new(length),
             growth: RwLock::new(()),
-            lost_writes: AtomicBool::new(false),
+            syncs: Syncs::default(),
             discards: Discards::default(),
             known: Mutex::default(),
             holes_stay: AtomicBool::new(false),
         })
+    }
+
+    /// Makes durable what was written, and the times of the file with it, whatever the cache mode is.
+    pub async fn sync(&self) -> Result<()> {
+        let file = self.file();
+        self.syncs.alone(file.sync()).await
     }
 
     /// Whether it was opened for reading only.
@@ -243,8 +249,13 @@ impl FileNode {
         self.locking
     }
 
+    /// Whether others who lock what they use would find it in use.
+    pub fn is_locked(&self) -> bool {
+        self.locking && self.open_state().held != Held::default()
+    }
+
     /// The file as it is open now.
-    pub(crate) fn handle(&self) -> Arc<File> {
+    pub fn handle(&self) -> Arc<File> {
         self.file()
     }
 
@@ -287,6 +298,14 @@ impl FileNode {
         let is_longer = end > self.length.load(Ordering::Relaxed);
         if is_longer && (self.grows || self.file().kind() == FileKind::BlockDevice) {
             self.length.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+
+    /// What was to write up to `end` has ended; if it failed, a part of it may be there.
+    fn grown_by<E>(&self, written: &std::result::Result<(), E>, end: u64) {
+        match written {
+            Ok(()) => self.grown_to(end),
+            Err(_) => self.grown_to(self.file().len().unwrap_or(0)),
         }
     }
 
@@ -420,9 +439,9 @@ impl Node for FileNode {
             return Err(IoError::ENOTSUP);
         }
         let _growing = self.growing_to(range.end()).await;
-        self.file().write_at(range.start(), &from).await?;
-        self.grown_to(range.end());
-        Ok(())
+        let written = self.file().write_at(range.start(), &from).await;
+        self.grown_by(&written, range.end());
+        Ok(written?)
     }
 
     async fn write_zeroes(&self, cx: &Cx<'_>, range: ByteRange, flags: ZeroFlags) -> Result<()> {
@@ -464,15 +483,8 @@ impl Node for FileNode {
         if self.no_flush.load(Ordering::Relaxed) || self.file().kind() == FileKind::CharacterDevice {
             return Ok(());
         }
-        if self.lost_writes.load(Ordering::Acquire) {
-            return Err(IoError::EIO);
-        }
-        let synced = self.file().data_sync().await;
-        if synced.is_err() {
-            // The kernel reports a failed write-back once and then forgets the pages.
-            self.lost_writes.store(true, Ordering::Release);
-        }
-        Ok(synced?)
+        let file = self.file();
+        self.syncs.share(file.data_sync()).await
     }
 
     fn map_now(&self, cx: &Cx<'_>, range: ByteRange) -> Option<Extent> {
@@ -525,9 +537,8 @@ impl Node for FileNode {
         let shared = self.file().reflink(range.start(), &from.file(), at, range.len()).await;
         // Where there was data there may be a hole now.
         self.forget_data();
-        shared?;
-        self.grown_to(range.end());
-        Ok(())
+        self.grown_by(&shared, range.end());
+        Ok(shared?)
     }
 
     async fn resize(&self, cx: &Cx<'_>, size: u64, preallocation: Preallocation) -> Result<()> {

@@ -4,6 +4,7 @@ pub mod file;
 mod locks;
 pub mod nbd;
 pub mod null;
+mod syncs;
 
 #[cfg(test)]
 mod tests;

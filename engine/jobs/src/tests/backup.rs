@@ -249,34 +249,46 @@ fn the_source_of_a_guest_is_not_discarded() {
     });
 }
 
-/// A target that was lost for a while fails a backup, which cannot copy again; a mirror copies all of it once more.
+/// A target that was lost for a while fails a backup, which cannot copy again, whatever its policy hopes for.
 #[test]
-fn a_target_that_may_have_forgotten() {
+fn a_target_that_may_have_forgotten_fails_a_backup() {
+    for policy in [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop] {
+        run(1, async move {
+            let lab = Lab::new(1, &[SIZE; 4]).await;
+            let image = Arc::new(Image::new(SIZE, None, 1));
+            let target = add_node(&lab, "T", image.clone(), Vec::new()).await;
+            let id = Some("j".into());
+            let args = BackupArgs {
+                settings: Settings { id, speed: 1, on_target_error: Some(policy), ..Settings::default() },
+                source: lab.nodes[3],
+                target: BackupTarget::Existing(target),
+                sync: BackupSync::Full,
+                bitmap: None,
+                how: CbwOptions::default(),
+                most_in_flight: 64,
+                filter_node_name: None,
+            };
+            let started = lab.jobs.backup(&lab.graph, args).await.unwrap();
+            let (job, task) = (started.job, rt::spawn(started.task));
+            image.state().doubts = 1;
+            job.set_speed(0).unwrap();
+            task.await;
+            let events = lab.record.take();
+            assert!(events.contains("COMPLETED(Input/output error)"), "{policy:?}: {events}");
+        });
+    }
+}
+
+/// A mirror copies all of it once more.
+#[test]
+fn a_target_that_may_have_forgotten_is_copied_again() {
     run(1, async {
         let lab = Lab::new(1, &[SIZE; 4]).await;
         let image = Arc::new(Image::new(SIZE, None, 1));
         let target = add_node(&lab, "T", image.clone(), Vec::new()).await;
-        let settings = Settings { id: Some("j".into()), speed: 1, ..Settings::default() };
-        let args = BackupArgs {
-            settings: settings.clone(),
-            source: lab.nodes[3],
-            target: BackupTarget::Existing(target),
-            sync: BackupSync::Full,
-            bitmap: None,
-            how: CbwOptions::default(),
-            most_in_flight: 64,
-            filter_node_name: None,
-        };
-        let started = lab.jobs.backup(&lab.graph, args).await.unwrap();
-        let (job, task) = (started.job, rt::spawn(started.task));
-        image.state().doubts = 1;
-        job.set_speed(0).unwrap();
-        task.await;
-        let events = lab.record.take();
-        assert!(events.contains("COMPLETED(Input/output error)"), "{events}");
-
+        let id = Some("j".into());
         let args = MirrorArgs {
-            settings: Settings { auto_finalize: false, ..settings },
+            settings: Settings { id, speed: 1, auto_finalize: false, ..Settings::default() },
             ..mirror_args(&lab, target)
         };
         let started = lab.jobs.mirror(&lab.graph, args).await.unwrap();

@@ -127,6 +127,7 @@ fn requests_one_after_another_on_images_of_all_shapes() {
             let mut model = Model { now };
             for _ in 0..2 {
                 let options = if i % 2 == 0 { small_caches() } else { OpenOptions::default() };
+                let options = OpenOptions { pass_discard_other: i % 3 > 0, ..options };
                 let setup = open(disk.clone(), base.clone(), options, true);
                 for _ in 0..(if shape.bits > 16 { 14 } else { 60 }) {
                     step(&setup, &shape, &mut model, &mut rng, backing);

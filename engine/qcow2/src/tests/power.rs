@@ -35,10 +35,12 @@ fn shape(seed: u64) -> Shape {
 }
 
 fn options(seed: u64) -> OpenOptions {
+    let pass_discard_other = !seed.is_multiple_of(3);
     if seed.is_multiple_of(2) {
-        return OpenOptions::default();
+        return OpenOptions { pass_discard_other, ..OpenOptions::default() };
     }
     OpenOptions {
+        pass_discard_other,
         l2_cache_size: Some(1024),
         refcount_cache_size: Some(512),
         l2_cache_entry_size: Some(512),

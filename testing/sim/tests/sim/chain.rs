@@ -184,20 +184,20 @@ async fn jobs(seed: u64) {
 
 #[test]
 fn power_cuts_lose_nothing_flushed() {
-    run_seeds(4000, power);
+    run_seeds(3500, power);
 }
 
 #[test]
 fn failing_disks_lose_nothing() {
-    run_seeds(2500, faults);
+    run_seeds(2000, faults);
 }
 
 #[test]
 fn streams_and_commits_lose_nothing() {
-    run_seeds(2500, jobs);
+    run_seeds(2000, jobs);
 }
 
 #[test]
 fn jobs_on_failing_disks_lose_nothing() {
-    run_seeds(1500, troubled);
+    run_seeds(1000, troubled);
 }

@@ -221,10 +221,10 @@ async fn play(seed: u64, faults: bool) {
 
 #[test]
 fn mirrors_lose_nothing() {
-    run_seeds(1000, |seed| play(seed, false));
+    run_seeds(800, |seed| play(seed, false));
 }
 
 #[test]
 fn mirrors_on_failing_disks_lose_nothing() {
-    run_seeds(1000, |seed| play(seed, true));
+    run_seeds(800, |seed| play(seed, true));
 }

@@ -6,7 +6,7 @@
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::MAX_KEPT;
-use crate::flags::{HANDSHAKE_FIXED_NEWSTYLE, HANDSHAKE_NO_ZEROES};
+use crate::flags::{HANDSHAKE_FIXED_NEWSTYLE, HANDSHAKE_NO_ZEROES, HAS_FLAGS};
 use crate::options::{self as opt, InfoRequest, MetaContext, MetaRequest};
 use crate::transmission::Framing;
 use crate::{MAX_PAYLOAD, ProtocolError};
@@ -319,7 +319,8 @@ impl ClientHandshake {
             return Ok(false);
         }
         self.input.drain(..size_of::<opt::SizeAndFlags>() + padding);
-        (self.granted.size, self.granted.flags) = (head.size.get(), head.flags.get());
+        // No other flags than that one may be zeroes.
+        (self.granted.size, self.granted.flags) = (head.size.get(), head.flags.get() | HAS_FLAGS);
         self.state = State::Over(Progress::Done(self.granted.clone()));
         Ok(true)
     }

@@ -42,6 +42,8 @@ pub(crate) enum Refusal {
     Io(std::io::Error),
     /// The server's own words.
     Server(String),
+    /// It grants an export without saying how large that is.
+    Silent,
 }
 
 /// Why a request failed.
@@ -117,6 +119,7 @@ async fn agree(stream: &Stream, wish: Wish, buffer: &mut [u8]) -> Result<Negotia
         stream.send_all(&machine.take_output()).await.map_err(Refusal::Io)?;
         match progress {
             Progress::NeedBytes => {}
+            Progress::Done(granted) if granted.flags == 0 => return Err(Refusal::Silent),
             Progress::Done(granted) => break granted,
             Progress::Refused(text) => return Err(Refusal::Server(text)),
             Progress::Fail(error) => return Err(Refusal::Io(broken(error))),
@@ -453,7 +456,7 @@ impl Input {
 }
 
 /// Waits for `told` or for the output of `other`, which loses nothing when it is dropped.
-async fn either<T>(
+pub(super) async fn either<T>(
     mut told: Pin<&mut impl Future<Output = ()>>,
     mut other: Pin<&mut impl Future<Output = T>>,
 ) -> Option<T> {

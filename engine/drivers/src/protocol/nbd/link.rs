@@ -14,17 +14,19 @@
 //! used until then. A server may say so and yet take no more: then it stays with the first. When a further one is lost
 //! its requests go to the first.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use underlay_graph::{IoError, Result};
 use underlay_nbd::flags::{CAN_MULTI_CONN, SEND_FLUSH};
-use underlay_nbd::transmission::command::{FLUSH, TRIM, WRITE, WRITE_ZEROES};
+use underlay_nbd::transmission::command::{FLUSH, READ, TRIM, WRITE, WRITE_ZEROES};
 use underlay_nbd::{Descriptor, Negotiated};
-use underlay_sys::rt;
+use underlay_sys::{Iov, rt};
 
-use super::connection::{Ask, Connection, Failure, Refusal};
+use super::connection::{Ask, Connection, Failure, Refusal, either};
 use super::spec::NbdSpec;
 use super::unflushed::{Begun, Unflushed};
 
@@ -37,12 +39,15 @@ const LOST: &str = "The server was lost for a while, and may not have kept what 
 /// Without anybody's waiting: requests that come sooner than this after a failed attempt fail at once.
 const REST: Duration = Duration::from_secs(1);
 
+/// The largest disk, in bytes. QEMU's.
+const LARGEST: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
+
 #[derive(Debug, Default)]
 struct State {
     connection: Option<Arc<Connection>>,
     /// The next one, while the server gets what it may have lost.
     next: Option<Arc<Connection>>,
-    /// When the connection was found lost.
+    /// When the connection was found lost; none if nobody wants to wait for another one.
     lost: Option<Duration>,
     /// When it was last tried to connect, in vain.
     tried: Option<Duration>,
@@ -114,6 +119,8 @@ pub(crate) struct Link {
     forgiven: AtomicU64,
     /// No server will be asked for anything any more.
     given_up: AtomicBool,
+    /// Nobody waits for a server any more, for now or for ever.
+    hurry: Notify,
     /// One attempt at a time.
     attempt: tokio::sync::Mutex<()>,
 }
@@ -134,6 +141,7 @@ fn refused(spec: &NbdSpec, refusal: Refusal) -> IoError {
             Some(text) => IoError::EINVAL.with(text),
             None => IoError::from(error).context(format!("Failed to connect to '{}'", spec.server)),
         },
+        Refusal::Silent => IoError::EINVAL.with("broken server omitted NBD_INFO_EXPORT"),
         Refusal::Server(text) => {
             IoError::EINVAL.with_hint("Requested export not available", format!("server reported: {text}"))
         }
@@ -146,6 +154,14 @@ fn same(now: &Negotiated, then: &Negotiated) -> bool {
         == (then.size, then.minimum_block, then.maximum_block, then.flags)
         && now.framing == then.framing
         && now.contexts.is_empty() == then.contexts.is_empty()
+}
+
+/// Whether the server is there that this connection was made to.
+async fn answers(connection: &Connection) -> bool {
+    let length = u64::from(connection.granted().minimum_block.max(1));
+    let into = Some(Iov::zeroed(usize::try_from(length).unwrap_or_default()));
+    let read = connection.ask(Ask { command: READ, length, into, ..Ask::default() }).await;
+    !matches!(read, Err(Failure::Lost))
 }
 
 fn lock(further: &Mutex<Further>) -> MutexGuard<'_, Further> {
@@ -165,6 +181,9 @@ impl Link {
             }
         };
         let granted = connection.granted().clone();
+        if granted.size > LARGEST {
+            return Err(IoError::EFBIG.with("Could not refresh total sector count: File too large"));
+        }
         if let Some(context) = spec.context.as_ref().filter(|_| granted.contexts.is_empty()) {
             let text = format!("The server has no '{context}' for this export (option 'x-dirty-bitmap')");
             return Err(IoError::EINVAL.with(text));
@@ -172,26 +191,30 @@ impl Link {
         let state = State { connection: Some(Arc::new(connection)), ..State::default() };
         let (state, attempt, further) = (Mutex::new(state), tokio::sync::Mutex::default(), Arc::default());
         let unflushed = Unflushed::new(!spec.reconnect_delay.is_zero());
-        let (doubts, forgiven, given_up) = Default::default();
-        Ok(Self { spec, granted, state, further, unflushed, doubts, forgiven, given_up, attempt })
+        let (doubts, forgiven, given_up, hurry) = Default::default();
+        Ok(Self { spec, granted, state, further, unflushed, doubts, forgiven, given_up, hurry, attempt })
     }
 
     /// Makes the connection for this place, while the first one is in use.
     fn connect_further(&self, place: usize, lost: u64) {
+        let Some(first) = self.state().connection.clone() else { return };
         let (spec, granted, further) = (self.spec.clone(), self.granted.clone(), self.further.clone());
         rt::spawn(async move {
             let made = connect(&spec, Some(rt::now() + PATIENCE)).await;
             let Some(made) = made.ok().filter(|made| same(made.granted(), &granted)) else { return };
             let made = Arc::new(made);
-            let closed = {
+            // It may have reached a new server before anybody noticed that the first one has gone, which had what was
+            // written before. An answer by the first connection shows that it has not.
+            let is_same_server = answers(&first).await;
+            let taken = {
                 let mut further = lock(&further);
-                let closed = further.closed || further.lost != lost;
-                if !closed {
+                let taken = is_same_server && !further.closed && further.lost == lost;
+                if taken {
                     further.own[place] = Some(made.clone());
                 }
-                closed
+                taken
             };
-            if closed {
+            if !taken {
                 made.disconnect().await;
             }
         });
@@ -207,12 +230,14 @@ impl Link {
             return None;
         }
         let (place, is_new) = further.place(thread_number());
-        if is_new && place > 0 {
-            self.connect_further(place, further.lost);
-        }
         let own = &mut further.own[place];
         own.take_if(|connection| connection.is_dead());
-        own.clone()
+        let (own, lost) = (own.clone(), further.lost);
+        drop(further);
+        if is_new && place > 0 {
+            self.connect_further(place, lost);
+        }
+        own
     }
 
     /// What was agreed on at first; a server that comes back must say the same.
@@ -331,22 +356,17 @@ impl Link {
             if let Some(connection) = self.living() {
                 return Ok(connection);
             }
-            let (lost, tried) = {
-                let state = self.state();
-                (state.lost.unwrap_or_default(), state.tried)
-            };
-            let until = lost + self.spec.reconnect_delay;
             if self.is_given_up() {
                 return Err(IoError::EIO);
             }
-            let waits = rt::now() < until;
-            if !waits && tried.is_some_and(|tried| rt::now() < tried + REST) {
+            let (until, tried) = (self.waits_until(), self.state().tried);
+            if until.is_none() && tried.is_some_and(|tried| rt::now() < tried + REST) {
                 return Err(IoError::EIO);
             }
-            if let Some(connection) = self.try_again(waits.then_some(until)).await {
+            if let Some(connection) = self.try_again(until).await {
                 return Ok(connection);
             }
-            if !waits {
+            if until.is_none() {
                 return Err(IoError::EIO);
             }
             rt::sleep(PAUSE).await;
@@ -355,7 +375,7 @@ impl Link {
 
     /// One attempt; `until`: somebody waits until then.
     async fn try_again(&self, until: Option<Duration>) -> Option<Arc<Connection>> {
-        let made = connect(&self.spec, Some(until.unwrap_or_else(|| rt::now() + PATIENCE))).await.ok();
+        let made = self.connect_or_hurry(until).await;
         let mut made = made.filter(|made| same(made.granted(), &self.granted)).map(Arc::new);
         if let Some(connection) = made.clone() {
             self.state().next = Some(connection.clone());
@@ -376,17 +396,35 @@ impl Link {
         made
     }
 
+    /// None too if somebody is in a hurry meanwhile. `until`: as for [`Self::try_again`].
+    async fn connect_or_hurry(&self, until: Option<Duration>) -> Option<Connection> {
+        let mut hurry = pin!(self.hurry.notified());
+        hurry.as_mut().enable();
+        // As long as it was not noticed.
+        if self.is_given_up() || until.is_some() && self.waits_until().is_none() {
+            return None;
+        }
+        let connected = connect(&self.spec, Some(until.unwrap_or_else(|| rt::now() + PATIENCE)));
+        either(hurry, pin!(connected)).await?.ok()
+    }
+
+    /// How long requests wait for the server, if they do.
+    fn waits_until(&self) -> Option<Duration> {
+        let until = self.state().lost? + self.spec.reconnect_delay;
+        (rt::now() < until).then_some(until)
+    }
+
     /// Does once more, on a new connection, what the server may have lost, or notes that it has; whether the connection
     /// is still there.
     async fn restore(&self, connection: &Connection, in_time: bool) -> bool {
         let asks = if in_time { self.unflushed.again() } else { None };
         let mut is_restored = asks.is_some();
-        for (ask, was_acknowledged) in asks.into_iter().flatten() {
-            // Nobody relies on a discard, nor on what was not acknowledged: who asked for that will ask again.
-            let counts = was_acknowledged && ask.command != TRIM;
+        for (number, ask) in asks.into_iter().flatten() {
+            let command = ask.command;
             match connection.ask(ask).await {
                 Err(Failure::Lost) => return false,
-                Err(Failure::Server(error)) if counts => {
+                // Nobody relies on a discard, nor on what was not acknowledged: who asked for that will ask again.
+                Err(Failure::Server(error)) if self.unflushed.refused(number) && command != TRIM => {
                     tracing::error!(server = %self.spec.server, ?error, "the server does not take again what it may have lost");
                     is_restored = false;
                 }
@@ -407,8 +445,20 @@ impl Link {
         if self.living().is_some() {
             return false;
         }
-        let lost = self.state().lost.unwrap_or_default();
-        self.is_given_up() || rt::now() >= lost + self.spec.reconnect_delay
+        self.is_given_up() || self.waits_until().is_none()
+    }
+
+    /// Fails what waits for a server that is not there now.
+    pub(crate) fn stop_waiting(&self) {
+        if self.living().is_none() {
+            let next = {
+                let mut state = self.state();
+                state.lost = None;
+                state.next.clone()
+            };
+            next.into_iter().for_each(|connection| connection.hang_up());
+            self.hurry.notify_waiters();
+        }
     }
 
     pub(crate) fn is_given_up(&self) -> bool {
@@ -424,6 +474,7 @@ impl Link {
             (state.connection.clone(), state.next.clone())
         };
         further.chain(first).chain(next).for_each(|connection| connection.hang_up());
+        self.hurry.notify_waiters();
     }
 
     /// Says goodbye.

@@ -240,6 +240,10 @@ impl Node for NbdNode {
         self.link.give_up();
     }
 
+    fn stop_waiting(&self) {
+        self.link.stop_waiting();
+    }
+
     async fn close(&self, _cx: &Cx<'_>) -> Result<()> {
         self.link.close().await;
         Ok(())

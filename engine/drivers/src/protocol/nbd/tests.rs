@@ -77,24 +77,29 @@ fn serve(path: &Path, scripts: Vec<Script>) -> std::thread::JoinHandle<()> {
         for mut script in scripts {
             let (mut stream, _) = listener.accept().unwrap();
             let Some(framing) = handshake(&mut stream) else { continue };
-            let mut head = vec![0; Request::header_len(framing)];
-            while stream.read_exact(&mut head).is_ok() {
-                let request = Request::parse(framing, &head).unwrap().unwrap();
-                if request.command == command::DISCONNECT {
-                    break;
-                }
-                let mut payload = vec![0; usize::try_from(request.payload_len(framing)).unwrap()];
-                stream.read_exact(&mut payload).unwrap();
-                let chunks = Chunks { framing, cookie: request.cookie, offset: request.offset };
-                let mut out = Vec::new();
-                let goes_on = script(&request, chunks, &mut out);
-                // The client may have hung up on a liar.
-                if stream.write_all(&out).is_err() || !goes_on {
-                    break;
-                }
-            }
+            answer(&mut stream, framing, &mut script);
         }
     })
+}
+
+/// Serves one connection by its script, until either side has had enough.
+fn answer(stream: &mut UnixStream, framing: Framing, script: &mut Script) {
+    let mut head = vec![0; Request::header_len(framing)];
+    while stream.read_exact(&mut head).is_ok() {
+        let request = Request::parse(framing, &head).unwrap().unwrap();
+        if request.command == command::DISCONNECT {
+            break;
+        }
+        let mut payload = vec![0; usize::try_from(request.payload_len(framing)).unwrap()];
+        stream.read_exact(&mut payload).unwrap();
+        let chunks = Chunks { framing, cookie: request.cookie, offset: request.offset };
+        let mut out = Vec::new();
+        let goes_on = script(&request, chunks, &mut out);
+        // The client may have hung up on a liar.
+        if stream.write_all(&out).is_err() || !goes_on {
+            break;
+        }
+    }
 }
 
 /// Says yes to everything; reads give the byte 7.
@@ -344,23 +349,13 @@ fn further_connections_come_and_go() {
             let framing = handshake_as(&mut stream, SIZE, CAN_MULTI_CONN).unwrap();
             let count = count.clone();
             // The second one ends after two requests.
-            let left = if number == 1 { 2 } else { usize::MAX };
-            lives.push(std::thread::spawn(move || {
-                let mut head = vec![0; Request::header_len(framing)];
-                let mut served = 0;
-                while served < left && stream.read_exact(&mut head).is_ok() {
-                    let request = Request::parse(framing, &head).unwrap().unwrap();
-                    if request.command == command::DISCONNECT {
-                        break;
-                    }
-                    let chunks = Chunks { framing, cookie: request.cookie, offset: request.offset };
-                    let mut out = Vec::new();
-                    honest()(&request, chunks, &mut out);
-                    count.send(number).unwrap();
-                    served += 1;
-                    stream.write_all(&out).unwrap();
-                }
-            }));
+            let mut left = if number == 1 { 2 } else { usize::MAX };
+            let mut script: Script = Box::new(move |request, chunks, out| {
+                count.send(number).unwrap();
+                left -= 1;
+                honest()(request, chunks, out) && left > 0
+            });
+            lives.push(std::thread::spawn(move || answer(&mut stream, framing, &mut script)));
         }
         lives.into_iter().for_each(|life| life.join().unwrap());
     });
@@ -394,9 +389,101 @@ fn further_connections_come_and_go() {
     block_on(link.close());
     server.join().unwrap();
     let used: Vec<i32> = counts.iter().collect();
-    // Three first requests, three more of the first thread, and one that the second connection did not live to answer.
+    // Three first requests, three more of the first thread, one that the second connection did not live to answer, and
+    // one for each further connection, to see that the server is still the same.
     let by = |number| used.iter().filter(|used| **used == number).count();
-    assert_eq!([by(0), by(1), by(2)], [7, 2, 3]);
+    assert_eq!([by(0), by(1), by(2)], [9, 2, 3]);
+}
+
+/// A request for the first sector.
+fn sector(command: u16, payload: Option<Iov>, into: Option<Iov>) -> connection::Ask {
+    connection::Ask { command, length: 512, payload, into, ..connection::Ask::default() }
+}
+
+fn write_sector() -> connection::Ask {
+    sector(command::WRITE, Some(Iov::filled(512, 1)), None)
+}
+
+fn read_sector() -> connection::Ask {
+    sector(command::READ, None, Some(Iov::zeroed(512)))
+}
+
+/// Does `work` in a thread of its own: each has its own connection.
+fn elsewhere(link: &Arc<Link>, work: impl AsyncFnOnce(&Link) + Send + 'static) {
+    let link = link.clone();
+    std::thread::spawn(move || block_on(work(&link))).join().unwrap();
+}
+
+/// A server that goes while a further connection is made: that one has reached the next server, which does not have
+/// yet what was written to the first. It is not used.
+#[test]
+fn a_further_connection_to_another_server() {
+    use command::{READ, WRITE};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (tell, seen) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        let next = || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let framing = handshake_as(&mut stream, SIZE, CAN_MULTI_CONN).unwrap();
+            (stream, framing)
+        };
+        let mut left = 2;
+        let dies: Script = Box::new(move |request, chunks, out| {
+            left -= 1;
+            honest()(request, chunks, out) && left > 0
+        });
+        let [mut first, mut second, mut third] =
+            [dies, honest(), honest()].map(|script| observed(tell.clone(), script));
+        let (mut old, framing) = next();
+        answer(&mut old, framing, &mut first);
+        let (mut further, framing) = next();
+        drop(old);
+        answer(&mut further, framing, &mut second);
+        let (mut new, framing) = next();
+        answer(&mut new, framing, &mut third);
+    });
+    let spec = spec(&path, Duration::from_secs(600), Duration::ZERO);
+    let link = Arc::new(block_on(Link::open(spec)).unwrap());
+    elsewhere(&link, async |link| drop(link.ask(write_sector).await.unwrap()));
+    elsewhere(&link, async |link| {
+        link.ask(read_sector).await.unwrap();
+        link.ask(read_sector).await.unwrap();
+    });
+    block_on(link.close());
+    server.join().unwrap();
+    let all: Vec<_> = seen.try_iter().map(|(command, _)| command).collect();
+    assert_eq!(all, [WRITE, READ, WRITE, READ]);
+}
+
+/// Who gives up while a server that came back is told again, and says nothing to that, waits no longer.
+#[test]
+fn giving_up_on_a_server_that_came_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let (tell, told) = std::sync::mpsc::channel();
+    let silent: Script = Box::new(move |_, _, _| {
+        tell.send(()).unwrap();
+        true
+    });
+    let server = serve(&path, vec![dies_of(command::READ), silent]);
+    let spec = spec(&path, Duration::from_secs(600), Duration::ZERO);
+    let link = Arc::new(block_on(Link::open(spec)).unwrap());
+    let gives_up = {
+        let link = link.clone();
+        std::thread::spawn(move || {
+            told.recv().unwrap();
+            link.give_up();
+        })
+    };
+    block_on(async {
+        link.ask(write_sector).await.unwrap();
+        assert_eq!(link.ask(read_sector).await.unwrap_err(), IoError::EIO);
+        link.close().await;
+    });
+    gives_up.join().unwrap();
+    server.join().unwrap();
 }
 
 /// A server that comes back and grants less than before is not taken.
@@ -442,7 +529,7 @@ fn a_server_that_comes_back_is_told_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let (tell, seen) = std::sync::mpsc::channel();
-    let scripts = [dies_of(READ), dies_of(FLUSH), dies_of(READ), honest()];
+    let scripts = [dies_of(READ), dies_of(WRITE_ZEROES), dies_of(FLUSH), dies_of(READ), honest()];
     let server = serve(&path, scripts.map(|script| observed(tell.clone(), script)).into());
     block_on(async {
         let view = open(&path, 600).await;
@@ -454,10 +541,10 @@ fn a_server_that_comes_back_is_told_again() {
         cx.write_zeroes(range(1024, 512), ZeroFlags::default()).await.unwrap();
         write(2048).await.unwrap();
         cx.discard(range(4096, 512)).await.unwrap();
-        // The first server goes, and the second one before anything is durable.
+        // The first server goes, the second one before it was told all, and the third one before anything is durable.
         cx.read(range(0, 512), Iov::zeroed(512)).await.unwrap();
         cx.flush().await.unwrap();
-        // The third one had nothing to forget.
+        // The fourth one had nothing to forget.
         cx.read(range(0, 512), Iov::zeroed(512)).await.unwrap();
         assert_eq!(cx.doubts(), 0);
         cx.node().close(&cx).await.unwrap();
@@ -465,10 +552,11 @@ fn a_server_that_comes_back_is_told_again() {
     server.join().unwrap();
     let again = [(WRITE, 512), (WRITE_ZEROES, 1024), (WRITE, 2048), (TRIM, 4096)];
     let first = [&[(WRITE, 0), (FLUSH, 0)], &again[..], &[(READ, 0)]].concat();
-    let second = [&again[..], &[(READ, 0), (FLUSH, 0)]].concat();
-    let third = [&again[..], &[(FLUSH, 0), (READ, 0)]].concat();
+    let second = again[..2].to_vec();
+    let third = [&again[..], &[(READ, 0), (FLUSH, 0)]].concat();
+    let fourth = [&again[..], &[(FLUSH, 0), (READ, 0)]].concat();
     let all: Vec<_> = seen.try_iter().filter(|(command, _)| *command != command::DISCONNECT).collect();
-    assert_eq!(all, [first, second, third, vec![(READ, 0)]].concat());
+    assert_eq!(all, [first, second, third, fourth, vec![(READ, 0)]].concat());
 }
 
 /// No flush succeeds after something was lost for good: here a server is found again by chance, and there it does not

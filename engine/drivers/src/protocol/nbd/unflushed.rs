@@ -107,11 +107,23 @@ impl Unflushed {
         }
     }
 
-    /// All that is to be done again, in order, each with whether it was acknowledged. None if something is missing.
-    pub(super) fn again(&self) -> Option<Vec<(Ask, bool)>> {
+    /// All that is to be done again, in order, with their numbers. None if something is missing.
+    pub(super) fn again(&self) -> Option<Vec<(u64, Ask)>> {
         let state = self.state();
-        let asks = || state.requests.values().map(|kept| Some((same(kept.ask.as_ref()?), kept.done)));
+        let asks = || state.requests.iter().map(|(number, kept)| Some((*number, same(kept.ask.as_ref()?))));
         if state.dropped_before == 0 { asks().collect() } else { None }
+    }
+
+    /// The server that was found refuses this one. Whether it was acknowledged, so that it is lost now; if not, it is
+    /// not acknowledged any more by what the other server has said.
+    pub(super) fn refused(&self, number: u64) -> bool {
+        match self.state().requests.get_mut(&number) {
+            Some(kept) => {
+                kept.is_late = true;
+                kept.done
+            }
+            None => false,
+        }
     }
 
     /// The server was lost with all that it had acknowledged; whether that was anything.
@@ -193,7 +205,7 @@ mod tests {
     }
 
     fn again(all: &Unflushed) -> Option<Vec<u64>> {
-        Some(all.again()?.into_iter().map(|(ask, _)| ask.offset).collect())
+        Some(all.again()?.into_iter().map(|(_, ask)| ask.offset).collect())
     }
 
     #[test]
@@ -274,11 +286,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_is_not_acknowledged_by_the_other_server() {
+        let all = Unflushed::new(true);
+        let (told, asks_again) = (all.begin(&write(1, 8)), all.begin(&write(2, 8)));
+        all.begin(&write(3, 8)).done();
+        let numbers: Vec<u64> = all.again().unwrap().iter().map(|(number, _)| *number).collect();
+        let refused: Vec<bool> = numbers.iter().map(|number| all.refused(*number)).collect();
+        assert_eq!(refused, [false, false, true]);
+        asks_again.made();
+        assert!(asks_again.done());
+        assert!(!told.done(), "by the server that is gone");
+    }
+
+    #[test]
     fn the_data_is_what_it_was() {
         let all = Unflushed::new(true);
         let ask = write(0, 8);
         all.begin(&ask).done();
         ask.payload.unwrap().fill(2);
-        assert_eq!(all.again().unwrap()[0].0.payload.as_ref().unwrap().to_vec(), [1; 8]);
+        assert_eq!(all.again().unwrap()[0].1.payload.as_ref().unwrap().to_vec(), [1; 8]);
     }
 }
