@@ -338,8 +338,12 @@ impl LastStep for Note {
         // Never a header that relies on what a power cut could take away.
         let flushed = old.view(self.base);
         flushed.cx().flush().await?;
+        if new.plan().get(self.base).is_none() {
+            // All who used it have gone meanwhile, and it goes with the job.
+            return Ok(());
+        }
         let base = new.view(self.base);
-        for overlay in self.overlays {
+        for overlay in self.overlays.into_iter().filter(|overlay| new.plan().get(*overlay).is_some()) {
             let overlay = new.view(overlay);
             let file = self.file.clone().unwrap_or_else(|| (self.names)(&overlay, &base));
             let backing = BackingRef { file, format: Some(stored_format(&base, self.mask_protocol)) };

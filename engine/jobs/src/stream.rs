@@ -250,11 +250,13 @@ struct Note {
 #[async_trait]
 impl LastStep for Note {
     async fn run(self: Box<Self>, old: &Wires, new: &Wires) -> Result<(), GraphError> {
-        let top = new.view(self.top);
+        // All who used the top may have gone meanwhile, and it goes with the job.
+        let wires = if new.plan().get(self.top).is_some() { new } else { old };
+        let top = wires.view(self.top);
         // Never a header that relies on what a power cut could take away.
         let flushed = old.view(self.top);
         flushed.cx().flush().await?;
-        let backing = self.base.map(|base| new.view(new.plan().skip_filters(base)));
+        let backing = self.base.map(|base| wires.view(wires.plan().skip_filters(base)));
         let backing = backing.map(|base| {
             let file = self.file.unwrap_or_else(|| (self.names)(&top, &base));
             BackingRef { file, format: Some(stored_format(&base, self.mask_protocol)) }
