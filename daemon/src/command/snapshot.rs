@@ -169,8 +169,8 @@ pub async fn create_image(
     Ok(underlay_drivers::create::qcow2(file, &options).await?)
 }
 
-/// Refuses when a node has this file and no lock on it (nobody uses the node yet, or it does without): an image that is made there would be made in the place of its
-/// own. (A lock is met when the file is opened, and gives QEMU's error.)
+/// Refuses when a node has this file and no lock on it (nobody uses the node yet, or it does without): an image that is
+/// made there would be made in the place of its own. (A lock is met when the file is opened, and gives QEMU's error.)
 fn check_users_without_lock(plan: &Plan, file: &str) -> CommandResult<()> {
     let NodeSpec { driver: DriverSpec::File(spec), .. } = NodeSpec::file(file) else { return Ok(()) };
     let Ok(found) = std::fs::metadata(&spec.filename) else { return Ok(()) };
