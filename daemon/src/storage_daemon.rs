@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use underlay_drivers::NodeSpec;
 use underlay_qmp::json::{Object, Value};
+use underlay_qmp::option_list::OptionList;
 use underlay_sys::{complain, say, say_part};
 
 use crate::args::{Arg, CommandLine, Given, HELP, parse};
@@ -56,11 +57,16 @@ fn fail(name: &str, error: &str) -> i32 {
 }
 
 fn run(name: &str, daemonize: bool, given: Vec<Given>) -> Result<(), String> {
-    life::run(daemonize, || Daemon::start(None), async |daemon| set_up(&daemon, name, given).await)
+    life::run(daemonize, || Daemon::start(None), async |daemon| set_up(&daemon, name, given, daemonize).await)
 }
 
 /// Carries out the options in their order.
-async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<Ready, String> {
+async fn set_up(
+    daemon: &Arc<Daemon>,
+    name: &str,
+    given: Vec<Given>,
+    daemonize: bool,
+) -> Result<Ready, String> {
     let mut pid_file = None;
     for given in given {
         let typed = &given.typed;
@@ -68,6 +74,9 @@ async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<R
         let remark = |text: &str| complain!("{name}: {typed}: {text}");
         match given.read().map_err(told)? {
             Arg::PidFile(path) => pid_file = Some(path),
+            Arg::Chardev(options) if daemonize && is_stdio(&options) => {
+                return Err(told(CommandError::new("cannot use stdio with -daemonize")));
+            }
             arg => {
                 if let Some(answer) = carry_out(daemon, arg, &remark).await.map_err(told)? {
                     say_part!("{answer}");
@@ -77,6 +86,11 @@ async fn set_up(daemon: &Arc<Daemon>, name: &str, given: Vec<Given>) -> Result<R
         }
     }
     life::keep_pid(pid_file)
+}
+
+/// Whether these options of a character device ask for the standard streams.
+pub fn is_stdio(options: &OptionList) -> bool {
+    options.options.get("backend").and_then(Value::as_str) == Some("stdio")
 }
 
 /// Told what is worth a remark, but no error.

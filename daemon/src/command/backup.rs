@@ -134,7 +134,7 @@ fn args(
     };
     let how = CbwOptions {
         on_error,
-        min_cluster: u64::try_from(perf.number("min-cluster-size", 0)).unwrap_or(u64::MAX),
+        min_cluster: perf.unsigned("min-cluster-size"),
         max_chunk,
         compress: arguments.flag("compress", false),
         discard_source: arguments.flag("discard-source", false),

@@ -1,5 +1,7 @@
 //! block-dirty-bitmap-*: each an edit of the plan, alone or in a transaction.
 
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
 use underlay_graph::bitmap::DirtyBitmap;
 use underlay_graph::bitmaps::{Forget, NewBitmap};
@@ -11,6 +13,10 @@ use super::arguments::Arguments;
 use super::lookup::Names;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
+
+/// How long a command that only changes bitmaps waits for the requests that are under way. QEMU's do not wait at all:
+/// a job's target that does not answer must not hold up the guest for them.
+pub const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What to do with a bitmap of a node.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use underlay_graph::{BackingRef, GraphError, NodeId, Plan, Preallocation, Role};
 use underlay_qmp::json::Object;
 
 use super::arguments::Arguments;
-use super::lookup::{self, Names};
+use super::lookup::Names;
 use crate::error::{CommandError, CommandResult};
 use crate::state::Daemon;
 
@@ -154,7 +154,6 @@ pub async fn change_backing_file(
     if !plan.chain(top).any(|id| id == image) {
         return Err(CommandError::new(format!("'{device}' and image file are not in the same chain")));
     }
-    lookup::not_frozen(&plan, image)?;
     let format = plan.node(image).node.backing_ref().and_then(|backing| backing.format);
     let format = format.or(bottom.map(|id| plan.node(id).node.driver().to_owned()));
     let backing = BackingRef { file: backing_file.to_owned(), format };

@@ -75,10 +75,7 @@ pub async fn commit(daemon: &Daemon, arguments: &mut Arguments) -> CommandResult
             }
             (Some(node), None) => {
                 let id = find_node(&plan, &node)?;
-                // A filter that is committed goes with what it filters; one that would stay has to be named as its
-                // image.
-                let is_image = plan.chain(root).any(|image| image == id);
-                if !is_image && (name == "base" || !plan.chain_with_filters(root).any(|at| at == id)) {
+                if !plan.chain_with_filters(root).any(|at| at == id) {
                     return Err(CommandError::new(format!("'{node}' is not in this backing file chain")));
                 }
                 Some(id)

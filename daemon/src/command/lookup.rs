@@ -143,13 +143,3 @@ pub fn above_implicit_filters(plan: &Plan, mut id: NodeId) -> NodeId {
     }
     id
 }
-
-/// Refuses a node whose backing link a job relies on.
-pub fn not_frozen(plan: &Plan, id: NodeId) -> CommandResult<()> {
-    let node = plan.node(id);
-    if !node.frozen {
-        return Ok(());
-    }
-    let to = node.child(Role::Backing).map_or_else(String::new, |id| plan.node(id).name.to_string());
-    Err(CommandError::new(format!("Cannot change frozen 'backing' link from '{}' to '{to}'", node.name)))
-}

@@ -7,9 +7,7 @@ use underlay_drivers::names::resolve_backing;
 use underlay_drivers::options::{Backing, Child, DriverSpec};
 use underlay_drivers::protocol::file::FileNode;
 use underlay_drivers::{BackingPolicy, NodeSpec, Opener, filename};
-use underlay_graph::{
-    Access, BackingRef, GraphError, NewNode, NodeId, Perms, Plan, Preallocation, Role, View,
-};
+use underlay_graph::{BackingRef, NewNode, NodeId, Plan, Preallocation, View};
 use underlay_qcow2::CreateOptions;
 use underlay_sys::say;
 
@@ -70,7 +68,7 @@ pub async fn snapshot_sync(daemon: &Daemon, plan: &mut Plan, arguments: Snapshot
     }
     let new = open_overlay(daemon, plan, disk, &arguments, format).await?;
     let overlay = plan.add(new)?;
-    Ok(put_on_top(plan, disk, overlay)?)
+    Ok(plan.put_on_top(disk, overlay)?)
 }
 
 /// blockdev-snapshot, done to a draft: with an overlay that blockdev-add has opened.
@@ -79,40 +77,7 @@ pub fn snapshot(daemon: &Daemon, plan: &mut Plan, node: &str, overlay: &str) -> 
     let disk = names.either(plan, node)?;
     names.not_busy(plan, disk, node)?;
     let overlay = names.either(plan, overlay)?;
-    Ok(put_on_top(plan, disk, overlay)?)
-}
-
-/// Wires `overlay` between `disk` and its users; `disk` is only read from then on.
-fn put_on_top(plan: &mut Plan, disk: NodeId, overlay: NodeId) -> Result<(), GraphError> {
-    // A job may be writing to it (`allow-write-only-overlay`): a mirror whose target gets what is below it before the
-    // end.
-    let access = plan.check()?.get(&overlay).copied().unwrap_or(Access::UNUSED);
-    if access.required.has(Perms::CONSISTENT_READ) {
-        return Err(GraphError::new("The overlay is already in use"));
-    }
-    let node = &plan.node(overlay).node;
-    if node.kind() == underlay_graph::Kind::Filter {
-        return Err(GraphError::new("Filters cannot be used as overlays"));
-    }
-    if plan.node(overlay).child(Role::Backing).is_some() {
-        return Err(GraphError::new("The overlay already has a backing image"));
-    }
-    if !node.supports_backing() {
-        return Err(GraphError::new("The overlay does not support backing images"));
-    }
-    let unused = plan.roots_of(disk).next().is_none() && plan.parents(disk).next().is_none();
-    plan.replace(disk, overlay, |parent| parent == overlay)?;
-    plan.set_child(overlay, Role::Backing, Some(disk))?;
-    if !plan.node(disk).read_only {
-        // A flush of the overlay is none of what is below it. Below a filter an image may stay writable for others.
-        plan.flush_before(disk);
-        plan.set_read_only(disk, true);
-    }
-    // Nobody uses the disk yet: the overlay would go as soon as it came. The monitor keeps it, as it keeps the disk.
-    if unused {
-        plan.node_mut(overlay).monitor_owned = true;
-    }
-    Ok(())
+    Ok(plan.put_on_top(disk, overlay)?)
 }
 
 /// Makes the overlay's file, naming the disk as what is below it.

@@ -72,6 +72,8 @@ pub async fn alone(daemon: &Daemon, command: &str, arguments: &mut Arguments) ->
 /// What actions have done apart from the draft.
 #[derive(Default)]
 struct Done {
+    /// Not only to bitmaps.
+    to_nodes: bool,
     given_up: Vec<GivenUp>,
     takes: Vec<Take>,
     /// Shown already.
@@ -90,6 +92,7 @@ impl Done {
             self.given_up.extend(action.apply(&Names::of(daemon), plan)?);
             return Ok(());
         }
+        self.to_nodes = true;
         match kind {
             "blockdev-snapshot-sync" => {
                 snapshot::snapshot_sync(daemon, plan, SnapshotSync::new(&mut data)).await?;
@@ -111,6 +114,9 @@ impl Done {
 
     async fn put_in_force(&mut self, mut draft: Draft<'_>) -> CommandResult<()> {
         let mut step = bitmap::let_go(&mut draft.plan, std::mem::take(&mut self.given_up));
+        if !self.to_nodes {
+            draft.plan.wait_at_most(bitmap::PATIENCE);
+        }
         let takes = std::mem::take(&mut self.takes);
         if !takes.is_empty() {
             let with_takes: Box<dyn LastStep> = Box::new(AtTheMoment { takes, rest: step });

@@ -13,6 +13,7 @@ use crate::command::object;
 use crate::device::given::Input;
 use crate::device::model::{self, Model};
 use crate::error::{CommandError, CommandResult};
+use crate::storage_daemon::is_stdio;
 
 /// Something that an option asks for, and the option as it was typed, for messages.
 #[derive(Debug)]
@@ -143,9 +144,7 @@ pub fn parse(words: &[String]) -> Result<Asked, String> {
     if setting.nographic && !setting.no_defaults && setting.monitors.is_empty() {
         setting.compat_monitor("-nographic", "stdio", "readline", false).map_err(|error| error.in_full())?;
     }
-    let stdio = |chardev: &&Typed<OptionList>| {
-        chardev.value.options.get("backend").and_then(Value::as_str) == Some("stdio")
-    };
+    let stdio = |chardev: &&Typed<OptionList>| is_stdio(&chardev.value);
     match setting.chardevs.iter().find(stdio).filter(|_| setting.daemonize) {
         Some(chardev) => Err(format!("{}: cannot use stdio with -daemonize", chardev.typed)),
         None => Ok(Asked::Run(Box::new(setting))),

@@ -271,6 +271,10 @@ impl<'a> Reopening<'a> {
         let node = self.plan.node(id);
         match backing {
             Backing::Child(child) => self.child(given, id, Role::Backing, child),
+            // Old programs mean that there is nothing below when they open an image; here it is the name of a node.
+            Backing::None if given.get("backing").and_then(Value::as_str).is_some() => {
+                Err(text("Cannot find device='' nor node-name=''".to_owned()))
+            }
             Backing::None => {
                 self.has_no_implicit(id, Role::Backing)?;
                 self.plan.set_child(id, Role::Backing, None)

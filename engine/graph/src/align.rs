@@ -39,6 +39,10 @@ impl Blocks {
         self.serialised.get_or_init(RangeLock::default)
     }
 
+    pub(crate) fn is_serialised(&self) -> bool {
+        self.serialised.get().is_some()
+    }
+
     /// A reader's place, on a node where it matters.
     pub(crate) async fn reading(&self, range: ByteRange) -> Option<RangeGuard> {
         match self.serialised.get() {

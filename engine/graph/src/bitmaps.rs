@@ -67,8 +67,8 @@ impl PlanBitmap {
         match &self.successor {
             None => self.bits.clone(),
             Some(since) => {
-                let both = self.bits.copy();
-                both.merge(since);
+                let both = DirtyBitmap::new(0, self.bits.granularity());
+                merge_all(&both, [&self.bits, since]);
                 Arc::new(both)
             }
         }
@@ -267,7 +267,7 @@ impl Plan {
         self.bitmap_mut(node, target)?.bits = merged.clone();
         sources.iter().for_each(|(other, _)| self.touch(*other));
         self.touch(node);
-        self.at_the_moment(move || from.iter().for_each(|bits| merged.merge(bits)));
+        self.at_the_moment(move || merge_all(&merged, &from));
         Ok(())
     }
 
@@ -325,7 +325,7 @@ impl Plan {
                 Release::Reclaim => Some(&before),
                 Release::Abdicate(rest) => rest.as_ref(),
             };
-            kept.into_iter().chain(&since).for_each(|bits| now.merge(bits));
+            merge_all(&now, kept.into_iter().chain(&since));
         });
     }
 
@@ -346,6 +346,16 @@ impl Plan {
         if let Ok(bitmap) = self.bitmap_mut(node, name) {
             bitmap.busy = false;
         }
+    }
+}
+
+/// Merges bitmaps of one disk, which may have grown since some of them were told: the rest of these is clean.
+fn merge_all<'a>(into: &DirtyBitmap, from: impl IntoIterator<Item = &'a Arc<DirtyBitmap>>) {
+    for bits in from {
+        if bits.size() > into.size() {
+            into.resize(bits.size());
+        }
+        into.merge(bits);
     }
 }
 

@@ -47,6 +47,9 @@ impl Extent {
     }
 }
 
+/// Whoever has it holds on to something.
+pub type Lease = Arc<dyn Send + Sync>;
+
 /// What a node adds when the engine here shall read for it. Its [`crate::Node::map`] answers where bytes live.
 #[async_trait]
 pub trait Format: Send + Sync {
@@ -56,7 +59,7 @@ pub trait Format: Send + Sync {
     async fn read_encoded(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()>;
     /// Keeps the clusters that `map` answers from being given to other data, until it is dropped: held from the
     /// question to the end of the read. `None` for formats that never move data.
-    fn lease(&self) -> Option<Arc<()>> {
+    fn lease(&self) -> Option<Lease> {
         None
     }
 }
@@ -70,7 +73,7 @@ struct Found<'a> {
 }
 
 /// Finds the first bytes of `range`, looking from `cx`'s node downwards.
-async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Arc<()>>) -> Result<Found<'a>> {
+async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Lease>) -> Result<Found<'a>> {
     let mut at = *cx;
     let mut range = range;
     let mut top = true;
@@ -115,6 +118,10 @@ async fn find<'a>(cx: &Cx<'a>, range: ByteRange, leases: &mut Vec<Arc<()>>) -> R
 
 /// Reads for a format node: looks each part of the range up, layer by layer, and fetches the parts side by side.
 pub async fn read(cx: &Cx<'_>, mut range: ByteRange, into: Iov) -> Result<()> {
+    let mut places = Vec::new();
+    for layer in &cx.view().passed_by {
+        places.extend(layer.reading(range).await);
+    }
     let mut leases = Vec::new();
     let mut parts: Vec<Pin<Box<dyn Future<Output = Result<()>> + Send + '_>>> = Vec::new();
     let mut done = 0;

@@ -12,8 +12,9 @@ use underlay_sys::rt;
 
 use crate::bitmaps::{BitmapStore, PlanBitmap};
 use crate::error::{GraphError, IoError};
+use crate::gates;
 use crate::moment::Moment;
-use crate::node::{Kind, Node};
+use crate::node::Kind;
 use crate::perm::Access;
 use crate::plan::{NodeId, Plan, PlanNode, PlanRoot, RootId, Wires};
 use crate::root::Root;
@@ -87,6 +88,11 @@ impl Graph {
     /// From now on `tell` is told what goes wrong when it is too late for an error, as when an image is closed.
     pub fn on_trouble(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
         let _ = self.trouble.0.set(Box::new(tell));
+    }
+
+    /// Tells whoever wants to be told that something went wrong, and nobody asks for it any more.
+    pub fn tell_of_trouble(&self, text: &str) {
+        self.trouble.tell(text);
     }
 
     fn now(&self) -> MutexGuard<'_, InForce> {
@@ -206,8 +212,8 @@ impl Draft<'_> {
     /// Rewires the graph in one step that no request sees half done:
     ///
     /// 1. The draft is checked as a whole.
-    /// 2. The gates of all roots close whose part of the graph changes; requests inside run to their end, in a hurry,
-    ///    and what they left behind ([`crate::Node::settle`]).
+    /// 2. The gates of all roots close whose part of the graph changes, those of jobs first; requests inside run to
+    ///    their end, in a hurry, and what they left behind ([`crate::Node::settle`]).
     /// 3. Nodes that stop being written to are flushed, and nodes get ready for new users (locks, reopening).
     /// 4. What the draft wants done at the moment is done, and the last step runs. Any error up to here leaves the old
     ///    wiring in force.
@@ -219,6 +225,7 @@ impl Draft<'_> {
         let old = Wires::new(graph.plan());
         let old_access = graph.now().access.clone();
         plan.collect();
+        plan.serialise_targets();
         let mut moment = plan.take_moment();
         let new_access = plan.check()?;
         let new = Wires::new(Arc::new(plan));
@@ -227,15 +234,16 @@ impl Draft<'_> {
         for (_, root) in &roots {
             root.drained.iter().for_each(|drained| drained.begin());
         }
-        let on_the_way = below(old.plan(), roots.iter().map(|(id, _)| *id));
-        on_the_way.iter().for_each(|node| node.hurry(true));
-        let mut gates = Vec::with_capacity(roots.len());
-        for (_, root) in &roots {
-            gates.push(root.door.view.write().await);
-        }
-        for node in &on_the_way {
-            node.settle().await;
-        }
+        let closed = gates::close(old.plan(), &roots, moment.patience).await;
+        let end_drained = || {
+            for (_, root) in roots.iter().rev() {
+                root.drained.iter().for_each(|drained| drained.end());
+            }
+        };
+        let Some(mut gates) = closed else {
+            end_drained();
+            return Err(GraphError::new("Requests that are under way, maybe a job's, do not end"));
+        };
         let trouble = &graph.trouble;
         let lasts = graph.lasts.load(Ordering::Relaxed);
         let (old_access, new_access) = (&old_access, &new_access);
@@ -246,7 +254,7 @@ impl Draft<'_> {
             step.resize_bitmaps().await;
             // Nodes may want to be asked in another way after the last step.
             let now = Wires::new(Arc::new(new.plan().clone()));
-            for ((id, _), gate) in roots.iter().zip(&mut gates) {
+            for ((id, _), gate) in roots.iter().zip(gates.iter_mut()) {
                 **gate = now.plan().root(*id).map(|root| now.view(root.node));
             }
             let plan = Arc::new(new.plan().clone());
@@ -254,10 +262,7 @@ impl Draft<'_> {
             *graph.now() = InForce { plan, access };
         }
         drop(gates);
-        on_the_way.iter().for_each(|node| node.hurry(false));
-        for (_, root) in roots.iter().rev() {
-            root.drained.iter().for_each(|drained| drained.end());
-        }
+        end_drained();
         if outcome.is_ok() {
             step.give_up().await;
         }
@@ -265,8 +270,7 @@ impl Draft<'_> {
     }
 }
 
-/// The roots whose gates must close, in the order of their ids (so that two changes could never deadlock): those
-/// that come, go or see a different wiring.
+/// The roots whose gates must close, those of jobs first: all that come, go or see a different wiring.
 fn changed_roots(old: &Plan, new: &Plan) -> Vec<(RootId, PlanRoot)> {
     let same = |id: NodeId| match (old.get(id), new.get(id)) {
         (Some(before), Some(after)) => before.is_wired_as(after),
@@ -282,14 +286,9 @@ fn changed_roots(old: &Plan, new: &Plan) -> Vec<(RootId, PlanRoot)> {
     for (id, root) in new.roots().filter(|(id, _)| old.root(*id).is_none()) {
         roots.insert(id, root.clone());
     }
-    roots.into_iter().collect()
-}
-
-/// All nodes that requests through some of the roots of a plan may be at.
-fn below(plan: &Plan, roots: impl Iterator<Item = RootId>) -> Vec<Arc<dyn Node>> {
-    let nodes: BTreeSet<_> =
-        roots.filter_map(|id| plan.root(id)).flat_map(|root| plan.reachable(root.node)).collect();
-    nodes.into_iter().map(|id| plan.node(id).node.clone()).collect()
+    let mut roots: Vec<_> = roots.into_iter().collect();
+    roots.sort_by_key(|(_, root)| !root.pinned);
+    roots
 }
 
 /// One change between its check and its end.
@@ -547,7 +546,12 @@ impl Step<'_> {
             let Some(node) = self.old.plan().get(id).filter(|node| !node.read_only) else { continue };
             if let Some(store) = node.node.as_bitmap_store() {
                 let view = self.old.view(id);
-                tell(&view, store.refresh(&view.cx(), &persistent(node)).await);
+                let refreshed = store.refresh(&view.cx(), &persistent(node)).await;
+                if refreshed.is_err() {
+                    // The image may call clean what is dirty again.
+                    self.graph.lagging().insert(id);
+                }
+                tell(&view, refreshed);
             }
         }
         for id in done.begun {

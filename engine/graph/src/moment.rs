@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::time::Duration;
 
 use crate::NodeId;
 
@@ -15,6 +16,8 @@ pub(crate) struct Moment {
     pub(crate) may_lag: bool,
     /// What was written to these is made durable first.
     pub(crate) flushes: Vec<NodeId>,
+    /// If requests under way have not ended by then, the draft is dropped.
+    pub(crate) patience: Option<Duration>,
     /// If these go, nobody needs what was written to them.
     pub(crate) given_up: HashSet<NodeId>,
 }

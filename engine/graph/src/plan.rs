@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -340,12 +341,6 @@ impl Plan {
             touched: 0,
             blocks: Arc::default(),
         };
-        if let Some(target) = node.child(Role::Target).filter(|_| node.node.serialises_target()) {
-            // Who reads there now leaves before the new node is in force.
-            self.touch(target);
-            let blocks = self.node(target).blocks.clone();
-            self.at_the_moment(move || _ = blocks.serialise());
-        }
         self.nodes.insert(id, node);
         for (role, wiring) in backing {
             let child = self.add_wiring(wiring)?;
@@ -400,6 +395,11 @@ impl Plan {
         if node.child(role).is_some_and(|now| Some(now) != child) {
             self.check_link(parent, role)?;
         }
+        self.link(parent, role, child);
+        Ok(())
+    }
+
+    fn link(&mut self, parent: NodeId, role: Role, child: Option<NodeId>) {
         let node = self.node_mut(parent);
         match (child, node.children.iter().position(|(r, _)| *r == role)) {
             (Some(child), Some(at)) => node.children[at].1 = child,
@@ -407,7 +407,6 @@ impl Plan {
             (None, Some(at)) => drop(node.children.remove(at)),
             (None, None) => {}
         }
-        Ok(())
     }
 
     /// Whether the link below `parent` may change as far as filters above are concerned, which may rely on it.
@@ -448,10 +447,25 @@ impl Plan {
         for (parent, role) in parents {
             self.set_child(parent, role, Some(to))?;
         }
+        self.move_roots(from, to);
+        Ok(())
+    }
+
+    /// Moves every user of a filter to what it filters, but for pinned roots. Whoever relies on links of the chain, and
+    /// came when the filter was in it already, has the same images as before. Nothing if it has gone.
+    pub fn take_out(&mut self, filter: NodeId) {
+        let below = |node: &PlanNode| node.child(Role::File).or(node.child(Role::Backing));
+        let Some(below) = self.get(filter).and_then(below) else { return };
+        for (parent, role) in self.parents(filter).collect::<Vec<_>>() {
+            self.link(parent, role, Some(below));
+        }
+        self.move_roots(filter, below);
+    }
+
+    fn move_roots(&mut self, from: NodeId, to: NodeId) {
         for root in self.roots.values_mut().filter(|root| root.node == from && !root.pinned) {
             root.node = to;
         }
-        Ok(())
     }
 
     /// Makes a node read-only or writable, together with the file that it opened for itself.
@@ -478,6 +492,12 @@ impl Plan {
         self.moment.flushes.push(id);
     }
 
+    /// Requests under way are waited for this long at most, and if some are left then, the draft is refused: for a
+    /// command that is not worth holding a disk back until a job's target answers again.
+    pub fn wait_at_most(&mut self, patience: Duration) {
+        self.moment.patience = Some(patience);
+    }
+
     /// Makes the change hold back the requests to this node although its wiring stays: it will be resized, say.
     pub fn touch(&mut self, id: NodeId) {
         self.node_mut(id).touched += 1;
@@ -495,6 +515,23 @@ impl Plan {
 
     pub(crate) fn take_moment(&mut self) -> Moment {
         std::mem::take(&mut self.moment)
+    }
+
+    /// From the moment on readers of targets that must not change under them are known ([`Node::serialises_target`]):
+    /// new targets, and nodes that have taken the place of one.
+    pub(crate) fn serialise_targets(&mut self) {
+        let target = |node: &PlanNode| node.child(Role::Target).filter(|_| node.node.serialises_target());
+        // Readers may come past a filter above it.
+        let targets: Vec<_> =
+            self.nodes().filter_map(|(_, node)| target(node)).map(|id| self.skip_filters(id)).collect();
+        for target in targets {
+            let blocks = self.node(target).blocks.clone();
+            if !blocks.is_serialised() {
+                // Who reads there now leaves before.
+                self.touch(target);
+                self.at_the_moment(move || _ = blocks.serialise());
+            }
+        }
     }
 
     /// Its views, for looking at what is not in force yet.

@@ -155,6 +155,30 @@ fn a_full_disk_does_not_keep_a_job_from_giving_its_bitmap_back() {
     });
 }
 
+#[test]
+fn a_bitmap_given_back_says_what_was_written_behind_the_old_end() {
+    block_on(async {
+        let (graph, _, id) = with_keeper().await;
+        graph.change(|plan| plan.add_bitmap(id, &persistent("a"))).await.expect("there is room");
+        graph.change(|plan| plan.hold_bitmap(id, "a", Purpose::Rely)).await.expect("held");
+        let since = graph.plan().bitmap(id, "a").expect("it is there").successor.clone();
+        let since = since.expect("it records");
+        let end = since.size();
+        since.resize(end + 8192);
+        since.set(ByteRange::between(end, end + 8192));
+        let now = graph.plan();
+        assert_eq!(now.bitmap(id, "a").expect("it is there").to_keep().count(), 8192);
+        let release = graph.change(|plan| {
+            plan.release_bitmap(id, "a", Release::Reclaim);
+            // Before anything else makes it longer.
+            let bits = plan.bitmap(id, "a").expect("it is there").bits.clone();
+            plan.at_the_moment(move || assert_eq!(bits.count(), 8192));
+            Ok(())
+        });
+        release.await.expect("released");
+    });
+}
+
 /// What cannot be flushed stays, but for what is out of reach itself: that its backing node is lost is no reason.
 #[test]
 fn only_what_is_lost_itself_goes_without_a_flush() {

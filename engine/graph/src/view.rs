@@ -74,6 +74,9 @@ pub struct View {
     pub(crate) options: NodeOptions,
     pub(crate) limits: Limits,
     pub(crate) blocks: Arc<Blocks>,
+    /// Of the layers below that must not change under a reader, and that are not asked to read: what shows through this
+    /// node is looked up in all layers at once.
+    pub(crate) passed_by: SmallVec<[Arc<Blocks>; 1]>,
     /// Made when it is first of use.
     chain: OnceLock<Option<Chain>>,
 }
@@ -124,8 +127,10 @@ impl View {
     ) -> Arc<Self> {
         let limits = Limits::default();
         let chain = OnceLock::new();
-        let mut view = Self { id, name, node, children, trackers, options, limits, blocks, chain };
+        let passed_by = SmallVec::new();
+        let mut view = Self { id, name, node, children, trackers, options, limits, blocks, passed_by, chain };
         view.limits = view.node.limits(&Cx { view: &view });
+        view.passed_by = view.backing_of_format().map_or_else(SmallVec::new, |below| below.to_pass_by());
         Arc::new(view)
     }
 
@@ -158,6 +163,17 @@ impl View {
     /// The backing node of a format node, which shows where the node has nothing.
     pub(crate) fn backing_of_format(&self) -> Option<&Arc<View>> {
         self.node.as_format().and_then(|_| self.child(Role::Backing))
+    }
+
+    /// What a reader of a layer above this one has to wait for, here and below.
+    fn to_pass_by(&self) -> SmallVec<[Arc<Blocks>; 1]> {
+        let mut all = SmallVec::new();
+        // Any other node is asked to read.
+        if self.node.as_format().is_some() {
+            all.extend(self.blocks.is_serialised().then(|| self.blocks.clone()));
+            all.extend(self.passed_by.iter().cloned());
+        }
+        all
     }
 
     /// What is known about the layers below, if there are many.
@@ -291,7 +307,7 @@ impl<'a> Cx<'a> {
     /// based on what the caller is about to let change ([`Node::serialises_target`]): a reader who has found nothing in
     /// the target, and is on his way below, must get there first.
     pub async fn overwrite(&self, range: ByteRange) -> RangeGuard {
-        self.view.blocks.serialise().lock(range, Mode::Exclusive).await
+        self.skip_filters().view.blocks.serialise().lock(range, Mode::Exclusive).await
     }
 
     /// Makes the range read as zeroes, by writing them where the node knows no better way.

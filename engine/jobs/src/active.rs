@@ -116,21 +116,32 @@ impl Active {
         Ok(Arc::new(Mirror { push, length, dirty: self.dirty.clone(), turns: RangeLock::default() }))
     }
 
-    fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
+    /// Takes everything out of the plan again, but for the filter.
+    fn let_go(&self, plan: &mut Plan, claim: &Claim) {
         let (wiring, part) = (&self.wiring, &self.part);
         wiring.roots.iter().for_each(|root| plan.remove_root(*root));
         plan.node_mut(part.top).trackers.retain(|tracker| !Arc::ptr_eq(tracker, &wiring.tracker));
+        claim.release(plan);
+    }
+
+    /// The users of the top get to the base.
+    fn switch_over(&self, plan: &mut Plan) -> Result<(), GraphError> {
+        let (wiring, part) = (&self.wiring, &self.part);
         let mut claim = wiring.claim.clone();
-        if switch && !plan.node(part.top).read_only {
+        if !plan.node(part.top).read_only {
             claim.leave_writable(part.base);
         }
-        claim.release(plan);
-        plan.replace(wiring.filter, if switch { part.base } else { part.top }, |_| false)?;
-        match switch {
-            // Somebody may have come to it past the filter.
-            true => plan.replace(part.top, part.base, |parent| parent == wiring.filter),
-            false => Ok(()),
-        }
+        self.let_go(plan, &claim);
+        plan.replace(wiring.filter, part.base, |_| false)?;
+        // Somebody may have come to it past the filter.
+        plan.replace(part.top, part.base, |parent| parent == wiring.filter)?;
+        claim.make_read_only_again(plan)
+    }
+
+    fn stay(&self, plan: &mut Plan, claim: &Claim) -> Result<(), GraphError> {
+        self.let_go(plan, claim);
+        plan.take_out(self.wiring.filter);
+        claim.make_read_only_again(plan)
     }
 }
 
@@ -153,7 +164,10 @@ impl Work for Active {
         }
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let edit = |plan: &mut Plan| {
-            self.unwire(plan, self.switch)?;
+            match self.switch {
+                true => self.switch_over(plan)?,
+                false => self.stay(plan, &self.wiring.claim)?,
+            }
             let note = Note::new(&self.args, &self.part, overlays.clone());
             let rest = CopyRest { dirty: self.dirty.clone(), top: self.part.top, base: self.part.base, note };
             Ok(((), Some(Box::new(rest) as Box<dyn LastStep>)))
@@ -164,14 +178,7 @@ impl Work for Active {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        // Going back to read-only flushes, and may fail for it. Then it stays writable.
-        for _ in 0..2 {
-            match job.change(&self.graph, |plan| Ok((self.unwire(plan, false)?, None))).await {
-                Ok(()) => return,
-                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
-            }
-            self.wiring.claim.leave_all_writable();
-        }
+        job.give_back(&self.graph, &self.wiring.claim, |plan, claim| self.stay(plan, claim)).await;
     }
 }
 

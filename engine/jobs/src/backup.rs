@@ -140,6 +140,7 @@ impl Jobs {
             copies,
             source,
             wiring: None,
+            below: plan.backing(source),
             begun: true,
             changes_bitmap: false,
             doubts,
@@ -255,6 +256,8 @@ struct Backup {
     source: NodeId,
     /// As long as it is in the graph.
     wiring: Option<Wiring>,
+    /// The image that the source's own layer was based on at the moment.
+    below: Option<NodeId>,
     /// Else the graph has only been prepared for it.
     begun: bool,
     /// The bitmap has been given back, and its image has yet to hear of it.
@@ -356,9 +359,9 @@ impl Backup {
     /// Whether the source's own layer has the first bytes of `range`, and for how many of them that is so.
     async fn own_layer(&self, root: &Root, range: ByteRange) -> Result<(bool, u64), IoError> {
         let inside = root.enter().await?;
+        // Overlays may have come between since, as in one transaction with a snapshot.
         let source = CopyBeforeWrite::ends(&inside.cx()).source;
-        let below = source.skip_filters().backing().map(|below| below.view().id());
-        let found = status(&source, range, below).await?;
+        let found = status(&source, range, self.below).await?;
         Ok((found.allocated, found.len))
     }
 
@@ -384,11 +387,7 @@ impl Backup {
                 if failed.is_some() && plan.get(wiring.target).is_some() {
                     plan.give_up_content(wiring.target);
                 }
-                // Another backup of the disk may have its filter in between.
-                let below = plan.get(wiring.filter).and_then(|filter| filter.child(Role::File));
-                if let Some(below) = below {
-                    plan.replace(wiring.filter, below, |_| false)?;
-                }
+                plan.take_out(wiring.filter);
             }
             if let (Some(bitmap), Some(how)) = (&self.bitmap, &failed) {
                 plan.release_bitmap(self.source, &bitmap.name, how.clone());
@@ -482,7 +481,7 @@ impl Work for Backup {
     async fn abandon(&mut self, job: &Arc<Job>) {
         let release = self.release_after_failure().await;
         if let Err(error) = self.unwire(job, Some(release)).await {
-            tracing::error!(?job, %error, "the graph cannot be given back as it was");
+            job.tell_of_remains(&self.graph, &error);
         }
     }
 }

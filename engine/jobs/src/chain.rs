@@ -13,7 +13,10 @@ use crate::settings::Kind;
 /// The images from `top` down to (not including) `base`; to the lowest one without a base. `None` when `base` is not
 /// below `top`. Filters are left out.
 pub fn above(plan: &Plan, top: NodeId, base: Option<NodeId>) -> Option<Vec<NodeId>> {
-    let base = base.map(|base| plan.skip_filters(base));
+    let base = match base {
+        Some(base) => Some(plan.get(base).map(|_| plan.skip_filters(base))?),
+        None => None,
+    };
     let mut images = Vec::new();
     for image in plan.chain(top) {
         if Some(image) == base {
@@ -33,6 +36,19 @@ pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError
         }
     }
     Ok(())
+}
+
+/// Refuses when a job works on a node from `top` down: on an image, or on a filter among them, which its job will want to
+/// take out again. `last` is the end of it, or with `None` the lowest.
+pub(crate) fn check_free_down_to(plan: &Plan, top: NodeId, last: Option<NodeId>) -> Result<(), GraphError> {
+    let mut nodes = Vec::new();
+    for id in plan.chain_with_filters(top) {
+        nodes.push(id);
+        if Some(id) == last {
+            break;
+        }
+    }
+    check_free(plan, &nodes)
 }
 
 /// Does something to the nodes of the target of a copy that came to nothing, as far as they are not the source's as
@@ -107,12 +123,12 @@ impl Claim {
         self.reopened.retain(|other| *other != id);
     }
 
-    /// Nothing goes back to read-only: for a base that cannot be flushed.
-    pub(crate) fn leave_all_writable(&mut self) {
-        self.reopened.clear();
+    /// Nothing goes back to read-only: for a base that cannot be flushed. Whether that makes a difference.
+    pub(crate) fn leave_all_writable(&mut self) -> bool {
+        !std::mem::take(&mut self.reopened).is_empty()
     }
 
-    /// Takes all marks away again.
+    /// Takes all marks away again. When the wiring is as it will be, [`Claim::make_read_only_again`] is to follow.
     pub(crate) fn release(&self, plan: &mut Plan) {
         for id in self.nodes.iter().chain(&self.frozen).chain(&self.filter) {
             if plan.get(*id).is_some() {
@@ -121,11 +137,21 @@ impl Claim {
                 node.frozen = false;
             }
         }
-        for id in &self.reopened {
+    }
+
+    /// Nodes go back to read-only, but for those that somebody has come to write to since.
+    pub(crate) fn make_read_only_again(&self, plan: &mut Plan) -> Result<(), GraphError> {
+        if self.reopened.is_empty() {
+            return Ok(());
+        }
+        let access = plan.check()?;
+        let is_written_to = |id: &NodeId| access.get(id).is_some_and(|is| is.required.has(Perms::WRITE));
+        for id in self.reopened.iter().filter(|id| !is_written_to(id)) {
             if plan.get(*id).is_some() {
                 plan.set_read_only(*id, true);
             }
         }
+        Ok(())
     }
 }
 

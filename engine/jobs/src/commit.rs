@@ -105,9 +105,12 @@ impl Jobs {
     pub async fn commit(self: &Arc<Self>, graph: &Arc<Graph>, args: CommitArgs) -> Result<Started, JobError> {
         let plan = graph.plan();
         let part = Part::find(&plan, &args)?;
-        let mut nodes = vec![args.device];
-        nodes.extend(part.copied.iter().copied().chain([part.base]));
-        chain::check_free(&plan, &nodes)?;
+        check_free(&plan, &args, &part)?;
+        if let Some(base) = args.base.filter(|base| *base != part.base) {
+            // The overlay would have to stay on the filter.
+            let name = &plan.node(base).name;
+            return Err(wrong(format!("'{name}' is not in this backing file chain")));
+        }
         let is_top = plan.skip_filters(args.device) == part.top;
         let has_writer = graph.access(part.top).required.has(Perms::WRITE);
         if args.backing_file.is_some() && (is_top || has_writer) {
@@ -128,10 +131,17 @@ impl Jobs {
     }
 }
 
+/// Refuses when a job works on what is named, or on what lies between.
+fn check_free(plan: &Plan, args: &CommitArgs, part: &Part) -> Result<(), GraphError> {
+    chain::check_free(plan, &[args.device])?;
+    let top = args.top.unwrap_or(args.device);
+    chain::check_free_down_to(plan, top, Some(args.base.unwrap_or(part.base)))
+}
+
 /// Checks, with the plan that will be changed, what was found with an earlier one.
 pub(crate) fn still_so(plan: &Plan, args: &CommitArgs, part: &Part) -> Result<(), GraphError> {
     match Part::find(plan, args) {
-        Ok(now) if now == *part => Ok(()),
+        Ok(now) if now == *part => check_free(plan, args, part),
         _ => Err(GraphError::new("The chain was changed in the meantime")),
     }
 }
@@ -247,11 +257,13 @@ impl Work for Commit {
         self.wiring.claim = reopen(&self.graph, job, self.wiring.claim.clone(), &overlays).await?;
         let (wiring, part, args) = (&self.wiring, &self.part, &self.args);
         let edit = |plan: &mut Plan| {
-            wiring.unwire(plan, part.base)?;
+            wiring.let_go(plan, &wiring.claim);
+            plan.replace(wiring.filter, part.base, |_| false)?;
             // A filter that was named as the top goes with what it filtered.
             if let Some(named) = args.top.filter(|top| *top != part.top && plan.get(*top).is_some()) {
                 plan.replace(named, part.base, |_| false)?;
             }
+            wiring.claim.make_read_only_again(plan)?;
             let note = Note::new(args, part, overlays.clone());
             let kept = Afterlife::begin(plan, &self.graph, &wiring.claim, job);
             Ok((kept, Some(Box::new(note) as Box<dyn LastStep>)))
@@ -261,24 +273,20 @@ impl Work for Commit {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        // Going back to read-only flushes, and may fail for it. Then it stays writable.
-        for _ in 0..2 {
-            let (wiring, part) = (&self.wiring, &self.part);
-            match job.change(&self.graph, |plan| Ok((wiring.unwire(plan, part.top)?, None))).await {
-                Ok(()) => return,
-                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
-            }
-            self.wiring.claim.leave_all_writable();
-        }
+        let edit = |plan: &mut Plan, claim: &Claim| {
+            self.wiring.let_go(plan, claim);
+            plan.take_out(self.wiring.filter);
+            claim.make_read_only_again(plan)
+        };
+        job.give_back(&self.graph, &self.wiring.claim, edit).await;
     }
 }
 
 impl Wiring {
-    /// Takes everything out of the plan again; the users of the filter go to `to`.
-    fn unwire(&self, plan: &mut Plan, to: NodeId) -> Result<(), GraphError> {
+    /// Takes everything out of the plan again, but for the filter.
+    fn let_go(&self, plan: &mut Plan, claim: &Claim) {
         self.roots.iter().for_each(|root| plan.remove_root(*root));
-        self.claim.release(plan);
-        if plan.get(self.filter).is_some() { plan.replace(self.filter, to, |_| false) } else { Ok(()) }
+        claim.release(plan);
     }
 }
 

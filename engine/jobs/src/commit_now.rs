@@ -20,7 +20,7 @@ use underlay_graph::{ByteRange, Graph, GraphError, IoError, NodeId, Perms, Plan,
 use underlay_sys::rt::StopSign;
 
 use crate::active::copy_still;
-use crate::chain::Claim;
+use crate::chain::{self, Claim};
 use crate::commit::{base_needs, chunk_unit, lengthen};
 use crate::filter::Pass;
 use crate::settings::Kind;
@@ -67,17 +67,16 @@ fn ends(plan: &Plan, top: NodeId) -> Result<NodeId, Refusal> {
     let node = plan.get(top).ok_or_else(|| GraphError::new("The node was removed in the meantime"))?;
     let below = plan.backing(top).filter(|_| node.node.can_be_emptied());
     let base = plan.skip_filters(below.ok_or(Refusal::NotSupported)?);
-    let is_busy = |id: NodeId| plan.node(id).busy.is_some() || plan.node(id).frozen;
-    if is_busy(top) || is_busy(base) { Err(Refusal::Busy) } else { Ok(base) }
+    chain::check_free_down_to(plan, top, Some(base)).map_err(|_| Refusal::Busy)?;
+    Ok(base)
 }
 
 /// What has been put into the graph.
 #[derive(Debug)]
 struct Held {
     claim: Claim,
-    top: NodeId,
-    /// What is below the top otherwise.
-    below: NodeId,
+    /// Between the top and what is below it otherwise.
+    filter: NodeId,
     root: RootId,
 }
 
@@ -111,25 +110,23 @@ fn wire(plan: &mut Plan, top: NodeId, base: NodeId) -> Result<Held, GraphError> 
         pinned: true,
         drained: None,
     });
-    Ok(Held { claim, top, below, root })
+    Ok(Held { claim, filter, root })
 }
 
 /// Puts everything back. Going back to read-only flushes, and may fail for it: then the base stays writable.
 async fn unwire(graph: &Graph, mut held: Held) {
-    for _ in 0..2 {
-        let edit = |plan: &mut Plan| {
-            plan.remove_root(held.root);
-            held.claim.release(plan);
-            match plan.get(held.top) {
-                Some(_) => plan.set_child(held.top, Role::Backing, Some(held.below)),
-                None => Ok(()),
-            }
-        };
-        match graph.change(edit).await {
-            Ok(()) => return,
-            Err(error) => tracing::error!(%error, "the chain cannot be given back as it was"),
-        }
-        held.claim.leave_all_writable();
+    let edit = |held: &Held, plan: &mut Plan| {
+        plan.remove_root(held.root);
+        held.claim.release(plan);
+        plan.take_out(held.filter);
+        held.claim.make_read_only_again(plan)
+    };
+    let mut outcome = graph.change(|plan| edit(&held, plan)).await;
+    if outcome.is_err() && held.claim.leave_all_writable() {
+        outcome = graph.change(|plan| edit(&held, plan)).await;
+    }
+    if let Err(error) = outcome {
+        graph.tell_of_trouble(&format!("What the commit put into the graph stays there: {error}"));
     }
 }
 

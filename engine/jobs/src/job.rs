@@ -15,7 +15,7 @@ use underlay_graph::root::Drained;
 use underlay_graph::{Graph, GraphError, IoError, Node, Plan};
 use underlay_sys::rt;
 
-use crate::chain::Afterlife;
+use crate::chain::{Afterlife, Claim};
 use crate::error::{JobError, Stop};
 use crate::event::{Action, EventSink, JobEvent, Progress};
 use crate::group::Group;
@@ -343,6 +343,28 @@ impl Job {
         let result = graph.change_with(edit).await;
         self.state().own_change = false;
         result
+    }
+
+    /// Has the graph as it was before the job; what `edit` returns, if that was possible. Nodes going back to read-only
+    /// are flushed, and where that fails they stay writable: `edit` is tried again with such a claim.
+    pub(crate) async fn give_back<R: Send>(
+        &self,
+        graph: &Graph,
+        claim: &Claim,
+        edit: impl Fn(&mut Plan, &Claim) -> Result<R, GraphError> + Send + Sync,
+    ) -> Option<R> {
+        let mut claim = claim.clone();
+        let mut outcome = self.change(graph, |plan| Ok((edit(plan, &claim)?, None))).await;
+        if outcome.is_err() && claim.leave_all_writable() {
+            outcome = self.change(graph, |plan| Ok((edit(plan, &claim)?, None))).await;
+        }
+        outcome.map_err(|error| self.tell_of_remains(graph, &error)).ok()
+    }
+
+    /// It is over, but for its part in the graph.
+    pub(crate) fn tell_of_remains(&self, graph: &Graph, error: &GraphError) {
+        let (kind, id) = (self.kind.as_str(), &self.id);
+        graph.tell_of_trouble(&format!("What the {kind} job '{id}' put into the graph stays there: {error}"));
     }
 
     // ---- what the task does ----
@@ -727,11 +749,16 @@ impl Job {
     /// It is about to be dismissed: lets go of what it has kept.
     pub(crate) async fn let_go(&self) -> Result<(), JobError> {
         self.check(&self.state(), Verb::Dismiss)?;
+        self.end_afterlife().await;
+        Ok(())
+    }
+
+    /// Lets go of what it has kept.
+    pub(crate) async fn end_afterlife(&self) {
         let kept = self.afterlife.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(kept) = kept {
             kept.end().await;
         }
-        Ok(())
     }
 
     /// It vanishes.

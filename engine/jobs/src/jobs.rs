@@ -161,6 +161,8 @@ impl Jobs {
     ) -> Result<Started, JobError> {
         if let Err(error) = self.enlist(&job, settings) {
             work.abandon(&job).await;
+            // Nobody can dismiss it.
+            job.end_afterlife().await;
             return Err(error);
         }
         job.begin(Status::Running);

@@ -387,15 +387,15 @@ impl Mirror {
 
     /// Everything is copied, and the job's part in the graph is over.
     fn last_change(&self, plan: &mut Plan) -> Result<((), Option<Box<dyn LastStep>>), GraphError> {
-        self.unwire(plan, self.switch)?;
+        self.unwire(plan, &self.wiring.claim, self.switch)?;
         let Wiring { source, target, filter, .. } = self.wiring;
         let shows_source = self.switch && plan.reachable(target).contains(&source);
         let rest = CopyRest { tracked: self.tracked.clone(), filter, unmap: self.unmap, shows_source };
         Ok(((), Some(Box::new(rest))))
     }
 
-    fn unwire(&self, plan: &mut Plan, switch: bool) -> Result<(), GraphError> {
-        let Wiring { claim, source, target, filter, main, copy, tracker, .. } = &self.wiring;
+    fn unwire(&self, plan: &mut Plan, claim: &Claim, switch: bool) -> Result<(), GraphError> {
+        let Wiring { source, target, filter, main, copy, tracker, .. } = &self.wiring;
         plan.remove_root(*main);
         plan.remove_root(*copy);
         plan.node_mut(*source).trackers.retain(|other| !Arc::ptr_eq(other, tracker));
@@ -404,8 +404,10 @@ impl Mirror {
             return Ok(());
         }
         let replaced = self.replaces.unwrap_or(*source);
-        let to = if switch && replaced == *source { *target } else { *source };
-        plan.replace(*filter, to, |_| false)?;
+        match switch && replaced == *source {
+            true => plan.replace(*filter, *target, |_| false)?,
+            false => plan.take_out(*filter),
+        }
         // Also the source itself: somebody may have come to it past the filter.
         if switch && plan.get(replaced).is_some() {
             let of_target = plan.reachable(*target);
@@ -462,13 +464,11 @@ impl Work for Mirror {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        let edit = |plan: &mut Plan| {
+        let edit = |plan: &mut Plan, claim: &Claim| {
             plan.give_up_content(self.wiring.target);
-            Ok((self.unwire(plan, false)?, None))
+            self.unwire(plan, claim, false)
         };
-        if let Err(error) = job.change(&self.graph, edit).await {
-            tracing::error!(?job, %error, "the graph cannot be given back as it was");
-        }
+        job.give_back(&self.graph, &self.wiring.claim, edit).await;
     }
 }
 

@@ -62,9 +62,7 @@ impl Jobs {
     /// Starts a stream.
     pub async fn stream(self: &Arc<Self>, graph: &Arc<Graph>, args: StreamArgs) -> Result<Started, JobError> {
         let copied = copied_images(&graph.plan(), &args)?;
-        // What is named may be a filter of another job above the image.
-        chain::check_free(&graph.plan(), &[args.top])?;
-        chain::check_free(&graph.plan(), &copied)?;
+        check_free(&graph.plan(), &args)?;
         if args.backing_file.is_some() && args.end == StreamEnd::Whole {
             return Err(wrong("backing file specified, but streaming the entire chain".into()));
         }
@@ -82,6 +80,17 @@ impl Jobs {
         }
         Ok(started)
     }
+}
+
+/// Refuses when a job works on what is named, or on what lies between.
+fn check_free(plan: &Plan, args: &StreamArgs) -> Result<(), GraphError> {
+    let last = match args.end {
+        StreamEnd::Whole => None,
+        StreamEnd::Bottom(bottom) => Some(bottom),
+        // The base itself may be busy, but not a filter above it.
+        StreamEnd::Above(base) => plan.chain_with_filters(args.top).take_while(|id| *id != base).last(),
+    };
+    chain::check_free_down_to(plan, args.top, last)
 }
 
 /// The top and the images below it whose data it will get.
@@ -133,6 +142,7 @@ fn wire(
     if copied_images(plan, args).as_ref() != Ok(&copied) {
         return Err(GraphError::new("The chain was changed in the meantime"));
     }
+    check_free(plan, args)?;
     chain::check_links(plan, args.top, &copied)
         .map_err(|error| GraphError::new(format!("Could not create node: {error}")))?;
     // The link below the bottom may change; the others may not.
@@ -161,13 +171,10 @@ fn wire(
 
 impl Wiring {
     /// Takes everything out of the plan again, but for the link below the top.
-    fn unwire(&self, plan: &mut Plan) -> Result<(), GraphError> {
+    fn unwire(&self, plan: &mut Plan, claim: &Claim) {
         self.roots.iter().for_each(|root| plan.remove_root(*root));
-        self.claim.release(plan);
-        match self.filter {
-            Some(filter) if plan.get(filter).is_some() => plan.replace(filter, self.top, |_| false),
-            _ => Ok(()),
-        }
+        claim.release(plan);
+        self.filter.iter().for_each(|filter| plan.take_out(*filter));
     }
 }
 
@@ -200,13 +207,14 @@ impl Work for Stream {
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<(), Stop> {
         let (wiring, args) = (&self.wiring, &self.args);
         let edit = |plan: &mut Plan| {
-            wiring.unwire(plan)?;
+            wiring.unwire(plan, &wiring.claim);
             let base = match args.end {
                 StreamEnd::Whole => None,
                 _ => plan.node(wiring.bottom).child(Role::Backing),
             };
             let had_one = plan.node(wiring.top).child(Role::Backing).is_some();
             plan.set_child(wiring.top, Role::Backing, base)?;
+            wiring.claim.make_read_only_again(plan)?;
             let note = Note {
                 top: wiring.top,
                 base,
@@ -222,19 +230,12 @@ impl Work for Stream {
     }
 
     async fn abandon(&mut self, job: &Arc<Job>) {
-        // Going back to read-only flushes, and may fail for it. Then it stays writable.
-        for _ in 0..2 {
-            let wiring = &self.wiring;
-            let edit = |plan: &mut Plan| {
-                wiring.unwire(plan)?;
-                Ok((Afterlife::begin(plan, &self.graph, &wiring.claim, job), None))
-            };
-            match job.change(&self.graph, edit).await {
-                Ok(kept) => return job.keep(kept),
-                Err(error) => tracing::error!(?job, %error, "the chain cannot be given back as it was"),
-            }
-            self.wiring.claim.leave_all_writable();
-        }
+        let edit = |plan: &mut Plan, claim: &Claim| {
+            self.wiring.unwire(plan, claim);
+            claim.make_read_only_again(plan)?;
+            Ok(Afterlife::begin(plan, &self.graph, claim, job))
+        };
+        job.keep(job.give_back(&self.graph, &self.wiring.claim, edit).await.flatten());
     }
 }
 

@@ -7,7 +7,6 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use underlay_graph::format::join;
@@ -325,7 +324,7 @@ impl Qcow2 {
 
     /// The fast way of a write, if all of it may go so: in place, runs that are apart side by side.
     pub(crate) async fn write_fast(&self, cx: &Cx<'_>, range: ByteRange, from: &Iov) -> Option<Result<()>> {
-        let _lease: Arc<()> = self.hold();
+        let _lease = self.hold();
         let (host, len) = self.own_now(range)?;
         if len == range.len() {
             return Some(self.write_in_place(cx, host, from.clone()).await);

@@ -13,8 +13,11 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use tokio::sync::watch;
 use underlay_graph::{ByteRange, Cx, Result};
+use underlay_sys::rt;
 
 use crate::entry::{COMPRESSED, Entry};
 use crate::live::Qcow2;
@@ -46,8 +49,14 @@ pub struct Free {
 pub struct Frees {
     pending: Vec<Free>,
     pending_clusters: u64,
-    quarantine: VecDeque<(Arc<()>, Vec<Free>)>,
+    quarantine: VecDeque<(watch::Receiver<()>, Vec<Free>)>,
 }
+
+/// Who holds it holds a lease. Nothing is ever sent: what matters is that the sender is there.
+pub(crate) type Epoch = Arc<watch::Sender<()>>;
+
+/// How long an image that nobody writes to any more waits for those who read what it has dropped.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Frees {
     fn drop_later(&mut self, free: Free) {
@@ -73,9 +82,9 @@ impl Frees {
 
     /// A batch that nobody can use any more.
     fn take_ready(&mut self) -> Option<Vec<Free>> {
-        let (epoch, _) = self.quarantine.front_mut()?;
-        Arc::get_mut(epoch)?;
-        self.quarantine.pop_front().map(|(_, frees)| frees)
+        let (epoch, _) = self.quarantine.front()?;
+        let is_over = epoch.has_changed().is_err();
+        self.quarantine.pop_front_if(|_| is_over).map(|(_, frees)| frees)
     }
 
     /// Whether anything is on its way.
@@ -90,7 +99,7 @@ impl Qcow2 {
     }
 
     /// A lease on everything that the mapping answers from now on.
-    pub(crate) fn hold(&self) -> Arc<()> {
+    pub(crate) fn hold(&self) -> Epoch {
         self.epoch.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -125,7 +134,24 @@ impl Qcow2 {
         }
         let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
         let old = std::mem::take(&mut *epoch);
-        self.frees().quarantine.push_back((old, frees));
+        self.frees().quarantine.push_back((old.subscribe(), frees));
+    }
+
+    /// Waits until nobody can use any more what is in quarantine, but not for ever: who reads may wait for a server that
+    /// does not answer. What is left then leaks, unless the image is written to again.
+    pub(crate) async fn until_reclaimable(&self) {
+        let mut epochs: Vec<_> = self.frees().quarantine.iter().map(|(epoch, _)| epoch.clone()).collect();
+        epochs.retain(|epoch| epoch.has_changed().is_ok());
+        if epochs.is_empty() {
+            return;
+        }
+        let over = async {
+            for mut epoch in epochs {
+                // An error says that the epoch is over.
+                let _ = epoch.changed().await;
+            }
+        };
+        rt::by(Some(rt::now() + PATIENCE), over).await;
     }
 
     /// Gives free what nobody can use any more.

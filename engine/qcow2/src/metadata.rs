@@ -5,6 +5,7 @@
 //! first.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use underlay_graph::{Cx, Result};
@@ -212,13 +213,18 @@ impl Qcow2 {
         cluster < self.refcounts.end() && self.metadata().owner(cluster, cluster + 1).is_none()
     }
 
-    /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated.
+    /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated: the
+    /// file may end before that, if it was cut, but the clusters have to be counted.
     pub(crate) async fn check_data_place(&self, cx: &Cx<'_>, host: u64, len: u64) -> Result<()> {
         let bits = self.layout.cluster_bits;
         let (first, end) = (host >> bits, ((host.saturating_add(len.max(1)) - 1) >> bits) + 1);
         let owner = self.metadata().owner(first, end);
         let what = match owner {
             None if end <= self.refcounts.end() => return Ok(()),
+            None if self.are_counted(cx, self.refcounts.end().max(first)..end).await? => {
+                self.refcounts.set_end(end);
+                return Ok(());
+            }
             None => format!("Data cluster at offset {host:#x} is behind the end of the image file"),
             Some((_, owner)) => {
                 format!("Preventing invalid write on metadata (overlaps with {})", owner.name())
@@ -226,6 +232,15 @@ impl Qcow2 {
         };
         let found = Corruption { message: what, offset: Some(host), size: Some(len), fatal: true };
         Err(self.corruption(cx, found).await)
+    }
+
+    async fn are_counted(&self, cx: &Cx<'_>, clusters: Range<u64>) -> Result<bool> {
+        for cluster in clusters {
+            if self.refcount(cx, cluster).await? == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Refuses to use a refcount block, which may be changed then, that something else claims too or that is not in the

@@ -1,11 +1,11 @@
 //! The image as a node of the graph.
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use underlay_graph::bitmaps::BitmapStore;
+use underlay_graph::format::Lease;
 use underlay_graph::info::ImageInfo;
 use underlay_graph::perm::Access;
 use underlay_graph::{
@@ -171,7 +171,7 @@ impl Format for Qcow2 {
         self.read_packed(cx, range, into).await
     }
 
-    fn lease(&self) -> Option<Arc<()>> {
+    fn lease(&self) -> Option<Lease> {
         Some(self.hold())
     }
 }
@@ -187,6 +187,7 @@ impl Qcow2 {
             if !self.is_behind() {
                 break;
             }
+            self.until_reclaimable().await;
             self.reclaim(cx).await;
             self.commit(cx).await?;
         }

@@ -65,6 +65,9 @@ pub struct CopyBeforeWrite {
 
 /// Bytes that are copied to `target` as a whole. An error says what is wrong with `min_cluster`.
 pub fn cluster_for(target: &View, min_cluster: u64) -> std::result::Result<u64, String> {
+    if i64::try_from(min_cluster).is_err() {
+        return Err(format!("min-cluster-size too large: {min_cluster} > {}", i64::MAX));
+    }
     if min_cluster != 0 && !min_cluster.is_power_of_two() {
         return Err("min-cluster-size needs to be a power of 2".to_owned());
     }

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
-use underlay_graph::{ByteRange, Cx, IoError, Kind, Node, Place, Result, Role, View, WriteFlags, ZeroFlags};
+use underlay_graph::{
+    ByteRange, Cx, Extent, Format, IoError, Kind, Node, Place, Result, Role, View, WriteFlags, ZeroFlags,
+    format,
+};
 use underlay_sys::Iov;
 use underlay_sys::thread::block_on;
 
@@ -19,18 +22,20 @@ use super::snapshot_access::SnapshotAccess;
 const SIZE: u64 = 300 << 10;
 const CLUSTER: u64 = 64 << 10;
 
-/// A disk in memory, whose writes wait for a permit each.
+/// A disk in memory, whose writes wait for a permit each, and its reads for others.
 #[derive(Debug)]
 struct Disk {
     bytes: Mutex<Vec<u8>>,
     permits: Semaphore,
+    reads: Semaphore,
     broken: bool,
 }
 
 impl Disk {
     fn new(byte: u8, permits: usize, broken: bool) -> Arc<Self> {
         let bytes = Mutex::new(vec![byte; usize::try_from(SIZE).unwrap()]);
-        Arc::new(Self { bytes, permits: Semaphore::new(permits), broken })
+        let reads = Semaphore::new(1000);
+        Arc::new(Self { bytes, permits: Semaphore::new(permits), reads, broken })
     }
 }
 
@@ -54,6 +59,7 @@ impl Node for Disk {
         SIZE
     }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        self.reads.acquire().await.unwrap().forget();
         into.write_at(0, &self.bytes.lock().unwrap()[here(range)]);
         Ok(())
     }
@@ -174,5 +180,67 @@ fn only_over_the_filter() {
         let disk = View::detached(Disk::new(1, 0, false), []);
         let access = View::detached(Arc::new(SnapshotAccess), [(Role::File, disk)]);
         assert_eq!(read(&access, range(0, 1)).await.unwrap_err(), IoError::ENOTSUP);
+    });
+}
+
+/// An image that has nothing.
+#[derive(Debug)]
+struct Empty;
+
+#[async_trait]
+impl Node for Empty {
+    fn driver(&self) -> &'static str {
+        "empty"
+    }
+    fn kind(&self) -> Kind {
+        Kind::Format
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn length(&self, _cx: &Cx<'_>) -> u64 {
+        SIZE
+    }
+    fn as_format(&self) -> Option<&dyn Format> {
+        Some(self)
+    }
+    async fn read(&self, cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
+        format::read(cx, range, into).await
+    }
+    async fn write(&self, _cx: &Cx<'_>, _range: ByteRange, _from: Iov, _flags: WriteFlags) -> Result<()> {
+        Err(IoError::EPERM)
+    }
+}
+
+#[async_trait]
+impl Format for Empty {
+    fn map_cached(&self, range: ByteRange) -> Option<Extent> {
+        Some(Extent::new(Place::Below, range.len()))
+    }
+    async fn read_encoded(&self, _cx: &Cx<'_>, _range: ByteRange, _into: Iov) -> Result<()> {
+        Err(IoError::EIO)
+    }
+}
+
+/// On his way to what is below the target he has passed the target by; what is below must not change under him.
+#[test]
+fn a_target_waits_for_who_reads_through_an_overlay_of_it() {
+    block_on(async {
+        let slow = Disk::new(1, 0, false);
+        slow.reads.forget_permits(1000);
+        let disk = View::detached(slow.clone(), []);
+        let file = || (Role::File, View::detached(Disk::new(0, 0, false), []));
+        let target = View::detached(Arc::new(Empty), [file(), (Role::Backing, disk)]);
+        // As the filter does when it comes.
+        drop(target.cx().overwrite(range(0, CLUSTER)).await);
+        let overlay = View::detached(Arc::new(Empty), [file(), (Role::Backing, target.clone())]);
+        let mut reader = std::pin::pin!(read(&overlay, range(0, CLUSTER)));
+        assert!(reader.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        let at_target = target.cx();
+        let mut writer = std::pin::pin!(at_target.overwrite(range(512, 512)));
+        assert!(writer.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        slow.reads.add_permits(1);
+        assert_eq!(reader.await.unwrap(), vec![1; 64 << 10]);
+        drop(writer.await);
     });
 }

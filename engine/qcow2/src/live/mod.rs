@@ -38,7 +38,7 @@ use crate::compress::Decoded;
 use crate::crash_safe;
 use crate::entry::Layout;
 use crate::features;
-use crate::frees::Frees;
+use crate::frees::{Epoch, Frees};
 use crate::header::{Crypt, Header, HeaderError, Purpose};
 use crate::mapping::L1;
 use crate::metadata::Metadata;
@@ -121,7 +121,7 @@ pub struct Qcow2 {
     pub(crate) frees: Mutex<Frees>,
     pub(crate) reserved: Reserved,
     /// Held by everybody who uses an answer of the mapping; replaced whenever clusters have been dropped.
-    pub(crate) epoch: RwLock<Arc<()>>,
+    pub(crate) epoch: RwLock<Epoch>,
     pub(crate) decoded: Mutex<Option<Decoded>>,
     /// One compressed cluster finds its place at a time.
     pub(crate) packing: tokio::sync::Mutex<()>,
