@@ -27,7 +27,7 @@ impl Errno {
     /// The nearest thing that NBD can say for a Linux error number. What has no counterpart is EINVAL.
     pub fn from_linux(errno: i32) -> Self {
         match errno {
-            1 | 13 | 30 => Self::EPERM,
+            1 | 30 => Self::EPERM,
             5 => Self::EIO,
             12 => Self::ENOMEM,
             27 | 28 | 122 => Self::ENOSPC,

@@ -132,7 +132,10 @@ fn nbd_spec(fields: &mut Fields) -> Result<DriverSpec, OpenError> {
         (Some(_), _) => return Err(fields.wrong_type("server", "object")),
         (None, [Some(path), None, None]) => Object::new().with("type", "unix").with("path", path),
         (None, [None, Some(host), port]) => {
-            let port = port.unwrap_or_else(|| Value::Str("10809".to_owned()));
+            let port = match port {
+                Some(Value::Int(number)) => Value::Str(number.to_string()),
+                port => port.unwrap_or_else(|| Value::Str("10809".to_owned())),
+            };
             Object::new().with("type", "inet").with("host", host).with("port", port)
         }
         (None, [None, None, None]) => return Err(OpenError::text("NBD server address missing".to_owned())),

@@ -76,6 +76,8 @@ struct Waiting {
     covered: Vec<Range<u64>>,
     status: Vec<Descriptor>,
     error: Option<Errno>,
+    /// Chunks that are no data.
+    asides: usize,
     done: Option<Result<(), Failure>>,
     wake: Arc<Notify>,
 }
@@ -195,6 +197,7 @@ impl Connection {
             covered: Vec::new(),
             status: Vec::new(),
             error: None,
+            asides: 0,
             done: None,
             wake: wake.clone(),
         };
@@ -307,9 +310,9 @@ impl Connection {
 
     async fn data(&self, input: &mut Input, head: Chunk) -> std::io::Result<()> {
         let (request, into) = self.request(head.cookie)?;
+        let len = head.length.checked_sub(8).ok_or_else(|| nonsense("a chunk without its offset"))?;
         let mut at = [0; 8];
         input.take_bytes(&self.stream, &mut at).await?;
-        let len = head.length.checked_sub(8).ok_or_else(|| nonsense("a chunk without its offset"))?;
         let at = u64::from_be_bytes(at);
         let part = part(&request, into.as_ref(), at, len)?;
         self.cover(head.cookie, at, len)?;
@@ -325,7 +328,9 @@ impl Connection {
         }
         let mut bytes = vec![0; usize::try_from(head.length).map_err(std::io::Error::other)?];
         input.take_bytes(&self.stream, &mut bytes).await?;
+        self.count_aside(head.cookie)?;
         match Payload::parse(head.kind, &bytes).map_err(broken)? {
+            Payload::None if !head.done => return Err(nonsense("a chunk that says nothing")),
             Payload::None | Payload::Data(..) => {}
             Payload::Hole(at, len) => {
                 part(&request, into.as_ref(), at, len.into())?.fill(0);
@@ -348,6 +353,14 @@ impl Connection {
         if let Some(waiting) = self.waiting().get_mut(&cookie) {
             change(waiting);
         }
+    }
+
+    /// Refuses a reply that never comes to its end.
+    fn count_aside(&self, cookie: u64) -> std::io::Result<()> {
+        let mut all = self.waiting();
+        let Some(waiting) = all.get_mut(&cookie) else { return Ok(()) };
+        waiting.asides += 1;
+        if waiting.asides > MOST_PARTS { Err(nonsense("a reply in too many parts")) } else { Ok(()) }
     }
 
     /// Notes that `len` bytes at `at` of a read come. A byte that comes twice would hide one that never comes.
@@ -403,6 +416,9 @@ fn cover(covered: &mut Vec<Range<u64>>, at: u64, len: u64) -> std::io::Result<()
 
 /// Where `len` bytes at the offset `at` of a read belong.
 fn part(request: &Request, into: Option<&Iov>, at: u64, len: u64) -> std::io::Result<Iov> {
+    if len == 0 {
+        return Err(nonsense("a chunk of nothing"));
+    }
     let start = at.checked_sub(request.offset);
     let inside = start.filter(|start| start.checked_add(len).is_some_and(|end| end <= request.length));
     let (Some(start), Some(into)) = (inside, into) else {

@@ -38,6 +38,7 @@ pub struct NbdNode {
 impl NbdNode {
     /// Connects to the server. An export that may only be read is refused for writing, unless `auto_read_only`.
     pub async fn open(spec: &NbdSpec, read_only: bool, auto_read_only: bool) -> Result<Self> {
+        spec.check_export()?;
         let link = Link::open(spec.clone()).await?;
         let of_server = link.granted().flags & READ_ONLY != 0;
         if of_server && !read_only && !auto_read_only {

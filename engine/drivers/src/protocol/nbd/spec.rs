@@ -6,6 +6,9 @@ use std::time::Duration;
 use underlay_qmp::json::{Object, Value};
 use underlay_sys::net::{Address, Inet};
 
+use underlay_graph::IoError;
+use underlay_nbd::MAX_NAME;
+
 use crate::error::OpenError;
 use crate::socket_address;
 
@@ -45,6 +48,14 @@ impl NbdSpec {
         match name.strip_prefix("nbd:").filter(|rest| !rest.starts_with("//")) {
             Some(rest) => old_name(rest),
             None => uri(name).ok_or_else(|| OpenError::text("No valid URL specified".to_owned())),
+        }
+    }
+
+    /// Refuses a name of an export that the protocol has no room for.
+    pub fn check_export(&self) -> std::result::Result<(), IoError> {
+        match self.export.len() > MAX_NAME || self.export.contains('\0') {
+            true => Err(IoError::EINVAL.with("export name too long to send to server")),
+            false => Ok(()),
         }
     }
 
@@ -110,10 +121,16 @@ fn old_name(rest: &str) -> Result<NbdSpec, OpenError> {
 
 fn uri(name: &str) -> Option<NbdSpec> {
     let (scheme, rest) = name.split_once("://")?;
+    // A fragment is for whoever uses the URI, and who the user is nobody asks.
+    let rest = rest.split_once('#').map_or(rest, |(rest, _)| rest);
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = place.split_once('/').unwrap_or((place, ""));
+    let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
     let export = decode(path)?;
-    let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
+    let mut socket = None;
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        socket = Some(pair.strip_prefix("socket=")?);
+    }
     if scheme == "nbd+unix" {
         let path = decode(socket?)?;
         return authority.is_empty().then(|| NbdSpec::at(Address::Unix(path.into()), &export));
@@ -128,11 +145,12 @@ fn uri(name: &str) -> Option<NbdSpec> {
         }
         None => authority.split_once(':').unwrap_or((authority, PORT)),
     };
+    let port = if matches!(port, "" | "0") { PORT } else { port };
     let valid = !host.is_empty() && port.parse::<u16>().is_ok();
     valid.then(|| NbdSpec::at(Inet::new(decode(host).unwrap_or_default(), port).into(), &export))
 }
 
-/// `%41` is `A`. `None` for what is no text.
+/// `%41` is `A`. `None` for what is no text, or what ends within it as other programs see it.
 fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -146,7 +164,7 @@ fn decode(text: &str) -> Option<String> {
             rest = later;
         }
     }
-    String::from_utf8(bytes).ok()
+    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
 }
 
 fn encode_where(text: &str, plain: impl Fn(u8) -> bool) -> String {
@@ -195,12 +213,27 @@ mod tests {
     }
 
     #[test]
+    fn names_may_say_more_than_is_asked() {
+        for (name, same) in [
+            ("nbd+unix:///x?socket=r&socket=s", "nbd+unix:///x?socket=s"),
+            ("nbd+unix://u:p@/x?socket=s#f", "nbd+unix:///x?socket=s"),
+            ("nbd://u@h/x#f", "nbd://h/x"),
+            ("nbd://h:/x", "nbd://h:10809/x"),
+        ] {
+            assert_eq!(NbdSpec::parse(name).unwrap(), NbdSpec::parse(same).unwrap());
+        }
+    }
+
+    #[test]
     fn names_that_lead_nowhere() {
         for name in [
             "nbd:foo",
             "nbd:",
             "nbd://",
             "nbd+unix:///x",
+            "nbd+unix:///x?socket=s&other=1",
+            "nbd+unix:///x%00?socket=s",
+            "nbd://h?x=y",
             "nbd://h:x/",
             "nbd+unix://h/x?socket=s",
             "nbd://h/%zz",

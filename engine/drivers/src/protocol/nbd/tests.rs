@@ -9,7 +9,7 @@ use std::time::Duration;
 use underlay_graph::{ByteRange, IoError, Place, View, WriteFlags, ZeroFlags};
 use underlay_nbd::flags::{CAN_MULTI_CONN, HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES};
 use underlay_nbd::handshake::server::Ask;
-use underlay_nbd::transmission::{Chunks, command};
+use underlay_nbd::transmission::{Chunks, chunk, command};
 use underlay_nbd::{Descriptor, ExportInfo, Framing, Request, ServerHandshake, Step};
 use underlay_sys::Iov;
 use underlay_sys::net::Address;
@@ -177,7 +177,11 @@ fn read_from(script: Script) -> Result<(), IoError> {
 #[test]
 fn servers_that_lie() {
     type Lie = fn(&Request, Chunks, &mut Vec<u8>);
-    let lies: [(&str, Lie); 12] = [
+    fn head(kind: u16, done: bool, length: u64, chunks: &Chunks, out: &mut Vec<u8>) {
+        underlay_nbd::Chunk { done, kind, cookie: chunks.cookie, offset: 0, length }
+            .encode(chunks.framing, out);
+    }
+    let lies: [(&str, Lie); 15] = [
         ("a reply to nobody", |_, chunks, out| Chunks { cookie: 999, ..chunks }.none(out)),
         ("a success without data", |_, chunks, out| chunks.none(out)),
         ("half of the data", |_, chunks, out| {
@@ -210,10 +214,17 @@ fn servers_that_lie() {
         ("a chunk of 4 GiB", |_, chunks, out| chunks.data(true, 0, u32::MAX - 8, out)),
         ("noise", |_, _, out| out.extend([0x5a; 64])),
         ("a long error text", |_, chunks, out| {
-            let kind = underlay_nbd::transmission::chunk::ERROR;
-            let head =
-                underlay_nbd::Chunk { done: true, kind, cookie: chunks.cookie, offset: 0, length: 1 << 24 };
-            head.encode(chunks.framing, out);
+            head(chunk::ERROR, true, 1 << 24, &chunks, out);
+        }),
+        ("a chunk that is too short for its offset", |_, chunks, out| {
+            head(chunk::OFFSET_DATA, true, 7, &chunks, out);
+        }),
+        ("a chunk that says nothing", |_, chunks, out| head(chunk::NONE, false, 0, &chunks, out)),
+        ("errors without an end", |_, chunks, out| {
+            for _ in 0..5000 {
+                head(chunk::ERROR, false, 6, &chunks, out);
+                out.extend([0, 0, 0, 5, 0, 0]);
+            }
         }),
     ];
     for (what, lie) in lies {
