@@ -29,6 +29,7 @@ const NAMES: [&str; 4] = ["A", "B", "C", "D"];
 pub const SMALL: u64 = 48 << 10;
 
 /// An image, and the disk below it.
+#[derive(Clone)]
 pub struct Layer {
     pub name: &'static str,
     pub disk: Arc<Disk>,
@@ -227,7 +228,7 @@ pub fn called(layer: &Layer) -> BackingRef {
 }
 
 /// What a power cut left of an image: opened, repaired if it says that it needs it, and checked.
-async fn open_left(layer: &Layer, seed: u64) -> (Arc<dyn Node>, Arc<View>, Option<String>) {
+pub async fn open_left(layer: &Layer, seed: u64) -> (Arc<dyn Node>, Arc<View>, Option<String>) {
     let left = layer.disk.after_power_cut(seed);
     let file = View::detached(Disk::new(left, seed, Power::until(u64::MAX)), []);
     let image = open_image(&file, layer.raw, OpenOptions::default()).await;
@@ -243,27 +244,31 @@ async fn open_left(layer: &Layer, seed: u64) -> (Arc<dyn Node>, Arc<View>, Optio
     (image, file, below)
 }
 
+/// What the first `sectors` of the layer `top` show after a power cut, with the layers that the headers name.
+pub async fn reopen(layers: &[Layer], top: &str, sectors: u64, seed: u64) -> Vec<u8> {
+    let mut at = Some(top.to_owned());
+    let mut opened = Vec::new();
+    while let Some(name) = at {
+        let index = layers.iter().position(|layer| layer.name == name).unwrap();
+        let (image, file, below) = open_left(&layers[index], seed ^ index as u64).await;
+        assert!(opened.len() < layers.len(), "a loop");
+        opened.push((image, file));
+        at = below;
+    }
+    let mut below: Option<Arc<View>> = None;
+    for (image, file) in opened.into_iter().rev() {
+        let backing = below.map(|view| (Role::Backing, view));
+        below = Some(View::detached(image, [(Role::File, file)].into_iter().chain(backing)));
+    }
+    let into = Iov::scratch(usize::try_from(sectors * SECTOR).unwrap());
+    below.unwrap().cx().read(ByteRange::between(0, sectors * SECTOR), into.clone()).await.unwrap();
+    into.to_vec()
+}
+
 impl Setup {
     /// What a layer shows after a power cut, with the layers that the headers name.
     pub async fn reopen(&self, seed: u64, top: &Layer) -> Vec<u8> {
-        let mut at = Some(top.name.to_owned());
-        let mut opened = Vec::new();
-        while let Some(name) = at {
-            let index = self.layers.iter().position(|layer| layer.name == name).unwrap();
-            let (image, file, below) = open_left(&self.layers[index], seed ^ index as u64).await;
-            assert!(opened.len() < self.layers.len(), "a loop");
-            opened.push((image, file));
-            at = below;
-        }
-        let mut below: Option<Arc<View>> = None;
-        for (image, file) in opened.into_iter().rev() {
-            let backing = below.map(|view| (Role::Backing, view));
-            below = Some(View::detached(image, [(Role::File, file)].into_iter().chain(backing)));
-        }
-        let into = Iov::scratch(usize::try_from(self.sectors * SECTOR).unwrap());
-        let whole = ByteRange::between(0, self.sectors * SECTOR);
-        below.unwrap().cx().read(whole, into.clone()).await.unwrap();
-        into.to_vec()
+        reopen(&self.layers, top.name, self.sectors, seed).await
     }
 
     /// The image that the guest's disk has on top.

@@ -6,6 +6,7 @@ mod backup;
 mod bitmaps;
 mod chain;
 mod copies;
+mod crowd;
 mod depth;
 mod guests;
 mod home;
