@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use underlay_drivers::filename;
 use underlay_drivers::format::raw::RawOptions;
 use underlay_drivers::open::{BackingPolicy, tell_on_stderr, tell_trouble_on_stderr};
-use underlay_drivers::options::{Child, DriverSpec, nest};
+use underlay_drivers::options::{Child, DriverSpec, json_options, nest};
 use underlay_drivers::protocol::file::Aio;
 use underlay_drivers::{NodeSpec, Opener};
 use underlay_graph::plan::{DetectZeroes, NewRoot, Wires};
@@ -57,6 +58,8 @@ pub struct Disk {
     node: NodeId,
     root_id: RootId,
     request: Request,
+    /// Nobody said of what format it is.
+    probed: bool,
     /// The way in.
     pub root: Root,
 }
@@ -150,30 +153,38 @@ impl Request {
         Ok(spec)
     }
 
-    /// A named file with options for the image in it.
+    /// A named disk with options for the image in it, which go before those in the name.
     fn with_options(&self, name: &str) -> Result<NodeSpec> {
+        let text = |error: underlay_drivers::OpenError| error.to_string();
+        if self.format.is_some() && self.options.get("driver").is_some() {
+            return Err("Driver specified twice".to_owned());
+        }
+        let mut all = match name.strip_prefix("json:") {
+            Some(json) => json_options(json).map_err(text)?,
+            None => self.named_options(name)?,
+        };
+        if let Some(format) = &self.format {
+            all.insert("driver", format.as_str());
+        }
+        self.options.clone().into_iter().for_each(|(name, value)| all.insert(&name, value));
+        NodeSpec::parse_as(nest(all), self.modes.discard).map_err(text)
+    }
+
+    /// The options that a plain name stands for, but for the format.
+    fn named_options(&self, name: &str) -> Result<Object> {
         // Errors of the name alone come out here.
         let plain = NodeSpec::image(name, self.format.as_deref()).map_err(|error| error.to_string())?;
-        if name.starts_with("json:") {
-            return Err("Options beside a json: file name are not supported yet".to_owned());
+        if self.options.get("file.filename").is_some() {
+            return Err("Can't specify 'file' and 'filename' options at the same time".to_owned());
         }
-        let mut object = self.options.clone();
-        match (&self.format, object.get("driver").is_some()) {
-            (Some(_), true) => return Err("Driver specified twice".to_owned()),
-            (Some(format), false) => object.insert("driver", format.as_str()),
-            (None, _) => {}
-        }
-        let driver = match protocol(&plain) {
-            DriverSpec::File(file) => file.driver,
-            _ => "file",
+        let DriverSpec::File(file) = protocol(&plain) else {
+            return Err(format!("Options beside the name '{name}' are not supported yet"));
         };
-        if object.get("file.filename").is_none() {
-            object.insert("file.filename", name);
-        }
-        if object.get("file.driver").is_none() {
-            object.insert("file.driver", driver);
-        }
-        NodeSpec::parse_as(nest(object), self.modes.discard).map_err(|error| error.to_string())
+        let at = match plain.driver {
+            DriverSpec::File(_) => Object::new().with("filename", file.filename.as_str()),
+            _ => Object::new().with("file.driver", file.driver).with("file.filename", file.filename.as_str()),
+        };
+        Ok(at)
     }
 }
 
@@ -184,6 +195,14 @@ fn protocol(spec: &NodeSpec) -> &DriverSpec {
         | DriverSpec::Qcow2 { file: Child::Inline(file), .. }
         | DriverSpec::Probe { file: Child::Inline(file), .. } => protocol(file),
         other => other,
+    }
+}
+
+/// Whether a description leaves it to be found out of what format the image is, which may lie below a window.
+fn is_probed(spec: &NodeSpec, is_window: bool) -> bool {
+    match &spec.driver {
+        DriverSpec::Raw { file: Child::Inline(image), .. } if is_window => is_probed(image, false),
+        driver => matches!(driver, DriverSpec::Probe { .. }),
     }
 }
 
@@ -201,6 +220,7 @@ impl Disk {
     /// Opens a disk.
     pub async fn open(request: Request) -> Result<Self> {
         let spec = request.spec()?;
+        let probed = is_probed(&spec, request.offset.is_some());
         let write = !request.read_only;
         if !write && request.modes.copy_on_read {
             return Err("Can't use copy-on-read on read-only device".to_owned());
@@ -229,7 +249,7 @@ impl Disk {
         };
         let (node, root_id) = graph.change(edit).await.map_err(|error| graph_error(&error))?;
         let root = graph.root(root_id).ok_or("the image was closed")?;
-        Ok(Self { graph, node, root_id, request, root })
+        Ok(Self { graph, node, root_id, request, probed, root })
     }
 
     /// A disk that others have open, as a root of their graph sees it: to be used, not to be closed or reopened. `None`
@@ -238,7 +258,7 @@ impl Disk {
         let node = graph.plan().root(root_id)?.node;
         let root = graph.root(root_id)?;
         let request = Request { modes, ..Request::named("") };
-        Some(Self { graph: graph.clone(), node, root_id, request, root })
+        Some(Self { graph: graph.clone(), node, root_id, request, probed: false, root })
     }
 
     /// How it was opened.
@@ -292,14 +312,12 @@ impl Disk {
 
     /// Whether its format was guessed to be raw and it may be written to: users should be warned.
     pub fn is_guessed_raw(&self) -> bool {
-        let given = match &self.request.source {
-            Source::Name(name) => self.request.format.is_some() || name.starts_with("json:"),
-            Source::Options(options) => options.get("driver").is_some(),
-        };
-        !given
-            && self.request.options.get("driver").is_none()
-            && self.image_driver() == "raw"
-            && !self.is_read_only()
+        self.probed && self.image_driver() == "raw" && !self.is_read_only()
+    }
+
+    /// What the disk is called in messages.
+    pub fn name(&self) -> String {
+        filename::of_alone(&self.wires().view(self.node))
     }
 
     /// A way to read that copies what is below the image, if the disk was opened so. For requests that go on by

@@ -3,10 +3,10 @@
 use underlay_graph::{IoError, Preallocation};
 use underlay_qcow2::resize::trim_file;
 use underlay_qcow2::{Header, Qcow2, Version};
-use underlay_sys::say;
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome, option_help, sizes};
@@ -24,6 +24,13 @@ const KNOWN: Known = Known {
         ("progress", "p", false),
         ("quiet", "q", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "amend",
+    usage: "Usage: qemu-img amend [-f FMT | --image-opts] [-t CACHE] [-p] [-q] -o OPTIONS FILENAME",
+    known: KNOWN,
 };
 
 /// Options of `create` that stay what they were.
@@ -44,12 +51,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "q" => quiet = true,
             // Nothing that we change is unsafe.
             "force" => {}
-            "h" => {
-                say!(
-                    "Usage: qemu-img amend [-f FMT | --image-opts] [-t CACHE] [-p] [-q] -o OPTIONS FILENAME"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

@@ -4,9 +4,10 @@ use underlay_graph::bitmaps::{Forget, NewBitmap};
 use underlay_graph::graph::LastStep;
 use underlay_graph::{Graph, GraphError, NodeId, Plan};
 use underlay_qcow2::{Qcow2, Version};
-use underlay_sys::{complain, say_part};
+use underlay_sys::complain;
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, image, image_in};
 use crate::{Failure, Outcome, sizes};
 
@@ -29,10 +30,14 @@ const KNOWN: Known = Known {
     ],
 };
 
-const USAGE: &str = "\
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "bitmap",
+    usage: "\
 Usage: qemu-img bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE)...
-         [-f FMT | --image-opts] [-b SOURCE_FILENAME [-F SOURCE_FMT]] FILENAME BITMAP
-";
+         [-f FMT | --image-opts] [-b SOURCE_FILENAME [-F SOURCE_FMT]] FILENAME BITMAP",
+    known: KNOWN,
+};
 
 /// What to do with the bitmap.
 #[derive(Debug)]
@@ -74,10 +79,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let (mut format, mut source, mut source_format, mut granularity) = (None, None, None, None);
     for (name, value) in options {
         match name.as_str() {
-            "h" => {
-                say_part!("{USAGE}");
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             "image-opts" => image_opts = true,
             "f" => format = Some(value),
             "b" => source = Some(value),

@@ -9,6 +9,7 @@ use underlay_qmp::json::{Object, Value};
 use underlay_sys::{complain, say};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::info::is_json;
 use crate::open::{How, Image, check_cache, image};
 use crate::{Failure, Outcome};
@@ -26,6 +27,13 @@ const KNOWN: Known = Known {
         ("image-opts", "image-opts", false),
         ("force-share", "U", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "check",
+    usage: "Usage: qemu-img check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME",
+    known: KNOWN,
 };
 
 pub async fn run(words: &[String]) -> Outcome {
@@ -50,12 +58,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 }
             }
             "image-opts" => image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img check [-f FMT] [--output=human|json] [-r leaks|all] [-q] [-U] FILENAME"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

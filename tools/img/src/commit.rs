@@ -10,6 +10,7 @@ use underlay_jobs::{CommitArgs, EventSink, Job, JobEvent, Jobs, Settings};
 use underlay_sys::{rt, say};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome, sizes};
@@ -28,6 +29,13 @@ const KNOWN: Known = Known {
         ("base", "b", true),
         ("rate", "r", true),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "commit",
+    usage: "Usage: qemu-img commit [-f FMT] [-t CACHE] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME",
+    known: KNOWN,
 };
 
 /// How often the progress is shown.
@@ -63,12 +71,7 @@ pub async fn run(words: &[String]) -> Outcome {
                 request.rate = i64::try_from(rate).unwrap_or(i64::MAX);
             }
             "image-opts" => request.image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img commit [-f FMT] [-t CACHE] [-b BASE] [-d] [-p] [-q] [-r RATE] FILENAME"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

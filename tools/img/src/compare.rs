@@ -7,6 +7,7 @@ use underlay_graph::{ByteRange, Root};
 use underlay_sys::{Iov, rt, say};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
@@ -25,6 +26,13 @@ const KNOWN: Known = Known {
         ("image-opts", "image-opts", false),
         ("force-share", "U", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "compare",
+    usage: "Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2",
+    known: KNOWN,
 };
 
 /// Compared at a time, in bytes.
@@ -46,10 +54,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "p" => progress = true,
             "T" => cache = Some(value),
             "image-opts" => image_opts = true,
-            "h" => {
-                say!("Usage: qemu-img compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2");
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => {
                 return Err(Failure { status: 2, ..crate::unsupported(other) });
             }

@@ -1,14 +1,15 @@
 //! `create`: makes an image.
 
-use underlay_drivers::create::{self, NewFile};
-use underlay_drivers::names::{plain_path, resolve_backing};
+use underlay_drivers::create::{self, Wishes};
+use underlay_drivers::names::resolve_backing;
 use underlay_graph::{BackingRef, Preallocation};
 use underlay_qcow2::{Compression, CreateOptions, Version};
 use underlay_sys::say;
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, image};
-use crate::{Failure, Outcome, option_help, sizes};
+use crate::{Failure, Outcome, option_help, same_file, sizes};
 
 const KNOWN: Known = Known {
     short: "F:b:f:ho:qu",
@@ -24,6 +25,13 @@ const KNOWN: Known = Known {
     ],
 };
 
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "create",
+    usage: "Usage: qemu-img create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]",
+    known: KNOWN,
+};
+
 /// What the command line asks for.
 #[derive(Default)]
 struct Request {
@@ -35,6 +43,8 @@ struct Request {
     help: bool,
     quiet: bool,
     unsafe_backing: bool,
+    /// Of a backing file that is not opened otherwise: what is below it is looked at, if it can be opened.
+    look_below: bool,
 }
 
 pub async fn run(words: &[String]) -> Outcome {
@@ -49,12 +59,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "o" => request.options.extend(option_list(&value)?),
             "q" => request.quiet = true,
             "u" => request.unsafe_backing = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img create [-f FMT] [-b BACKING [-F FMT]] [-o OPTIONS] [-q] [-u] FILENAME [SIZE]"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }
@@ -65,13 +70,17 @@ pub async fn run(words: &[String]) -> Outcome {
         [name] => (name, None),
         [name, size] => (name, Some(sizes::argument(size, "image size")?)),
         [] => return Err(Failure::usage("Expecting image file name", "create")),
-        [_, _, extra, ..] => return Err(Failure::usage(format!("Unexpected argument: {extra}"), "create")),
+        [_, size, extra, ..] => {
+            sizes::argument(size, "image size")?;
+            return Err(Failure::usage(format!("Unexpected argument: {extra}"), "create"));
+        }
     };
     let format = request.format.clone();
     make(name, size, request).await.map_err(|refused| {
         let (Refused::Option(mut failure) | Refused::Create(mut failure)) = refused;
         if failure.message.as_ref().is_some_and(|text| text.ends_with(": File too large")) {
-            failure.message = Some(format!("The image size is too large for file format '{format}'"));
+            let hint = if format == "qcow2" { " (try using a larger cluster size)" } else { "" };
+            failure.message = Some(format!("The image size is too large for file format '{format}'{hint}"));
         }
         Failure::new(format!("{name}: {}", failure.message.unwrap_or_default()))
     })
@@ -129,6 +138,7 @@ pub async fn target(
         quiet: true,
         // It is opened with the target.
         unsafe_backing: true,
+        look_below: true,
     };
     make(name, Some(size), request).await
 }
@@ -215,19 +225,11 @@ impl FileHints {
         (nocow.unwrap_or_default(), extent_size.unwrap_or_default())
     }
 
-    /// Makes an empty file with them, if there are any: a file takes them only while nothing is in it.
-    async fn make(&self, name: &str) -> Result<(), Refused> {
-        if self.nocow.is_none() && self.extent_size.is_none() {
-            return Ok(());
-        }
-        let new = NewFile {
-            filename: plain_path(name).to_owned(),
-            size: 0,
-            preallocation: Preallocation::Off,
+    fn wishes(&self) -> Wishes {
+        Wishes {
             nocow: matches!(self.nocow, Some((_, true))),
             extent_size: self.extent_size.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
-        };
-        create::file(&new).await.map_err(failed)
+        }
     }
 }
 
@@ -270,8 +272,7 @@ async fn make_raw(name: &str, size: Option<u64>, request: Request) -> Result<(),
     let unknown = |mode: &str| cannot(format!("invalid parameter value: {mode}"));
     let mode =
         mode.map_or(Ok(Preallocation::Off), |mode| preallocation(&mode).ok_or_else(|| unknown(&mode)))?;
-    hints.make(name).await?;
-    create::raw(name, size.next_multiple_of(512), mode).await.map_err(failed)
+    create::raw_as_wished(name, size.next_multiple_of(512), mode, hints.wishes()).await.map_err(failed)
 }
 
 fn preallocation(value: &str) -> Option<Preallocation> {
@@ -408,8 +409,7 @@ async fn make_qcow2(name: &str, size: Option<u64>, request: Request) -> Result<(
     let options = wanted.finish(&request)?;
     // Nothing is emptied for an image that cannot be.
     options.check().map_err(|error| cannot(error.to_string()))?;
-    wanted.hints.make(name).await?;
-    create::qcow2(name, &options).await.map_err(failed)
+    create::qcow2_as_wished(name, &options, wanted.hints.wishes()).await.map_err(failed)
 }
 
 /// The size is an argument or an option.
@@ -472,12 +472,16 @@ async fn backing_and_size(
     let Some(backing) = &request.backing else {
         return size.ok_or_else(|| Failure::new("Image creation needs a size parameter"));
     };
-    if resolve_backing(name, backing) == name {
-        let text = "Error: Trying to create an image with the same filename as the backing file";
-        return Err(Failure::new(text));
+    let place = resolve_backing(name, backing);
+    if place == name || same_file::is_same(&place, name) {
+        return Err(own_backing());
     }
     options.backing = Some(BackingRef { file: backing.clone(), format: request.backing_format.clone() });
+    let how = How { format: request.backing_format.as_deref(), force_share: true, ..How::default() };
     if request.unsafe_backing {
+        if request.look_below && is_below(name, &place, how).await? {
+            return Err(own_backing());
+        }
         if request.backing_format.is_none() {
             return Err(Failure::new("Backing file specified without backing format"));
         }
@@ -487,23 +491,23 @@ async fn backing_and_size(
         let text = format!("Unknown driver '{format}'\nCould not open backing image.");
         return Err(Failure::new(text));
     }
-    let how = How { format: request.backing_format.as_deref(), force_share: true, ..How::default() };
-    let place = resolve_backing(name, backing);
     if name.is_empty() && place == *backing && !backing.starts_with('/') {
         return Err(Failure::new("Cannot use relative backing file names for ''"));
     }
     let opened = image(&place, how).await;
     let below = opened.map_err(|failure| {
         let message = failure.message.unwrap_or_default();
-        // Of a file that is not there the reference's text comes without the outer half.
-        let plain = format!("Could not open '{place}': ");
-        let message =
-            message.strip_prefix(&plain).filter(|rest| rest.starts_with(&plain)).unwrap_or(&message);
+        // The reference's text comes without the outer half.
+        let message = message.strip_prefix(&format!("Could not open '{place}': ")).unwrap_or(&message);
         Failure::new(format!("{message}\nCould not open backing image."))
     })?;
     let length = below.root.length().await.map_err(|error| Failure::new(error.to_string()))?;
     let driver = below.wires().plan().node(below.node()).node.driver();
+    let is_own = same_file::is_in(&below, name);
     below.close().await?;
+    if is_own {
+        return Err(own_backing());
+    }
     if request.backing_format.is_none() {
         let text = "Backing file specified without backing format";
         return Err(Failure::new(format!("{text}\nDetected format of {driver}.")));
@@ -511,8 +515,21 @@ async fn backing_and_size(
     Ok(size.unwrap_or(length))
 }
 
+/// What is below an image would be destroyed when the image is made.
+fn own_backing() -> Failure {
+    Failure::new("Error: Trying to create an image with the same filename as the backing file")
+}
+
+/// Whether the backing file at `place` leads to the file `name`, as far as anybody can say.
+async fn is_below(name: &str, place: &str, how: How<'_>) -> Result<bool, Failure> {
+    let Ok(below) = image(place, how).await else { return Ok(false) };
+    let found = same_file::is_in(&below, name);
+    below.close().await?;
+    Ok(found)
+}
+
 /// The format that the backing file is said to have, if there is none of that name.
 fn unknown_format(request: &Request) -> Option<&str> {
-    const KNOWN: [&str; 6] = ["qcow2", "raw", "file", "host_device", "null-co", "null-aio"];
+    const KNOWN: [&str; 7] = ["qcow2", "raw", "file", "host_device", "nbd", "null-co", "null-aio"];
     request.backing_format.as_deref().filter(|format| !KNOWN.contains(format))
 }

@@ -1,12 +1,13 @@
 //! `dd`: copies blocks of one image into a new one.
 
 use underlay_graph::{ByteRange, IoError, WriteFlags};
-use underlay_sys::{Iov, complain, say};
+use underlay_sys::{Iov, complain};
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, image};
-use crate::{Failure, Outcome, sizes};
+use crate::{Failure, Outcome, same_file, sizes};
 
 const KNOWN: Known = Known {
     short: "hf:O:U",
@@ -18,6 +19,13 @@ const KNOWN: Known = Known {
         ("image-opts", "image-opts", false),
         ("force-share", "U", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "dd",
+    usage: "Usage: qemu-img dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+    known: KNOWN,
 };
 
 /// Copied at a time, in bytes, whatever the blocks are: they only count.
@@ -50,12 +58,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "O" => target_format = value,
             "U" => force_share = true,
             "image-opts" => image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }
@@ -110,7 +113,7 @@ async fn copy(request: &Request) -> Outcome {
     let end = from.length().await?;
     let end = count.map_or(end, |count| end.min(count.saturating_mul(*block)));
     let start = skip.saturating_mul(*block);
-    if is_same_file(&from, output) {
+    if same_file::is_in(&from, output) {
         return Err(Failure::new(format!("{output}: input and output are the same file")));
     }
     if start > end {
@@ -129,15 +132,6 @@ async fn copy(request: &Request) -> Outcome {
     let copied = copy_range(&from, &to, range).await;
     let (from, to) = (from.close().await, to.close().await);
     copied.and(from).and(to)
-}
-
-/// Whether making the output would destroy the input.
-fn is_same_file(from: &Image, output: &str) -> bool {
-    let wires = from.wires();
-    let input = underlay_drivers::filename::of_file(&wires.view(from.node()));
-    let file = |name: &str| std::fs::canonicalize(underlay_drivers::names::plain_path(name)).ok();
-    let output = file(output);
-    output.is_some() && input.and_then(|input| file(&input)) == output
 }
 
 /// Everything is written, also what is zero.

@@ -8,6 +8,7 @@ use underlay_qmp::json::{Object, Value};
 use underlay_sys::{say, say_part};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, image};
 use crate::sizes::human;
 use crate::{Failure, Outcome};
@@ -25,6 +26,13 @@ const KNOWN: Known = Known {
     ],
 };
 
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "info",
+    usage: "Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME",
+    known: KNOWN,
+};
+
 pub async fn run(words: &[String]) -> Outcome {
     let (options, others) = crate::options("info", KNOWN, words)?;
     let (mut format, mut json, mut chain, mut force_share) = (None, false, false, false);
@@ -36,10 +44,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "b" => chain = true,
             "U" => force_share = true,
             "image-opts" => image_opts = true,
-            "h" => {
-                say!("Usage: qemu-img info [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME");
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

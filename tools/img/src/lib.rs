@@ -11,6 +11,7 @@ mod convert;
 mod create;
 mod dd;
 pub mod getopt;
+mod help;
 mod info;
 mod map;
 mod map_lines;
@@ -20,6 +21,7 @@ mod option_help;
 mod progress;
 mod rebase;
 mod resize;
+mod same_file;
 pub mod sizes;
 mod snapshot;
 mod snapshot_list;
@@ -28,6 +30,8 @@ pub use snapshot::Wanted as WantedSnapshot;
 pub use snapshot_list::lines as snapshot_lines;
 
 pub use info::format_lines as info_lines;
+
+use std::sync::OnceLock;
 
 use underlay_sys::thread::{IoThread, block_on};
 use underlay_sys::{complain, say, say_part};
@@ -133,7 +137,7 @@ fn on_one_thread(command: impl Future<Output = Outcome>) -> Outcome {
 
 /// Runs the program; the exit status.
 pub fn main(program: &str, words: &[String]) -> i32 {
-    let name = program.rsplit('/').next().unwrap_or(program);
+    NAME.get_or_init(|| program.rsplit('/').next().unwrap_or(program).to_owned());
     let words = if words.first().is_some_and(|word| word == "--") { &words[1..] } else { words };
     let outcome = match words.split_first() {
         None => Err(Failure::usage("Not enough arguments", "")),
@@ -142,18 +146,27 @@ pub fn main(program: &str, words: &[String]) -> i32 {
     match outcome {
         Ok(()) => 0,
         Err(failure) => {
-            let command = failure.help.unwrap_or_default();
-            let space = if command.is_empty() { "" } else { " " };
-            match failure.message {
-                Some(message) if failure.named => complain!("{name}{space}{command}: {message}"),
-                Some(message) => complain!("{name}: {message}"),
-                None => {}
-            }
-            if failure.help.is_some() {
-                complain!("Try '{name}{space}{command} --help' for more info");
-            }
+            tell(&failure);
             failure.status
         }
+    }
+}
+
+/// What the program is called in messages.
+static NAME: OnceLock<String> = OnceLock::new();
+
+/// Prints why a subcommand has ended early.
+fn tell(failure: &Failure) {
+    let name = NAME.get().map_or("qemu-img", String::as_str);
+    let command = failure.help.unwrap_or_default();
+    let space = if command.is_empty() { "" } else { " " };
+    match &failure.message {
+        Some(message) if failure.named => complain!("{name}{space}{command}: {message}"),
+        Some(message) => complain!("{name}: {message}"),
+        None => {}
+    }
+    if failure.help.is_some() {
+        complain!("Try '{name}{space}{command} --help' for more info");
     }
 }
 

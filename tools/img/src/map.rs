@@ -3,9 +3,9 @@
 use underlay_graph::ByteRange;
 use underlay_graph::status::Status;
 use underlay_graph::walk::Walk;
-use underlay_sys::say;
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::info::is_json;
 use crate::map_lines::{Lines, Printer};
 use crate::open::{How, Image, image};
@@ -25,6 +25,13 @@ const KNOWN: Known = Known {
     ],
 };
 
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "map",
+    usage: "Usage: qemu-img map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME",
+    known: KNOWN,
+};
+
 /// Asked about at a time, in bytes; answers are merged.
 const STRIDE: u64 = 1 << 30;
 
@@ -40,12 +47,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "s" => start = sizes::argument(&value, "start offset")?,
             "l" => most = sizes::argument(&value, "max length")?,
             "image-opts" => image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img map [-f FMT] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

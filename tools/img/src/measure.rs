@@ -8,6 +8,7 @@ use underlay_sys::say;
 
 use crate::create::{self, Refused};
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::info::is_json;
 use crate::open::{How, Image, image};
 use crate::snapshot::Wanted;
@@ -23,7 +24,18 @@ const KNOWN: Known = Known {
         ("size", "size", true),
         ("force-share", "U", false),
         ("snapshot", "l", true),
+        ("format", "f", true),
+        ("target-format", "O", true),
+        ("options", "o", true),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "measure",
+    usage: "Usage: qemu-img measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-l SNAPSHOT] [-U] FILENAME | \
+                     --size SIZE",
+    known: KNOWN,
 };
 
 /// Asked about at a time, in bytes.
@@ -61,13 +73,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "image-opts" => request.image_opts = true,
             "output" => request.json = is_json(&value, "measure")?,
             "size" => request.size = Some(sizes::argument(&value, "image size")?),
-            "h" => {
-                say!(
-                    "Usage: qemu-img measure [-f FMT] [-O FMT] [-o OPTIONS] [--output=human|json] [-l SNAPSHOT] [-U] FILENAME | \
-                     --size SIZE"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

@@ -127,8 +127,15 @@ fn let_go(plan: &mut underlay_graph::Plan, node: NodeId) {
 /// Runs a command, and closes the images that it leaves open because it has failed: an image keeps what it has to
 /// keep (its bitmaps, say) only when it is closed.
 pub async fn closing(command: impl Future<Output = Outcome>) -> Outcome {
-    let outcome = command.await;
+    let mut outcome = command.await;
     let left = std::mem::take(&mut *open_images());
+    if let Err(failure) = &mut outcome
+        && !left.is_empty()
+    {
+        // The cause is told first, and not again.
+        crate::tell(failure);
+        *failure = Failure::status(failure.status);
+    }
     for (graph, node) in left.into_iter().rev() {
         let closed = graph.change(|plan| {
             let own: Vec<_> =

@@ -101,6 +101,9 @@ pub fn stored_in_file(name: &str) -> Result<bool, Failure> {
     match name.split(':').next().filter(|_| names::has_protocol(name)) {
         None | Some("file") => Ok(true),
         Some("nbd" | "nbd+tcp" | "nbd+unix") => Ok(false),
+        Some(null @ ("null-co" | "null-aio")) => {
+            Err(Failure::new(format!("Protocol driver '{null}' does not support image creation")))
+        }
         Some(other) => Err(Failure::new(format!("Unknown protocol '{other}'"))),
     }
 }

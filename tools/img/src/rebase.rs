@@ -7,9 +7,10 @@ use std::sync::Arc;
 use underlay_drivers::names;
 use underlay_graph::status::status;
 use underlay_graph::{BackingRef, ByteRange, IoError, NodeId, Role, WriteFlags, ZeroFlags};
-use underlay_sys::{Iov, rt, say};
+use underlay_sys::{Iov, rt};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::{Failure, Outcome};
@@ -31,6 +32,13 @@ const KNOWN: Known = Known {
         ("backing-cache", "T", true),
         ("backing-unsafe", "u", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "rebase",
+    usage: "Usage: qemu-img rebase [-f FMT] [-t CACHE] [-q] [-U] [-p] [-b BACKING [-F FMT] [-T CACHE]] [-u] [-c] FILENAME",
+    known: KNOWN,
 };
 
 /// Compared at a time, in bytes.
@@ -70,12 +78,7 @@ pub async fn run(words: &[String]) -> Outcome {
             "t" => caches.0 = Some(value),
             "T" => caches.1 = Some(value),
             "image-opts" => request.image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img rebase [-f FMT] [-t CACHE] [-q] [-U] [-p] [-b BACKING [-F FMT] [-T CACHE]] [-u] [-c] FILENAME"
-                );
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             other => return Err(crate::unsupported(other)),
         }
     }

@@ -1,11 +1,12 @@
 //! `resize`: makes a disk larger, or smaller when that is asked for.
 
-use underlay_graph::{IoError, Preallocation};
+use underlay_graph::{Cx, IoError, Preallocation};
 use underlay_qcow2::Qcow2;
 use underlay_qcow2::resize::trim_file;
 use underlay_sys::{complain, say};
 
-use crate::getopt::Known;
+use crate::getopt::{self, Known};
+use crate::help::Help;
 use crate::open::{How, Image, image};
 use crate::{Failure, Outcome, sizes};
 
@@ -20,6 +21,13 @@ const KNOWN: Known = Known {
         ("preallocation", "preallocation", true),
         ("shrink", "shrink", false),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "resize",
+    usage: "Usage: qemu-img resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE",
+    known: KNOWN,
 };
 
 /// What the command line asks for.
@@ -59,17 +67,21 @@ fn failed(error: IoError) -> Failure {
     Failure::with_hint(error.to_string(), error.hint())
 }
 
+/// What was being done when a limit was met, where the error itself does not say.
+fn reserving(error: IoError, cx: &Cx<'_>, mode: Preallocation) -> IoError {
+    let says_nothing = error.to_string() == error.plain().to_string();
+    match mode {
+        _ if !says_nothing || !cx.node().as_any().is::<Qcow2>() => error,
+        Preallocation::Off => error,
+        Preallocation::Metadata => error.context("Allocating clusters failed"),
+        Preallocation::Falloc | Preallocation::Full => error.context("Failed to resize refcount structures"),
+    }
+}
+
 /// `None`: it was only asked how to ask.
 fn read(words: &[String]) -> Result<Option<Asked>, Failure> {
-    // The size comes last mostly, and may begin with a minus.
-    let is_size = |word: &&String| {
-        word.strip_prefix('-').is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
-    };
-    let (last, words) = match words.split_last().filter(|(last, _)| is_size(last)) {
-        Some((last, words)) => (Some(last), words),
-        None => (None, words),
-    };
-    let (options, mut others) = crate::options("resize", KNOWN, words)?;
+    let (negative, words) = take_negative(words);
+    let (options, mut others) = crate::options("resize", KNOWN, &words)?;
     let mut asked = Asked::default();
     for (name, value) in options {
         match name.as_str() {
@@ -78,16 +90,11 @@ fn read(words: &[String]) -> Result<Option<Asked>, Failure> {
             "shrink" => asked.shrink = true,
             "preallocation" => asked.mode = mode(&value)?,
             "image-opts" => asked.image_opts = true,
-            "h" => {
-                say!(
-                    "Usage: qemu-img resize [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE"
-                );
-                return Ok(None);
-            }
+            "h" => return HELP.print().map(|()| None),
             other => return Err(crate::unsupported(other)),
         }
     }
-    others.extend(last.cloned());
+    others.extend(negative);
     let (name, size) = match others.as_slice() {
         [name, size] => (name, size),
         [] | [_] => return Err(Failure::usage("Expecting image file name and size", "resize")),
@@ -97,6 +104,24 @@ fn read(words: &[String]) -> Result<Option<Asked>, Failure> {
     asked.sign = size.chars().next().filter(|first| matches!(first, '+' | '-'));
     asked.number = sizes::option(&size[asked.sign.map_or(0, char::len_utf8)..], "size")?;
     Ok(Some(asked))
+}
+
+/// Takes out a size that begins with a minus, and is no option: behind the file's name, or at the end.
+fn take_negative(words: &[String]) -> (Option<String>, Vec<String>) {
+    let is_size = |at: &usize| {
+        let digits = words[*at].strip_prefix('-').unwrap_or_default();
+        digits.starts_with(|first: char| first.is_ascii_digit())
+    };
+    let is_behind_name = |at: &usize| match getopt::parse(KNOWN, &words[..*at]) {
+        Ok((_, others)) => others.len() == 1 && words[..*at].last() == others.first(),
+        Err(_) => false,
+    };
+    let behind_name = (0..words.len()).filter(is_size).find(is_behind_name);
+    let Some(at) = behind_name.or(words.len().checked_sub(1).filter(is_size)) else {
+        return (None, words.to_vec());
+    };
+    let mut rest = words.to_vec();
+    (Some(rest.remove(at)), rest)
 }
 
 fn mode(name: &str) -> Result<Preallocation, Failure> {
@@ -147,7 +172,7 @@ async fn resize(opened: &Image, now: u64, total: u64, mode: Preallocation) -> Ou
         }
         _ => {}
     }
-    cx.node().resize(&cx, total, mode).await.map_err(failed)?;
+    cx.node().resize(&cx, total, mode).await.map_err(|error| failed(reserving(error, &cx, mode)))?;
     cx.flush().await.map_err(failed)?;
     if total < now && cx.node().as_any().is::<Qcow2>() {
         // What was freed has been written, and nobody else allocates anything.

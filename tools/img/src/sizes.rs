@@ -4,7 +4,7 @@ use underlay_drivers::options::not_a_size;
 
 use crate::Failure;
 
-pub use underlay_drivers::options::is_out_of_range;
+pub use underlay_drivers::options::{is_out_of_range, parse_size as parse};
 
 /// At most three significant digits with a binary unit: `2.97 MiB`, `196 KiB`, `0 B`.
 pub fn human(bytes: u64) -> String {
@@ -36,34 +36,6 @@ fn three_digits(value: f64) -> String {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
         false => text,
     }
-}
-
-/// A size with an optional suffix and fraction (`1.5G`); `None` when it is none or too large.
-pub fn parse(text: &str) -> Option<u64> {
-    let text = text.trim_start();
-    let text = text.strip_prefix('+').unwrap_or(text);
-    if !text.contains('.') {
-        return underlay_drivers::options::parse_size(text);
-    }
-    let last = text.chars().next_back()?;
-    let shift = 10 * "kmgtpe".find(last.to_ascii_lowercase()).map_or(0, |at| at + 1);
-    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
-    let (whole, fraction) = digits.split_once('.')?;
-    // More digits than these make no difference to a count of bytes.
-    let places = u32::try_from(fraction.len()).ok().filter(|places| *places <= 18)?;
-    let number = |digits: &str| match digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        true if digits.is_empty() => Some(0),
-        true => digits.parse::<u64>().ok().map(u128::from),
-        false => None,
-    };
-    let (whole, fraction) = (number(whole)?, number(fraction)?);
-    if shift == 0 && fraction > 0 {
-        return None;
-    }
-    let unit = 10_u128.pow(places);
-    // To the nearest byte.
-    let bytes = whole.checked_mul(1 << shift)?.checked_add(((fraction << shift) + unit / 2) / unit)?;
-    u64::try_from(bytes).ok()
 }
 
 /// A number of a command line, at most `i64::MAX`; `what` names it.
@@ -108,18 +80,9 @@ mod tests {
         ] {
             assert_eq!(human(bytes), text);
         }
-        assert_eq!(parse("1.5k"), Some(1536));
-        assert_eq!(parse("64M"), Some(64 << 20));
-        for text in ["1.x", "1.5", "1.5b", "1k ", "3kB", "0x1k", "", "-1"] {
-            assert_eq!(parse(text), None, "{text}");
-        }
-        for (text, bytes) in
-            [("1.0", 1), (".5k", 512), ("1.k", 1024), ("+5", 5), (" 1k", 1024), ("0.5E", 1 << 59)]
-        {
-            assert_eq!(parse(text), Some(bytes), "{text}");
-        }
         let said = |text| argument(text, "number").expect_err("refused").message.unwrap_or_default();
         assert_eq!(said("x"), "Invalid number specified: 'x'.");
+        assert_eq!(said("-1k"), "Invalid number specified: '-1k'.");
         for text in ["-1", "9E", "99999999999999999999"] {
             assert_eq!(said(text), "Invalid number specified. Must be between 0 and 9223372036854775807.");
         }

@@ -7,9 +7,10 @@ use underlay_graph::{Cx, IoError};
 use underlay_qcow2::Qcow2;
 use underlay_qcow2::snapshot_changes::NewSnapshot;
 use underlay_qmp::json::Value;
-use underlay_sys::{complain, say, say_part};
+use underlay_sys::{complain, say};
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, image};
 use crate::{Failure, Outcome, snapshot_list};
 
@@ -29,9 +30,13 @@ const KNOWN: Known = Known {
     ],
 };
 
-const USAGE: &str = "\
-Usage: qemu-img snapshot [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] [-f FMT | --image-opts] [-q] [-U] FILENAME
-";
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "snapshot",
+    usage: "\
+Usage: qemu-img snapshot [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] [-f FMT | --image-opts] [-q] [-U] FILENAME",
+    known: KNOWN,
+};
 
 /// What to do.
 #[derive(Debug)]
@@ -47,10 +52,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let (mut action, mut image_opts, mut force_share, mut format) = (None, false, false, None);
     for (name, value) in options {
         let wanted = match name.as_str() {
-            "h" => {
-                say_part!("{USAGE}");
-                return Ok(());
-            }
+            "h" => return HELP.print(),
             "f" => {
                 format = Some(value);
                 continue;

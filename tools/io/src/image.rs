@@ -3,7 +3,7 @@
 use underlay_disk::{Disk, Modes, Request, Source, parse_options};
 use underlay_graph::status::status;
 use underlay_graph::{ByteRange, IoError, Kind, Preallocation};
-use underlay_qmp::json::Object;
+use underlay_qmp::json::{Object, Value};
 
 use crate::number;
 use crate::report;
@@ -41,10 +41,8 @@ impl Session {
             Source::Options(_) => "can't open".to_owned(),
         };
         let disk = Disk::open(request).await.map_err(|error| format!("{what}: {error}"))?;
-        if disk.is_guessed_raw()
-            && let Source::Name(name) = &disk.request().source
-        {
-            self.out.complain(underlay_disk::guessed_raw(name));
+        if disk.is_guessed_raw() {
+            self.out.complain(underlay_disk::guessed_raw(&disk.name()));
         }
         self.disk = Some(disk);
         Ok(())
@@ -96,19 +94,19 @@ const CHANGEABLE: [&str; 6] =
 const OF_RAW: [&str; 2] = ["offset", "size"];
 
 /// And of qcow2 images.
-const OF_QCOW2: [&str; 7] = [
+const OF_QCOW2: [&str; 11] = [
     "cache-clean-interval",
     "cache-size",
     "discard-no-unref",
     "l2-cache-entry-size",
     "l2-cache-size",
+    "lazy-refcounts",
+    "overlap-check",
+    "pass-discard-other",
     "pass-discard-request",
+    "pass-discard-snapshot",
     "refcount-cache-size",
 ];
-
-/// What the reference can change and we cannot yet.
-const LATER: [&str; 5] =
-    ["backing", "lazy-refcounts", "overlap-check", "pass-discard-other", "pass-discard-snapshot"];
 
 /// reopen
 pub async fn reopen(session: &mut Session, name: &str, words: &[String]) -> Done {
@@ -200,7 +198,8 @@ impl Change {
             let name = disk.node_name();
             return Err(Fault::Disk(format!("Can't set node '{name}' to r/o with copy-on-read enabled")));
         }
-        self.options.into_iter().for_each(|(name, value)| request.options.insert(&name, value));
+        let changes = self.options.into_iter().filter(|(name, _)| name != "driver");
+        changes.for_each(|(name, value)| request.options.insert(&name, value));
         Ok(request)
     }
 
@@ -211,13 +210,22 @@ impl Change {
             "raw" => &OF_RAW,
             _ => &[],
         };
-        let is_known = |name: &str| CHANGEABLE.contains(&name) || own.contains(&name);
-        let Some((name, _)) = self.options.iter().find(|(name, _)| !is_known(name)) else { return Ok(()) };
-        Err(Fault::Disk(match LATER.iter().find(|later| name.split('.').next() == Some(**later)) {
-            Some(later) => not_yet(&format!("reopening with option '{later}'")),
-            None => format!("Cannot change the option '{}'", name.rsplit("file.").next().unwrap_or(name)),
+        let is_known = |(name, value): &(&str, &Value)| {
+            let is_own = own.iter().any(|own| name.strip_prefix(own).is_some_and(is_all_or_member));
+            // What stays as it is may be named.
+            CHANGEABLE.contains(name) || is_own || *name == "driver" && value.as_str() == Some(disk.driver())
+        };
+        let Some((name, _)) = self.options.iter().find(|option| !is_known(option)) else { return Ok(()) };
+        Err(Fault::Disk(match name {
+            "backing" => not_yet("reopening with option 'backing'"),
+            _ => format!("Cannot change the option '{}'", name.rsplit("file.").next().unwrap_or(name)),
         }))
     }
+}
+
+/// Whether an option's name ends here, or goes on with a member's.
+fn is_all_or_member(rest: &str) -> bool {
+    rest.is_empty() || rest.starts_with('.')
 }
 
 /// Takes options back that were given before.

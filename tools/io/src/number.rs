@@ -1,70 +1,20 @@
 //! Numbers as the commands take them: bytes with a suffix and a fraction, plain integers, pattern bytes.
 
+use underlay_img::sizes;
+
 /// Longest request, in bytes: the largest number of whole sectors below 2 GiB. Source: the reference's messages.
 pub const LONGEST: u64 = (1 << 31) - 512;
 
-const UNITS: [(char, u32); 7] = [('b', 0), ('k', 10), ('m', 20), ('g', 30), ('t', 40), ('p', 50), ('e', 60)];
-
-enum Bad {
-    NotANumber,
-    TooLarge,
-}
-
-/// A number of bytes: decimal with an optional fraction and suffix (`1.5k`), or hexadecimal without.
+/// A number of bytes: decimal with an optional fraction and suffix (`1.5k`), or hexadecimal without. Offsets are signed
+/// in the reference.
 pub fn bytes(text: &str) -> Result<u64, String> {
-    read(text).map_err(|bad| match bad {
-        Bad::NotANumber => {
-            format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}")
+    match sizes::parse(text) {
+        Some(number) if i64::try_from(number).is_ok() => Ok(number),
+        None if !sizes::is_out_of_range(text) => {
+            Err(format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"))
         }
-        Bad::TooLarge => format!("Parsing error: argument too large -- {text}"),
-    })
-}
-
-fn read(text: &str) -> Result<u64, Bad> {
-    let (negative, digits) = match text.strip_prefix('-') {
-        Some(digits) => (true, digits),
-        None => (false, text.strip_prefix('+').unwrap_or(text)),
-    };
-    let number = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-        Some(hex) if !hex.is_empty() && hex.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
-            u64::from_str_radix(hex, 16).map_err(|_| Bad::TooLarge)?
-        }
-        Some(_) => return Err(Bad::NotANumber),
-        None => decimal(digits)?,
-    };
-    // Offsets are signed in the reference.
-    if negative || number > i64::MAX as u64 { Err(Bad::TooLarge) } else { Ok(number) }
-}
-
-fn decimal(text: &str) -> Result<u64, Bad> {
-    let suffix = text.chars().next_back().filter(|letter| letter.is_ascii_alphabetic());
-    let shift = match suffix {
-        None => 0,
-        Some(letter) => {
-            let unit = UNITS.iter().find(|(unit, _)| *unit == letter.to_ascii_lowercase());
-            unit.ok_or(Bad::NotANumber)?.1
-        }
-    };
-    let digits = &text[..text.len() - suffix.map_or(0, char::len_utf8)];
-    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-    let are_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    if !are_digits(whole) || !are_digits(fraction) || (whole.is_empty() && fraction.is_empty()) {
-        return Err(Bad::NotANumber);
+        _ => Err(format!("Parsing error: argument too large -- {text}")),
     }
-    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| Bad::TooLarge)? };
-    let whole = whole.checked_mul(1 << shift).ok_or(Bad::TooLarge)?;
-    // Of a fraction, what can make a difference.
-    let fraction = &fraction[..fraction.len().min(18)];
-    let part: u128 = if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| Bad::NotANumber)? };
-    if part == 0 {
-        return Ok(whole);
-    }
-    if shift == 0 {
-        return Err(Bad::NotANumber);
-    }
-    let tens = 10_u128.pow(u32::try_from(fraction.len()).unwrap_or(18));
-    let part = ((part << shift) + tens / 2) / tens;
-    u64::try_from(part).ok().and_then(|part| whole.checked_add(part)).ok_or(Bad::TooLarge)
 }
 
 /// The length of one request.
@@ -119,7 +69,9 @@ mod tests {
         ] {
             assert_eq!(bytes(text), Ok(value), "{text}");
         }
-        for text in ["1x", "0x1k", "1e3", "0.5", "1kb", "k", "0x", "1.e1", "0x1.8", "nan", "", "-x", "."] {
+        for text in
+            ["1x", "0x1k", "1e3", "0.5", "1kb", "k", "0x", "1.e1", "0x1.8", "nan", "", "-x", "-1k", "."]
+        {
             let said = bytes(text).expect_err(text);
             assert!(said.starts_with("Parsing error: non-numeric argument"), "{text}: {said}");
         }

@@ -2,6 +2,7 @@
 
 use underlay_qmp::json::{Object, Value};
 
+use super::size::{not_a_size, parse_size};
 use super::{Child, Given, NodeSpec};
 use crate::error::OpenError;
 
@@ -101,47 +102,6 @@ impl Fields {
         }
     }
 }
-/// A number of bytes with an optional suffix (`64k`, `1M`, `0x200`).
-pub fn parse_size(text: &str) -> Option<u64> {
-    let (digits, shift) = match text.char_indices().next_back()? {
-        (at, 'b' | 'B') => (&text[..at], 0),
-        (at, 'k' | 'K') => (&text[..at], 10),
-        (at, 'm' | 'M') => (&text[..at], 20),
-        (at, 'g' | 'G') => (&text[..at], 30),
-        (at, 't' | 'T') => (&text[..at], 40),
-        (at, 'p' | 'P') => (&text[..at], 50),
-        (at, 'e' | 'E') if !text.starts_with("0x") => (&text[..at], 60),
-        _ => (text, 0),
-    };
-    let number = match digits.strip_prefix("0x") {
-        Some(_) if shift != 0 => return None,
-        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
-        None if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok()?,
-        None => return None,
-    };
-    number.checked_mul(1_u64 << shift)
-}
-
-/// What is wrong with the value of an option that is a size.
-pub fn not_a_size(text: &str, name: &str) -> String {
-    match is_out_of_range(text) {
-        true => format!("Value '{text}' is out of range for parameter '{name}'"),
-        false => format!(
-            "Parameter '{name}' expects a non-negative number below 2^64\n\
-             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-             and exabytes, respectively."
-        ),
-    }
-}
-
-/// Whether this looks like a size but is none: negative, or too many digits.
-pub fn is_out_of_range(text: &str) -> bool {
-    let text = text.trim_start();
-    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
-    let digits =
-        digits.strip_suffix(|last: char| "bkmgtpe".contains(last.to_ascii_lowercase())).unwrap_or(digits);
-    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
-}
 
 /// Turns `{"file.driver": "x", "file.filename": "y"}` into `{"file": {"driver": "x", "filename": "y"}}`.
 pub fn nest(object: Object) -> Object {
@@ -174,26 +134,4 @@ pub fn nest(object: Object) -> Object {
         done.insert(&name, value);
     }
     done
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes() {
-        for (text, size) in [
-            ("0", Some(0)),
-            ("64k", Some(65536)),
-            ("1G", Some(1 << 30)),
-            ("0x200", Some(512)),
-            ("", None),
-            ("k", None),
-            ("-1", None),
-            ("99999999999G", None),
-            ("1x", None),
-        ] {
-            assert_eq!(parse_size(text), size, "{text}");
-        }
-    }
 }

@@ -5,6 +5,7 @@
 
 mod drivers;
 mod fields;
+mod size;
 
 use underlay_graph::NodeOptions;
 use underlay_graph::plan::DetectZeroes;
@@ -14,7 +15,8 @@ use underlay_qmp::json::{Object, Value};
 pub(crate) use self::drivers::probed;
 use self::drivers::{driver_spec, null_by_name};
 use self::fields::Fields;
-pub use self::fields::{is_out_of_range, nest, not_a_size, parse_size};
+pub use self::fields::nest;
+pub use self::size::{is_out_of_range, not_a_size, parse_size};
 use crate::error::OpenError;
 use crate::filter::copy_before_write::CbwOptions;
 use crate::format::raw::RawOptions;
@@ -169,8 +171,8 @@ pub enum Backing {
 /// Deepest nesting of inline children.
 const MAX_NESTING: u32 = 64;
 
-/// The options in a file name, behind `json:`.
-fn json_options(json: &str) -> Result<Object, OpenError> {
+/// The options in a file name, behind `json:`, as they are written there: nested, dotted or both.
+pub fn json_options(json: &str) -> Result<Object, OpenError> {
     let value = underlay_qmp::json::parse(json.as_bytes())
         .map_err(|error| OpenError::text(format!("Could not parse the JSON options: {error}")))?;
     let Value::Object(object) = value else {
@@ -270,8 +272,10 @@ impl NodeSpec {
             None => DriverSpec::Probe { file, rest: Object::new() },
             Some("raw") => DriverSpec::Raw { file, options: RawOptions::default() },
             Some("qcow2") => DriverSpec::Qcow2 { file, backing: Backing::FromImage, options: Box::default() },
-            Some("file" | "host_device") if !is_export => return Ok(Self::file(name)),
-            Some(other) => return Err(OpenError::UnknownDriver(other.to_owned())),
+            Some("file") if !is_export => return Ok(Self::file(name)),
+            // Opening it tells.
+            Some("host_device") if !std::path::Path::new(name).exists() => return Ok(Self::file(name)),
+            Some(other) => return Err(not_of_driver(name, other)),
         };
         Ok(Self::with_driver(driver))
     }
@@ -380,6 +384,20 @@ pub struct Inherited {
     pub cache_no_flush: bool,
     /// See [`NodeOptions`].
     pub force_share: bool,
+}
+
+/// Why a name cannot be opened with a driver that is no format.
+fn not_of_driver(name: &str, driver: &str) -> OpenError {
+    match driver {
+        "null-co" | "null-aio" => {
+            OpenError::text(format!("The only allowed filename for this driver is '{driver}://'"))
+        }
+        "nbd" => OpenError::text("File name string for NBD must start with 'nbd:'".to_owned()),
+        "host_device" => OpenError::text(format!(
+            "'host_device' driver requires '{name}' to be either a character or block device"
+        )),
+        other => OpenError::UnknownDriver(other.to_owned()),
+    }
 }
 
 fn is_device(path: &str) -> bool {

@@ -10,13 +10,13 @@ use underlay_graph::{IoError, NodeId, Role};
 use underlay_jobs::pace::Pace;
 
 use self::copy::Copy;
-use underlay_sys::say;
 
 use crate::getopt::Known;
+use crate::help::Help;
 use crate::open::{How, Image, check_cache, image};
 use crate::progress::Progress;
 use crate::snapshot::Wanted;
-use crate::{Failure, Outcome, bitmap, create, option_help, sizes};
+use crate::{Failure, Outcome, bitmap, create, option_help, same_file, sizes};
 
 const KNOWN: Known = Known {
     short: "hf:O:B:F:CcpS:o:m:WnqUt:T:l:r:",
@@ -49,6 +49,13 @@ const KNOWN: Known = Known {
         ("oob-writes", "W", false),
         ("object", "object", true),
     ],
+};
+
+/// See [`Help`].
+pub const HELP: Help = Help {
+    command: "convert",
+    usage: "Usage: qemu-img convert [options] FILENAME [FILENAME2 [...]] OUTPUT_FILENAME",
+    known: KNOWN,
 };
 
 /// Most copies under way at once.
@@ -93,8 +100,7 @@ pub async fn run(words: &[String]) -> Outcome {
     let mut request = Request { workers: 8, ..Request::default() };
     for (name, value) in options {
         if name == "h" {
-            say!("Usage: qemu-img convert [options] FILENAME [FILENAME2 [...]] OUTPUT_FILENAME");
-            return Ok(());
+            return HELP.print();
         }
         request.set(&name, value)?;
     }
@@ -237,7 +243,8 @@ fn sparse_size(value: &str) -> Result<u64, Failure> {
 }
 
 fn workers(value: &str) -> Result<usize, Failure> {
-    let text = || match sizes::is_out_of_range(value) {
+    let is_number = sizes::parse(value).is_some() || sizes::is_out_of_range(value);
+    let text = || match is_number {
         true => format!("Invalid number of coroutines specified. Must be between 1 and {MOST_WORKERS}."),
         false => format!("Invalid number of coroutines specified: '{value}'."),
     };
@@ -337,6 +344,10 @@ async fn convert(sources: &[String], target: &str, request: &Request, progress: 
         bitmap::check_source(&source.image, request.skip_broken_bitmaps)?;
     }
     if !request.no_create {
+        // Without -U a lock is met.
+        if request.force_share && inputs.iter().any(|input| same_file::is_in(&input.image, target)) {
+            return Err(Failure::new(format!("{target}: input and output are the same file")));
+        }
         make(target, total, request).await?;
     }
     let output = open_target(target, request).await?;

@@ -178,6 +178,127 @@ fn what_cannot_be_made_leaves_what_is_there() {
     }
 }
 
+/// The help of each command names all options that the reference's names, but for those that we do not have.
+#[test]
+fn help_of_commands() {
+    if !script::has(&["qemu-img"]) {
+        return;
+    }
+    // Some are misspelt there, or not taken.
+    const NOT_OURS: [&str; 2] = ["--object", "--progres"];
+    let letter = |word: &str| word.len() == 2 && word.starts_with('-') && word != "-h,";
+    for command in
+        "amend bitmap check commit compare convert create dd info map measure rebase resize snapshot"
+            .split(' ')
+    {
+        let theirs = Command::new("qemu-img").args([command, "--help"]).output().expect("qemu-img");
+        let theirs = String::from_utf8_lossy(&theirs.stdout).into_owned();
+        let (status, our, _) = ours(Path::new("."), &format!("{command} --help"));
+        assert_eq!(status, Some(0));
+        let all = theirs.lines().filter(|line| line.trim_start().starts_with('-'));
+        for word in
+            all.flat_map(|line| line.split([' ', ','])).filter(|word| word.starts_with("--") || letter(word))
+        {
+            let is_not_ours = NOT_OURS.contains(&word) || (command, word) == ("measure", "-s");
+            let is_told = our.split([' ', ',', '\n']).any(|told| told == word);
+            assert!(is_told || is_not_ours, "{command} {word}:\n{our}");
+        }
+    }
+}
+
+/// Nothing is left of a new image that cannot be made; of a raw one an empty file, and what was copied before an error
+/// stays, as with the reference. What was there is empty, and not half an image.
+#[test]
+fn nothing_half_made_is_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let left = || std::fs::metadata(folder.path().join("x")).map(|found| found.len()).ok();
+    std::fs::write(folder.path().join("src"), [1; 200_000]).expect("a file");
+    // In units of 512 bytes.
+    for (blocks, line, there, rest) in [
+        (300, "create -q -f qcow2 -o preallocation=full x 4G", false, None),
+        (300, "create -q -f qcow2 -o preallocation=full,nocow=on x 4G", false, None),
+        (10, "create -q -f qcow2 x 4G", false, None),
+        (10, "create -q -f qcow2 x 4G", true, Some(0)),
+        (300, "create -q -f raw x 4G", false, Some(0)),
+        (10, "convert -f raw -O qcow2 src x", false, None),
+        (400, "convert -f raw -O qcow2 -o preallocation=full src x", false, None),
+        (400, "convert -f raw -O qcow2 src x", false, Some(196_616)),
+        (10, "dd -f raw -O qcow2 if=src of=x", false, None),
+    ] {
+        match there {
+            true => std::fs::write(folder.path().join("x"), "there").expect("a file"),
+            false => drop(std::fs::remove_file(folder.path().join("x"))),
+        }
+        let (status, text) = shell(folder.path(), &format!("ulimit -f {blocks}; qemu-img {line}"));
+        assert!(status == Some(1) && text.contains("too large"), "{line}: {text}");
+        assert_eq!(left(), rest, "{line}");
+        if line.contains("create -q -f qcow2") {
+            assert!(text.ends_with("for file format 'qcow2' (try using a larger cluster size)\n"), "{text}");
+        }
+    }
+    // The file goes, not a link that led nowhere before.
+    std::os::unix::fs::symlink("y", folder.path().join("link")).expect("a link");
+    assert_eq!(shell(folder.path(), "ulimit -f 10; qemu-img create -q -f qcow2 link 4G").0, Some(1));
+    assert!(folder.path().join("link").is_symlink() && !folder.path().join("y").exists());
+}
+
+/// Where an image cannot be written to, it cannot be closed as it should be either: that comes second.
+#[test]
+fn the_cause_comes_first() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |line: &str| shell(folder.path(), line);
+    let made = "qemu-img create -q -f qcow2 a 4M && qemu-img create -q -f raw r 4M && yes | head -c 4M > r && \
+                qemu-img create -q -f qcow2 -b r -F raw b && qemu-img bitmap --add b x";
+    assert_eq!(run(made), (Some(0), String::new()));
+    let (status, text) = run("ulimit -f $(($(stat -c %s b) / 512 + 1)); qemu-img rebase -b a -F qcow2 b");
+    let mut lines = text.lines();
+    assert_eq!(
+        (status, lines.next()),
+        (Some(1), Some("qemu-img: Error while writing to COW image: File too large"))
+    );
+    assert!(lines.next().is_some_and(|line| line.contains("Lost persistent bitmaps")), "{text}");
+    assert_eq!(lines.next(), None, "{text}");
+}
+
+/// An image is not made in the place of one that its backing file leads to, whatever it is called, and not in the place
+/// of one that is read. (The reference empties it.)
+#[test]
+fn what_is_below_is_not_destroyed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |line: &str| shell(folder.path(), line);
+    let made = "qemu-img create -q -f qcow2 base 1M && qemu-img create -q -f qcow2 -b base -F qcow2 mid && \
+                qemu-img create -q raw 64k && ln base hard && ln -s base soft && ln mid m && mkdir d && ln -s ../base d/up";
+    assert_eq!(run(made), (Some(0), String::new()));
+    let before = ["base", "mid"].map(|name| std::fs::read(folder.path().join(name)).expect("an image"));
+    for line in [
+        "create -f qcow2 -b base -F qcow2 base",
+        "create -f qcow2 -b mid -F qcow2 base",
+        "create -f qcow2 -b mid -F qcow2 hard",
+        "create -f qcow2 -b mid -F qcow2 soft",
+        "create -f qcow2 -b base -F qcow2 hard",
+        "create -f qcow2 -b ../mid -F qcow2 d/up",
+        "create -f qcow2 -b mid -F qcow2 file:base 4M",
+        "create -f qcow2 -u -b base -F qcow2 soft 1M",
+        "create -f qcow2 -u -b file:hard -F qcow2 base 1M",
+        "convert -f raw -O qcow2 -B base -F qcow2 raw hard",
+        "convert -f raw -O qcow2 -B mid -F qcow2 raw base",
+        "convert -f raw -O qcow2 -B mid -F qcow2 raw m",
+        "convert -U -O raw mid base",
+        "dd -U -O raw if=mid of=hard",
+    ] {
+        let (status, text) = run(&format!("qemu-img {line}"));
+        let why = if line.contains(" -U ") { "same file\n" } else { "same filename as the backing file\n" };
+        assert!(status == Some(1) && text.ends_with(why), "{line}: {text}");
+        let after = ["base", "mid"].map(|name| std::fs::read(folder.path().join(name)).expect("an image"));
+        assert!(after == before, "{line}");
+    }
+    // What only looks alike is no obstacle.
+    assert_eq!(
+        run("qemu-img create -q -f qcow2 -b ../mid -F qcow2 d/base && qemu-img check -q d/base").0,
+        Some(0)
+    );
+}
+
 #[test]
 fn devices() {
     if loops::can_be_made() {
