@@ -549,15 +549,15 @@ async fn power(seed: u64) {
 
 #[test]
 fn a_crowd_leaves_nothing_behind() {
-    run_seeds(500, crowd);
+    run_seeds(350, crowd);
 }
 
 #[test]
 fn a_crowd_on_failing_disks_leaves_nothing_behind() {
-    run_seeds(500, faults);
+    run_seeds(350, faults);
 }
 
 #[test]
 fn a_crowd_loses_nothing_with_the_power() {
-    run_seeds(500, power);
+    run_seeds(350, power);
 }
