@@ -29,7 +29,8 @@ impl Plan {
             self.flush_before(disk);
             self.set_read_only(disk, true);
         }
-        // Nobody uses the disk yet: the overlay would go as soon as it came. The monitor keeps it, as it keeps the disk.
+        // Nobody uses the disk yet: the overlay would go as soon as it came. The monitor keeps it, as it keeps the
+        // disk.
         if unused {
             self.node_mut(overlay).monitor_owned = true;
         }

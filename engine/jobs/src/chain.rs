@@ -38,8 +38,8 @@ pub(crate) fn check_free(plan: &Plan, nodes: &[NodeId]) -> Result<(), GraphError
     Ok(())
 }
 
-/// Refuses when a job works on a node from `top` down: on an image, or on a filter among them, which its job will want to
-/// take out again. `last` is the end of it, or with `None` the lowest.
+/// Refuses when a job works on a node from `top` down: on an image, or on a filter among them, which its job will want
+/// to take out again. `last` is the end of it, or with `None` the lowest.
 pub(crate) fn check_free_down_to(plan: &Plan, top: NodeId, last: Option<NodeId>) -> Result<(), GraphError> {
     let mut nodes = Vec::new();
     for id in plan.chain_with_filters(top) {

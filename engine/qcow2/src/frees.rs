@@ -55,7 +55,7 @@ pub struct Frees {
 /// Who holds it holds a lease. Nothing is ever sent: what matters is that the sender is there.
 pub(crate) type Epoch = Arc<watch::Sender<()>>;
 
-/// How long an image that nobody writes to any more waits for those who read what it has dropped.
+/// How long an image that nobody writes to any more waits, up to three times, for those who read what it has dropped.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Frees {
@@ -137,8 +137,8 @@ impl Qcow2 {
         self.frees().quarantine.push_back((old.subscribe(), frees));
     }
 
-    /// Waits until nobody can use any more what is in quarantine, but not for ever: who reads may wait for a server that
-    /// does not answer. What is left then leaks, unless the image is written to again.
+    /// Waits until nobody can use any more what is in quarantine, but not for ever: who reads may wait for a server
+    /// that does not answer. What is left then leaks, unless the image is written to again.
     pub(crate) async fn until_reclaimable(&self) {
         let mut epochs: Vec<_> = self.frees().quarantine.iter().map(|(epoch, _)| epoch.clone()).collect();
         epochs.retain(|epoch| epoch.has_changed().is_ok());

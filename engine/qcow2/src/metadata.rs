@@ -213,8 +213,8 @@ impl Qcow2 {
         cluster < self.refcounts.end() && self.metadata().owner(cluster, cluster + 1).is_none()
     }
 
-    /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated: the
-    /// file may end before that, if it was cut, but the clusters have to be counted.
+    /// Refuses a write to guest data at `host` that would hit metadata, or lies outside of everything ever allocated:
+    /// the file may end before that, if it was cut, but the clusters have to be counted.
     pub(crate) async fn check_data_place(&self, cx: &Cx<'_>, host: u64, len: u64) -> Result<()> {
         let bits = self.layout.cluster_bits;
         let (first, end) = (host >> bits, ((host.saturating_add(len.max(1)) - 1) >> bits) + 1);

@@ -1,6 +1,6 @@
 //! Several clients at once, on one graph that guests write to: they start jobs of all kinds, take snapshots, come as
-//! users and go, put filters in, make bitmaps persistent, and do to all jobs what clients do, in any order. Most of it is
-//! refused. The guests always read what they wrote; when all jobs have ended nothing of them is left in the graph, and
+//! users and go, put filters in, make bitmaps persistent, and do to all jobs what clients do, in any order. Most of it
+//! is refused. The guests always read what they wrote; when all jobs have ended nothing of them is left in the graph, and
 //! when the graph has ended no image has a wrong refcount, nor a cluster that leaks.
 
 use std::fmt::Debug;
