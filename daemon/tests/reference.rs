@@ -70,6 +70,12 @@ fn relied_on() {
 }
 
 #[test]
+fn names_in_full() {
+    // The reference writes a name that does not lead from the overlay to the disk, and cannot open the overlay.
+    ours_alone(include_str!("qmp/names_in_full.qmp"));
+}
+
+#[test]
 fn past_filters() {
     compare_replies("past_filters");
 }

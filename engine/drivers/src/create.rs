@@ -9,7 +9,7 @@ use underlay_sys::Iov;
 use underlay_sys::file::{File, OpenOptions};
 
 use crate::error::OpenError;
-use crate::names::plain_path;
+use crate::names::{has_protocol, plain_path};
 use crate::options::{DriverSpec, FileSpec, NodeSpec};
 use crate::protocol::file::{Aio, FileNode, Locking};
 use crate::protocol::nbd::{self, NbdNode};
@@ -90,6 +90,10 @@ async fn exclusive_file(name: &str) -> Result<(Arc<View>, bool), OpenError> {
         let opened = NbdNode::open(&nbd::spec::NbdSpec::parse(name)?, false, false).await;
         let node = opened.map_err(|error| only_existing("nbd", &error))?;
         return Ok((View::detached(Arc::new(node), []), false));
+    }
+    let scheme = name.split(':').next().filter(|_| has_protocol(name));
+    if let Some(unknown) = scheme.filter(|scheme| !matches!(*scheme, "file" | "null-co" | "null-aio")) {
+        return Err(OpenError::text(format!("Unknown protocol '{unknown}'")));
     }
     let DriverSpec::File(spec) = NodeSpec::file(name).driver else {
         return Err(OpenError::text(format!("'{name}' is not a file")));

@@ -101,11 +101,22 @@ fn backing_is_overridden(view: &View) -> bool {
     match (named, view.child(Role::Backing)) {
         (None, None) => false,
         (Some(named), Some(backing)) => {
-            let own = of_file(view).unwrap_or_default();
-            named.file != of(backing) && names::resolve_backing(&own, &named.file) != of(backing)
+            let (own, is) = (of_file(view).unwrap_or_default(), of(backing));
+            let from_here = names::resolve_backing(&own, &named.file);
+            // The image may say in full what was opened by a shorter name: a snapshot writes it so.
+            let mean = |name| exact(backing).is_some_and(|is| is_same_file(name, &is));
+            named.file != is && from_here != is && !mean(&named.file) && !mean(&from_here)
         }
         _ => true,
     }
+}
+
+/// Whether two names, which count from our own folder, lead to one file, also one that is not there any more.
+fn is_same_file(one: &str, other: &str) -> bool {
+    let whole = |name: &str| std::path::absolute(name).ok();
+    let real = |name: &str| std::fs::canonicalize(name).ok();
+    let (one_real, other_real) = (real(one), real(other));
+    whole(one).is_some_and(|one| Some(one) == whole(other)) || one_real.is_some() && one_real == other_real
 }
 
 /// The options that matter for the content of a node, children inline.

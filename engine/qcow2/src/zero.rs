@@ -9,6 +9,7 @@
 //! there. Discards leave parts of clusters alone.
 
 use underlay_graph::range_lock::Mode;
+use underlay_graph::status::status;
 use underlay_graph::{ByteRange, Cx, IoError, Place, Result, ZeroFlags};
 use underlay_sys::Iov;
 
@@ -127,12 +128,22 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Whether what `around` has outside of `here` is in no cluster and reads as zero. (Own data could be written
-    /// to at this very moment.)
+    /// Whether what `around` has outside of `here` is in no cluster and reads as zero, perhaps from below. (Own data
+    /// could be written to at this very moment.)
     async fn no_data(&self, cx: &Cx<'_>, around: ByteRange, here: ByteRange) -> Result<bool> {
         let head = ByteRange::between(around.start(), here.start());
         let tail = ByteRange::between(here.end(), around.end());
-        Ok(self.reads_zero(cx, head).await? && self.reads_zero(cx, tail).await?)
+        for part in [head, tail] {
+            let mut rest = part.before(self.size());
+            while !rest.is_empty() {
+                let found = status(cx, rest, None).await?;
+                if !found.zero || found.depth == 0 && found.data {
+                    return Ok(false);
+                }
+                rest = rest.split(found.len).1;
+            }
+        }
+        Ok(true)
     }
 
     /// Tells that nobody needs the range.
