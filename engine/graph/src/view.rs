@@ -1,9 +1,10 @@
 //! The wiring as requests see it: immutable, shared, walked from the top down with a [`Cx`].
 
-use std::sync::{Arc, OnceLock};
+use std::future::Future;
+use std::sync::{Arc, OnceLock, Weak};
 
 use smallvec::SmallVec;
-use underlay_sys::Iov;
+use underlay_sys::{Iov, rt};
 
 use crate::align::{self, Blocks};
 use crate::chain::Chain;
@@ -79,6 +80,7 @@ pub struct View {
     pub(crate) passed_by: SmallVec<[Arc<Blocks>; 1]>,
     /// Made when it is first of use.
     chain: OnceLock<Option<Chain>>,
+    me: Weak<View>,
 }
 
 impl View {
@@ -128,10 +130,14 @@ impl View {
         let limits = Limits::default();
         let chain = OnceLock::new();
         let passed_by = SmallVec::new();
-        let mut view = Self { id, name, node, children, trackers, options, limits, blocks, passed_by, chain };
-        view.limits = view.node.limits(&Cx { view: &view });
-        view.passed_by = view.backing_of_format().map_or_else(SmallVec::new, |below| below.to_pass_by());
-        Arc::new(view)
+        Arc::new_cyclic(|me| {
+            let me = me.clone();
+            let mut view =
+                Self { id, name, node, children, trackers, options, limits, blocks, passed_by, chain, me };
+            view.limits = view.node.limits(&Cx { view: &view });
+            view.passed_by = view.backing_of_format().map_or_else(SmallVec::new, |below| below.to_pass_by());
+            view
+        })
     }
 
     /// The context of a request to this node. The caller sees to it that the wiring may be used now: it holds a
@@ -200,6 +206,17 @@ impl<'a> Cx<'a> {
     /// The view of the node the request is at.
     pub fn view(&self) -> &'a View {
         self.view
+    }
+
+    /// Does a part of the request that copies much: on another thread, if one has less to do than this one
+    /// ([`rt::spread`]). The rest of the request waits for it.
+    pub async fn spread<F, W>(&self, work: F) -> W::Output
+    where
+        F: FnOnce(Arc<View>) -> W,
+        W: Future<Output: Send> + Send + 'static,
+    {
+        let view = self.view.me.upgrade().expect("who makes a request holds its view");
+        rt::spread(work(view)).await
     }
 
     /// The node the request is at.

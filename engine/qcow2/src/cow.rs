@@ -20,6 +20,9 @@ use crate::live::Qcow2;
 /// In-place writes of one request that are under way at once.
 const PARALLEL: usize = 16;
 
+/// Bytes that take longer to copy than another thread takes to hear of it.
+const MUCH: u64 = 32 << 10;
+
 /// How a part of a write gets to the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
@@ -120,6 +123,19 @@ impl Qcow2 {
             }
             found
         })?
+    }
+
+    /// Whether a write to `range` has to copy much more than it brings.
+    pub(crate) fn copies_much(&self, cx: &Cx<'_>, range: ByteRange) -> bool {
+        let whole = range.align_out(self.layout.cluster()).before(self.size().max(range.end()));
+        if whole.len() - range.len() < MUCH {
+            return false;
+        }
+        match self.map_now(whole).map(|extent| extent.place) {
+            Some(Place::Below) => cx.backing().is_some(),
+            Some(Place::Encoded) => true,
+            _ => false,
+        }
     }
 
     /// Writes, whatever it takes.

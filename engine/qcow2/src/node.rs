@@ -1,6 +1,7 @@
 //! The image as a node of the graph.
 
 use std::any::Any;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
@@ -9,7 +10,7 @@ use underlay_graph::format::Lease;
 use underlay_graph::info::ImageInfo;
 use underlay_graph::perm::Access;
 use underlay_graph::{
-    BackingRef, ByteRange, Cx, Extent, Format, Kind, Limits, Node, Preallocation, Result, WriteFlags,
+    BackingRef, ByteRange, Cx, Extent, Format, Kind, Limits, Node, Preallocation, Result, View, WriteFlags,
     ZeroFlags,
 };
 use underlay_sys::Iov;
@@ -69,6 +70,14 @@ impl Node for Qcow2 {
         }
         match self.write_fast(cx, range, &from).await {
             Some(written) => written,
+            None if self.copies_much(cx, range) => {
+                let write = |view: Arc<View>| async move {
+                    let cx = view.cx();
+                    let image = cx.node().as_any().downcast_ref::<Self>();
+                    image.expect("the view is of this image").write_allocating(&cx, range, from).await
+                };
+                cx.spread(write).await
+            }
             None => self.write_allocating(cx, range, from).await,
         }
     }

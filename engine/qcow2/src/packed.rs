@@ -5,7 +5,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use underlay_graph::range_lock::Mode;
 use underlay_graph::{ByteRange, Cx, IoError, Result, WriteFlags};
-use underlay_sys::Iov;
+use underlay_sys::{Iov, rt};
 
 use crate::compress::{Decoded, compress, decompress};
 use crate::entry::{COMPRESSED, Entry};
@@ -53,7 +53,8 @@ impl Qcow2 {
         cx.below().read(range, buffer.clone()).await?;
         let how = self.header_mut().compression;
         let len = usize::try_from(self.layout.cluster()).map_err(|_| IoError::EIO)?;
-        let bytes: Arc<[u8]> = decompress(how, &buffer.to_vec(), len)?.into();
+        let bytes: Arc<[u8]> =
+            rt::spread(async move { decompress(how, &buffer.to_vec(), len) }).await?.into();
         *self.decoded() = Some(Decoded { word: entry.word, bytes: bytes.clone() });
         Ok(bytes)
     }

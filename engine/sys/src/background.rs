@@ -25,6 +25,13 @@ const SLICE: usize = 128 << 10;
 thread_local! {
     /// In a step of a background task, and some guest is busy.
     static GIVES_WAY: Cell<bool> = const { Cell::new(false) };
+    /// In a step of a background task.
+    static IS_STEP: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the task that runs is one of the background.
+pub(crate) fn is_step() -> bool {
+    IS_STEP.get()
 }
 
 /// How many bytes the running task may have the kernel copy before it lets others go first. `None`: any number.
@@ -114,7 +121,9 @@ impl Background {
         let Some(task) = self.pop() else { return Step::Idle };
         self.step_began.set(now);
         GIVES_WAY.set(!pulse.is_quiet(now));
+        IS_STEP.set(true);
         task.run();
+        IS_STEP.set(false);
         GIVES_WAY.set(false);
         Step::Ran
     }

@@ -12,14 +12,14 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use async_task::{Runnable, ScheduleInfo, WithInfo};
 
-use crate::background::{Background, Pulse, Step};
+use crate::background::{Background, Pulse, Step, is_step};
 use crate::pool::Waits;
 use crate::ring::Ring;
 use crate::rt::{self, Runtime, Task};
@@ -27,10 +27,22 @@ use crate::rt::{self, Runtime, Task};
 /// Tasks that run between two looks at the kernel.
 const BATCH: usize = 64;
 
+/// Tasks that one thread takes off others at a time: one that runs, and one that is there when that is done.
+const HELPS: usize = 2;
+
 thread_local! {
     static HOME: RefCell<Option<Rc<Core>>> = const { RefCell::new(None) };
     /// Address of the home executor's [`Remote`], to know a local wake without counting references.
     static HOME_REMOTE: Cell<*const Remote> = const { Cell::new(std::ptr::null()) };
+}
+
+/// See [`rt::press`].
+pub(crate) fn press(is_pressed: bool) {
+    HOME.with_borrow(|home| {
+        if let Some(core) = home {
+            core.remote.pressed.store(is_pressed, Ordering::Relaxed);
+        }
+    });
 }
 
 /// The executor that runs on this thread, if one does.
@@ -63,6 +75,21 @@ pub(crate) struct Remote {
     /// The eventfd was written since the thread last looked.
     signalled: AtomicBool,
     stop: AtomicBool,
+    /// Whoever runs there now knows of others who wait for the thread.
+    pressed: AtomicBool,
+    /// Tasks that wait for the thread, as it last saw them, without the background.
+    load: AtomicUsize,
+    /// Tasks that were taken off other threads and are not done.
+    helps: AtomicUsize,
+}
+
+/// One of [`Remote::helps`], as long as it lives.
+struct Help(Arc<Remote>);
+
+impl Drop for Help {
+    fn drop(&mut self) {
+        self.0.helps.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Remote {
@@ -73,7 +100,23 @@ impl Remote {
             event,
             signalled: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            pressed: AtomicBool::new(false),
+            load: AtomicUsize::new(0),
+            helps: AtomicUsize::new(0),
         })
+    }
+
+    /// How many tasks a new one would find there, if the thread has time for it.
+    fn room(&self) -> Option<usize> {
+        // Those it has taken may be among those that wait.
+        let all = self.load.load(Ordering::Relaxed).max(self.helps.load(Ordering::Relaxed));
+        (!self.pressed.load(Ordering::Relaxed) && all < HELPS).then_some(all)
+    }
+
+    /// Takes a task off another thread, unless it has enough of them meanwhile.
+    fn helps(self: &Arc<Self>) -> Option<Help> {
+        let room = |helps| (helps < HELPS).then_some(helps + 1);
+        self.helps.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).ok().map(|_| Help(self.clone()))
     }
 
     /// Makes the thread look at its queue soon.
@@ -278,6 +321,12 @@ impl Core {
         }
     }
 
+    /// Which of its crew this is.
+    fn place(&self) -> usize {
+        let is_here = |member: &Arc<Remote>| Arc::ptr_eq(member, &self.remote);
+        self.crew.members().iter().position(is_here).unwrap_or(0)
+    }
+
     fn put(&self, task: Runnable, class: Class, turn: Turn) {
         match (class, turn) {
             (Class::Foreground, _) => self.ready.borrow_mut().push_back(task),
@@ -288,11 +337,13 @@ impl Core {
 
     /// Runs some of the tasks that are ready; whether none is left.
     fn run_ready(&self) -> bool {
+        self.remote.load.store(self.ready.borrow().len(), Ordering::Relaxed);
         for count in 0..BATCH {
             let Some(task) = self.ready.borrow_mut().pop_front() else {
                 if count > 0 {
                     self.background.gave_way(clock(), &self.crew.pulse);
                 }
+                self.remote.load.store(0, Ordering::Relaxed);
                 return true;
             };
             task.run();
@@ -423,9 +474,27 @@ impl Runtime for Core {
 
     fn spawn_background(&self, lane: usize, task: Task) {
         let members = self.crew.members();
-        let here = members.iter().position(|member| Arc::ptr_eq(member, &self.remote)).unwrap_or(0);
-        let remote = members.get((here + lane) % members.len().max(1)).unwrap_or(&self.remote);
+        let remote = members.get((self.place() + lane) % members.len().max(1)).unwrap_or(&self.remote);
         remote.spawn(Class::Background, task);
+    }
+
+    fn help(&self, task: Task) -> Result<(), Task> {
+        let is_pressed = self.remote.pressed.load(Ordering::Relaxed) || !self.ready.borrow().is_empty();
+        // The background has its own turns and threads.
+        if !is_pressed || is_step() {
+            return Err(task);
+        }
+        let members = self.crew.members();
+        let (before, others) = members.split_at(self.place());
+        let others = others.iter().skip(1).chain(before);
+        let least = others.filter_map(|other| Some((other.room()?, other))).min_by_key(|(load, _)| *load);
+        let Some(help) = least.and_then(|(_, other)| other.helps()) else { return Err(task) };
+        let remote = help.0.clone();
+        remote.spawn(Class::Foreground, async move {
+            let _help = help;
+            task.await;
+        });
+        Ok(())
     }
 
     fn now(&self) -> Duration {

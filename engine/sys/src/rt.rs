@@ -27,6 +27,10 @@ pub trait Runtime {
     fn lanes(&self) -> usize {
         1
     }
+    /// Runs `task` on another thread, or gives it back: better here.
+    fn help(&self, task: Task) -> Result<(), Task> {
+        Err(task)
+    }
     /// Runs `task` in the background of a lane.
     fn spawn_background(&self, _lane: usize, task: Task) {
         self.spawn(task);
@@ -69,6 +73,33 @@ where
         let _ = sender.send(future.await);
     }));
     JoinHandle { receiver }
+}
+
+/// Says whether other requests wait until the task that runs now lets go of this thread, for [`spread`].
+pub fn press(is_pressed: bool) {
+    crate::exec::press(is_pressed);
+}
+
+/// Runs `future`, which keeps a processor busy for long: on another thread that has time for it, if others wait for
+/// this one, and else here. What belongs to the background stays here.
+pub async fn spread<F>(future: F) -> F::Output
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let task: Task = Box::pin(async move {
+        let _ = sender.send(future.await);
+    });
+    // Whoever needs nothing else of an executor can do without one.
+    let back = match CURRENT.with_borrow(|current| current.clone()) {
+        Some(current) => current.help(task),
+        None => Err(task),
+    };
+    if let Err(task) = back {
+        task.await;
+    }
+    JoinHandle { receiver }.await
 }
 
 /// How many threads, this one included, share background work that begins here: the lanes of

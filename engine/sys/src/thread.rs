@@ -131,6 +131,7 @@ pub fn current() -> Spawner {
 mod tests {
     use super::*;
     use crate::rt;
+    use std::task::{Context, Poll};
     use std::time::Duration;
 
     #[test]
@@ -200,6 +201,41 @@ mod tests {
             order
         }));
         assert_eq!(order, ["waiter", "new", "yielder"]);
+    }
+
+    #[test]
+    fn who_is_pressed_is_helped_as_far_as_the_others_have_room() {
+        let threads = IoThread::start_crew("pressed", 2).expect("they start");
+        let done = block_on(threads[0].spawner().run(async {
+            let name = || std::thread::current().name().unwrap_or_default().to_owned();
+            let alone = rt::spread(async move { name() }).await;
+            rt::press(true);
+            let (go, all_go) = tokio::sync::watch::channel(false);
+            let work = || {
+                let mut all_go = all_go.clone();
+                // Nobody drops the sender before.
+                Box::pin(rt::spread(async move { all_go.wait_for(|go| *go).await.map(|_| name()).ok() }))
+            };
+            let mut works = [work(), work(), work()];
+            // Each begins in the order in which it is polled.
+            for work in &mut works {
+                let mut poll = |cx: &mut Context<'_>| Poll::Ready(work.as_mut().poll(cx).is_pending());
+                assert!(std::future::poll_fn(&mut poll).await);
+            }
+            go.send_replace(true);
+            let mut names = vec![Some(alone)];
+            for work in works {
+                names.push(work.await);
+            }
+            // What is done makes room, sooner or later.
+            while rt::spread(async move { name() }).await != "pressed1" {
+                rt::yield_now().await;
+            }
+            rt::press(false);
+            names
+        }));
+        let names: Vec<_> = done.into_iter().flatten().collect();
+        assert_eq!(names, ["pressed0", "pressed1", "pressed1", "pressed0"]);
     }
 
     #[test]

@@ -306,9 +306,15 @@ impl Receiver {
     /// Runs the request at once; what must wait becomes a task.
     async fn start(&self, request: Request, payload: Option<Iov>, permit: OwnedSemaphorePermit) {
         let (session, outbox) = (self.session.clone(), self.outbox.clone());
+        // A client that has other requests under way sends more as soon as they are answered.
+        let others = self.budget.available_permits() + permit.num_permits()
+            < usize::try_from(BUDGET / PIECE).unwrap_or(0);
+        let waits_for_us = others || !self.received.have().is_empty();
         let mut work: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(async move { session.work(&outbox, request, payload, permit).await });
+        rt::press(waits_for_us);
         let waits = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_pending())).await;
+        rt::press(false);
         if waits {
             let outbox = self.outbox.clone();
             rt::spawn(async move {

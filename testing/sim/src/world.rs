@@ -164,6 +164,13 @@ impl Runtime for Inner {
         self.tasks.borrow_mut().insert(id, (Some(task), alarm.clone()));
         alarm.wake();
     }
+    fn help(&self, task: Task) -> Result<(), Task> {
+        if self.rng.borrow_mut().index(2) == 0 {
+            return Err(task);
+        }
+        self.spawn(task);
+        Ok(())
+    }
     fn now(&self) -> Duration {
         self.clock.get()
     }

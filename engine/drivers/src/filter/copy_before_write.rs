@@ -108,7 +108,12 @@ impl CopyBeforeWrite {
         }
         let clusters = self.copies.clusters(range, cx.length());
         let result = match self.timeout.is_zero() {
-            true => self.copies.copy(Self::ends(cx), clusters).await,
+            true => {
+                let copies = self.copies.clone();
+                let copy =
+                    |view: Arc<View>| async move { copies.copy(Self::ends(&view.cx()), clusters).await };
+                cx.spread(copy).await
+            }
             false => self.copy_for_a_while(cx, clusters).await,
         };
         match (result, self.on_error) {

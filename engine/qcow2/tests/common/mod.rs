@@ -2,13 +2,14 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
+use std::thread::ThreadId;
 
 use async_trait::async_trait;
 use underlay_graph::{ByteRange, Cx, Kind, Node, Preallocation, Result, View, WriteFlags};
@@ -20,6 +21,8 @@ const PAGE: u64 = 4096;
 #[derive(Debug, Default)]
 pub struct Memory {
     inner: Mutex<Inner>,
+    /// Threads that have read it.
+    pub readers: Mutex<HashSet<ThreadId>>,
 }
 
 #[derive(Debug, Default)]
@@ -96,6 +99,7 @@ impl Node for Memory {
     }
     async fn read(&self, _cx: &Cx<'_>, range: ByteRange, into: Iov) -> Result<()> {
         into.fill(0);
+        self.readers.lock().unwrap().insert(std::thread::current().id());
         let inner = self.inner.lock().unwrap();
         for (page, bytes) in inner.pages.range(range.start() / PAGE..range.end().div_ceil(PAGE)) {
             let part = range.intersect(ByteRange::between(page * PAGE, (page + 1) * PAGE));
