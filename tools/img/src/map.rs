@@ -67,62 +67,50 @@ async fn print(image: &Image, start: u64, most: u64, json: bool) -> Outcome {
     let inside = image.root.enter().await.map_err(failed)?;
     let cx = inside.cx();
     let end = cx.length().min(start.saturating_add(most));
-    let printer = Printer::new(if json { Lines::json() } else { Lines::human(image.wires()) })?;
-    let mut joiner = Joiner { rest: ByteRange::between(start, end), last: None, printer };
-    let mut walk = Walk::default();
-    while joiner.add_all(|range| walk.status_now(&cx, range)) {
-        match walk.status(&cx, joiner.next()).await {
-            Ok(found) if joiner.add(found) => {}
-            Ok(_) => break,
-            Err(error) => {
-                joiner.printer.end()?.flush()?;
-                return Err(failed(error));
-            }
+    let mut printer = Printer::new(if json { Lines::json() } else { Lines::human(image.wires()) })?;
+    let (mut walk, mut rest) = (Walk::default(), ByteRange::between(start, end));
+    while !rest.is_empty() {
+        let asked = rest.split(STRIDE).0;
+        let found = match walk.status_now(&cx, asked) {
+            Some(found) => found,
+            None => match walk.status(&cx, asked).await {
+                Ok(found) => found,
+                Err(error) => {
+                    let (mut lines, _) = printer.end()?;
+                    lines.flush()?;
+                    return Err(failed(error));
+                }
+            },
+        };
+        if !printer.extent(rest.start(), found) {
+            break;
         }
+        rest = rest.split(found.len).1;
     }
-    if let Some((at, extent)) = joiner.last {
-        joiner.printer.extent(at, extent);
+    let (mut lines, last) = printer.end()?;
+    if let Some((at, extent)) = last {
+        lines.extent(at, &extent)?;
     }
-    joiner.printer.end()?.end(start)
+    lines.end(start)
 }
 
 /// Makes one of neighbours that are alike.
-struct Joiner {
-    /// What nobody has asked for yet.
-    rest: ByteRange,
+#[derive(Default)]
+pub struct Joiner {
     /// What may go on.
-    last: Option<(u64, Status)>,
-    printer: Printer,
+    pub last: Option<(u64, Status)>,
 }
 
 impl Joiner {
-    /// What to ask for next.
-    fn next(&self) -> ByteRange {
-        self.rest.split(STRIDE).0
-    }
-
-    /// Adds what `ask` says, as long as it says anything; whether there is more.
-    fn add_all(&mut self, mut ask: impl FnMut(ByteRange) -> Option<Status>) -> bool {
-        while !self.rest.is_empty() {
-            let Some(found) = ask(self.next()) else { return true };
-            if !self.add(found) {
-                return false;
-            }
-        }
-        false
-    }
-
-    /// Adds what comes next. False if there is no use in more.
-    fn add(&mut self, found: Status) -> bool {
+    /// Adds what is at `at`, behind what came before. Gives what is complete now.
+    pub fn add(&mut self, at: u64, found: Status) -> Option<(u64, Status)> {
         let found = as_shown(found);
-        let at = self.rest.start();
-        self.rest = self.rest.split(found.len).1;
         match &mut self.last {
             Some((_, last)) if continues(last, &found) => {
                 last.len += found.len;
-                true
+                None
             }
-            _ => self.last.replace((at, found)).is_none_or(|(at, extent)| self.printer.extent(at, extent)),
+            _ => self.last.replace((at, found)),
         }
     }
 }

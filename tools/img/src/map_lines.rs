@@ -10,10 +10,11 @@ use underlay_graph::NodeId;
 use underlay_graph::plan::Wires;
 use underlay_graph::status::Status;
 
+use crate::map::Joiner;
 use crate::{Failure, Outcome};
 
 /// An extent, and where it begins.
-type Line = (u64, Status);
+pub type Line = (u64, Status);
 
 /// Lines that are handed over at once.
 const BATCH: usize = 1024;
@@ -22,28 +23,31 @@ const AHEAD: usize = 4;
 /// Bytes that are printed at once.
 const PAGE: usize = 64 << 10;
 
-/// Has extents printed in their order.
+/// Has extents printed in their order, neighbours that are alike in one.
 pub struct Printer {
     batch: Vec<Line>,
     to: SyncSender<Vec<Line>>,
-    thread: JoinHandle<Result<Lines, Failure>>,
+    thread: JoinHandle<Result<(Lines, Option<Line>), Failure>>,
 }
 
 impl Printer {
     pub fn new(mut lines: Lines) -> Result<Self, Failure> {
         let (to, from) = sync_channel::<Vec<Line>>(AHEAD);
         let print = move || {
+            let mut joiner = Joiner::default();
             for (at, extent) in from.iter().flatten() {
-                lines.extent(at, &extent)?;
+                if let Some((at, extent)) = joiner.add(at, extent) {
+                    lines.extent(at, &extent)?;
+                }
             }
-            Ok(lines)
+            Ok((lines, joiner.last))
         };
         let thread = std::thread::Builder::new().name("print".into()).spawn(print);
         let thread = thread.map_err(|error| Failure::new(format!("Cannot start a thread: {error}")))?;
-        Ok(Self { batch: Vec::new(), to, thread })
+        Ok(Self { batch: Vec::with_capacity(BATCH), to, thread })
     }
 
-    /// One more. False if there is no use in more: [`Printer::end`] says why.
+    /// What comes next. False if there is no use in more: [`Printer::end`] says why.
     pub fn extent(&mut self, at: u64, extent: Status) -> bool {
         self.batch.push((at, extent));
         self.batch.len() < BATCH || self.hand_over()
@@ -54,8 +58,8 @@ impl Printer {
         self.to.send(batch).is_ok()
     }
 
-    /// Waits until all of them are there. What has to come behind them is the caller's.
-    pub fn end(mut self) -> Result<Lines, Failure> {
+    /// Waits until all are printed but the last, which might have gone on. What has to come behind is the caller's.
+    pub fn end(mut self) -> Result<(Lines, Option<Line>), Failure> {
         self.hand_over();
         drop(self.to);
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -90,7 +94,8 @@ impl Lines {
         Self { out: head.into_bytes(), human, middle: Middle::default(), first: true }
     }
 
-    fn extent(&mut self, at: u64, s: &Status) -> Outcome {
+    /// One line.
+    pub fn extent(&mut self, at: u64, s: &Status) -> Outcome {
         match &mut self.human {
             None => {
                 if !std::mem::take(&mut self.first) {
