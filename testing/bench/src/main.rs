@@ -7,6 +7,7 @@
 mod daemon;
 mod guest;
 mod image;
+mod limit;
 mod measure;
 mod null_server;
 mod report;
@@ -98,6 +99,7 @@ fn run(options: &Options) -> Outcome<()> {
                 });
                 samples.add(side, sample?);
             }
+            samples.add_limit(bench.limit(&row)?);
         }
         report.row(&row, &samples);
     }

@@ -23,6 +23,7 @@ pub struct Sample {
 pub struct Samples {
     qemu: Vec<Vec<Sample>>,
     underlay: Vec<Vec<Sample>>,
+    limit: Vec<f64>,
 }
 
 impl Samples {
@@ -31,6 +32,18 @@ impl Samples {
             Side::Qemu => self.qemu.push(parts),
             Side::Underlay => self.underlay.push(parts),
         }
+    }
+
+    /// What the kernel alone needed, where that limits the row.
+    pub fn add_limit(&mut self, value: Option<f64>) {
+        self.limit.extend(value);
+    }
+
+    /// Median of what the kernel alone needed.
+    pub fn limit(&self) -> Option<f64> {
+        let mut values = self.limit.clone();
+        values.sort_by(f64::total_cmp);
+        (!values.is_empty()).then(|| median(&values))
     }
 
     /// What was measured for a part of the row.
@@ -100,5 +113,8 @@ mod tests {
         assert_eq!((second.minimum, second.median, second.maximum), (10.0, 20.0, 30.0));
         assert_eq!(second.peak, 30.0);
         assert_eq!(samples.of(Side::Underlay, 0).median, 0.0);
+        assert_eq!(samples.limit(), None);
+        [Some(3.0), None, Some(1.0), Some(2.0)].into_iter().for_each(|value| samples.add_limit(value));
+        assert_eq!(samples.limit(), Some(2.0));
     }
 }

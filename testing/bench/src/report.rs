@@ -30,6 +30,8 @@ struct Line<'a> {
     ratio: f64,
     target: String,
     met: Option<bool>,
+    /// What the kernel alone needs for the same bytes.
+    limit: Option<f64>,
 }
 
 impl Report {
@@ -81,12 +83,21 @@ impl Report {
     pub fn row(&mut self, row: &Row, samples: &Samples) {
         for (index, part) in row.parts.iter().enumerate() {
             let (qemu, underlay) = (samples.of(Side::Qemu, index), samples.of(Side::Underlay, index));
-            let ratio = qemu.median / underlay.median;
+            let (ratio, limit) = (qemu.median / underlay.median, samples.limit());
             let (target, met) = judge(part, ratio, underlay.median);
             self.rows += 1;
             self.missed += usize::from(met == Some(false));
-            let line =
-                Line { row: row.name, part: part.name, unit: part.unit, qemu, underlay, ratio, target, met };
+            let line = Line {
+                row: row.name,
+                part: part.name,
+                unit: part.unit,
+                qemu,
+                underlay,
+                ratio,
+                target,
+                met,
+                limit,
+            };
             if self.json {
                 // Numbers and strings only: this cannot fail.
                 println!("{}", serde_json::to_string(&line).unwrap_or_default());
@@ -140,6 +151,15 @@ impl Line<'_> {
                 None => "",
             }
         );
+        if let Some(limit) = self.limit {
+            println!(
+                "{:<34} {:>8} {:>26} {:>26}",
+                "  the kernel alone",
+                self.unit,
+                format!("{} = {:.2} of QEMU's", Short(limit), limit / q.median),
+                format!("{:.2} of ours", limit / o.median),
+            );
+        }
     }
 }
 

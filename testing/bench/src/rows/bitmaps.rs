@@ -8,6 +8,7 @@ use super::{Bench, GIB, MIB, Row, Target};
 use crate::daemon::Daemon;
 use crate::guest::{self, Load, Mix, Order, Until, random};
 use crate::image;
+use crate::limit;
 use crate::measure::{Outcome, Sample};
 use crate::side::Side;
 
@@ -143,6 +144,7 @@ pub fn rows() -> Vec<Row> {
             "incremental backup of 64 GiB, 1 % dirty",
             ("s", Target::Ratio(3.0)),
             incremental,
-        ),
+        )
+        .limited_by(|bench| limit::copy(bench, bench.size(64 * GIB) / 100 / MIB * MIB, MIB, true)),
     ]
 }

@@ -7,8 +7,12 @@ use super::{Bench, GIB, Row, Target};
 use crate::daemon::Daemon;
 use crate::guest::{self, Load, Mix, Order, Until, random};
 use crate::image;
+use crate::limit;
 use crate::measure::{Outcome, Sample};
 use crate::side::Side;
+
+/// What qemu-img makes.
+const CLUSTER: u64 = 64 << 10;
 
 /// Layers of the deep chain.
 const DEEP: usize = 32;
@@ -115,7 +119,11 @@ pub fn rows() -> Vec<Row> {
         row("seq-read-qcow2", "1 MiB sequential reads, depth 8, qcow2", 1.5, Disk::Qcow2, megabytes(read)),
         row("seq-write-qcow2", "1 MiB sequential writes, depth 8, qcow2", 1.5, Disk::Qcow2, megabytes(write)),
         row("first-write", "first writes to unallocated clusters, depth 32", 2.0, Disk::Empty, first),
-        row("first-write-backed", "first writes over a backing file, depth 32", 2.0, Disk::Overlay, first),
+        row("first-write-backed", "first writes over a backing file, depth 32", 2.0, Disk::Overlay, first)
+            .limited_by(|bench| {
+                let bytes = bench.size(GIB);
+                Ok(limit::copy(bench, bytes, CLUSTER, false)? * 1e6 / (bytes / CLUSTER) as f64)
+            }),
         Row::one(
             "connections",
             "time per 4 KiB read with four connections, by that with one",

@@ -7,6 +7,7 @@ use underlay_qmp::json::Object;
 use super::{Bench, GIB, MIB, Row, Target};
 use crate::daemon::Daemon;
 use crate::image;
+use crate::limit;
 use crate::measure::{Outcome, Sample};
 use crate::side::Side;
 
@@ -119,9 +120,12 @@ pub fn rows() -> Vec<Row> {
     let (dense, sparse) = (Target::Ratio(1.3), Target::Ratio(20.0));
     let (copy_dense, copy_thin) = (Target::Ratio(1.5), Target::Ratio(50.0));
     vec![
-        row("stream-dense", "stream of 1 GiB", dense, Job::Stream, Data::Dense),
-        row("commit-dense", "commit of 1 GiB", dense, Job::Commit, Data::Dense),
-        row("active-dense", "active commit of 1 GiB", dense, Job::ActiveCommit, Data::Dense),
+        row("stream-dense", "stream of 1 GiB", dense, Job::Stream, Data::Dense)
+            .limited_by(limit::of_a_gigabyte),
+        row("commit-dense", "commit of 1 GiB", dense, Job::Commit, Data::Dense)
+            .limited_by(limit::of_a_gigabyte),
+        row("active-dense", "active commit of 1 GiB", dense, Job::ActiveCommit, Data::Dense)
+            .limited_by(limit::of_a_gigabyte),
         row("stream-sparse", "stream of 1 GiB in 1 TiB", sparse, Job::Stream, Data::Sparse),
         row("commit-sparse", "commit of 1 GiB in 1 TiB", sparse, Job::Commit, Data::Sparse),
         row(
@@ -131,8 +135,10 @@ pub fn rows() -> Vec<Row> {
             Job::ActiveCommit,
             Data::Sparse,
         ),
-        row("mirror-dense", "mirror of 1 GiB", copy_dense, Job::Mirror, Data::Dense),
-        row("backup-dense", "backup of 1 GiB", copy_dense, Job::Backup, Data::Dense),
+        row("mirror-dense", "mirror of 1 GiB", copy_dense, Job::Mirror, Data::Dense)
+            .limited_by(limit::of_a_gigabyte),
+        row("backup-dense", "backup of 1 GiB", copy_dense, Job::Backup, Data::Dense)
+            .limited_by(limit::of_a_gigabyte),
         row("mirror-thin", "mirror of 64 MiB in 1 TiB", copy_thin, Job::Mirror, Data::Thin),
         row("backup-thin", "backup of 64 MiB in 1 TiB", copy_thin, Job::Backup, Data::Thin),
     ]

@@ -44,7 +44,7 @@ impl Bench {
         if self.quick { Ok(()) } else { image::warm_up(&self.folder, bytes) }
     }
 
-    fn empty_folder(&self) -> Outcome<()> {
+    pub fn empty_folder(&self) -> Outcome<()> {
         for entry in std::fs::read_dir(&self.folder)? {
             let entry = entry?;
             match entry.file_type()?.is_dir() {
@@ -59,6 +59,11 @@ impl Bench {
     pub fn sample(&self, row: &Row, side: Side) -> Outcome<Vec<Sample>> {
         self.empty_folder()?;
         (row.work)(self, side).map_err(|error| format!("{} on {side:?}: {error}", row.name).into())
+    }
+
+    /// What the kernel alone needs for the work of a row, if the row says.
+    pub fn limit(&self, row: &Row) -> Outcome<Option<f64>> {
+        row.limit.map(|limit| limit(self)).transpose()
     }
 }
 
@@ -81,6 +86,7 @@ pub struct Part {
     pub target: Target,
 }
 
+type Limit = fn(&Bench) -> Outcome<f64>;
 type Work = Box<dyn Fn(&Bench, Side) -> Outcome<Vec<Sample>>>;
 
 /// A row: does the work on one side, and gives a sample for each part.
@@ -89,6 +95,8 @@ pub struct Row {
     pub about: &'static str,
     pub parts: Vec<Part>,
     work: Work,
+    /// What the kernel alone needs for the same bytes ([`crate::limit`]), in the unit of the only part.
+    limit: Option<Limit>,
     /// Whether it means anything here.
     condition: fn(&Bench) -> Outcome<bool>,
 }
@@ -112,7 +120,11 @@ impl Row {
         parts: Vec<Part>,
         work: impl Fn(&Bench, Side) -> Outcome<Vec<Sample>> + 'static,
     ) -> Self {
-        Self { name, about, parts, work: Box::new(work), condition: |_| Ok(true) }
+        Self { name, about, parts, work: Box::new(work), limit: None, condition: |_| Ok(true) }
+    }
+
+    fn limited_by(self, limit: Limit) -> Self {
+        Self { limit: Some(limit), ..self }
     }
 
     fn only_where(self, condition: fn(&Bench) -> Outcome<bool>) -> Self {

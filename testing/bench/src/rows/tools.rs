@@ -2,6 +2,7 @@
 
 use super::{Bench, GIB, Row, Target};
 use crate::image;
+use crate::limit;
 use crate::measure::{Outcome, Sample};
 use crate::side::Side;
 
@@ -61,10 +62,12 @@ pub fn rows() -> Vec<Row> {
     vec![
         Row::one("convert-to-qcow2", "convert 1 GiB, raw to qcow2", seconds(1.2), |bench, side| {
             convert(bench, side, "raw", "qcow2")
-        }),
+        })
+        .limited_by(limit::of_a_gigabyte),
         Row::one("convert-to-raw", "convert 1 GiB, qcow2 to raw", seconds(1.2), |bench, side| {
             convert(bench, side, "qcow2", "raw")
-        }),
+        })
+        .limited_by(limit::of_a_gigabyte),
         Row::one("map", "map of a fragmented image of 100 GiB", seconds(20.0), |bench, side| {
             fragmented(bench, side, &["map", "--output=json", "-f", "qcow2"])
         }),
