@@ -2,9 +2,7 @@
 //! nobody who waits for anything else. No program that copies these bytes so is faster on this machine.
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
 use std::time::Instant;
@@ -14,9 +12,6 @@ use crate::measure::Outcome;
 use crate::rows::Bench;
 
 const MIB: u64 = 1 << 20;
-
-/// The same as a length in memory.
-const PIECE: usize = 1 << 20;
 
 /// A source of so many bytes, and an empty file.
 fn files(bench: &Bench, bytes: u64) -> Outcome<(File, File)> {
@@ -68,30 +63,6 @@ fn on_all_processors(work: impl Fn() -> std::io::Result<()> + Sync) -> Outcome<(
             .into_iter()
             .try_for_each(|thread| Ok(thread.join().map_err(|_| "a copying thread panicked")??))
     })
-}
-
-/// Copies `bytes` through a socket: one thread reads and sends, another one receives and writes. Gives seconds.
-pub fn send(bench: &Bench, bytes: u64) -> Outcome<f64> {
-    let (from, to) = files(bench, bytes)?;
-    let (mut here, mut there) = UnixStream::pair()?;
-    let begun = Instant::now();
-    std::thread::scope(|scope| -> Outcome<()> {
-        let far = scope.spawn(move || -> std::io::Result<()> {
-            let mut buffer = vec![0; PIECE];
-            for piece in 0..bytes / MIB {
-                there.read_exact(&mut buffer)?;
-                to.write_all_at(&buffer, piece * MIB)?;
-            }
-            Ok(())
-        });
-        let mut buffer = vec![0; PIECE];
-        for piece in 0..bytes / MIB {
-            from.read_exact_at(&mut buffer, piece * MIB)?;
-            here.write_all(&buffer)?;
-        }
-        Ok(far.join().map_err(|_| "the far end panicked")??)
-    })?;
-    Ok(begun.elapsed().as_secs_f64())
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@ use super::{Bench, GIB, MIB, Row, Target};
 use crate::daemon::Daemon;
 use crate::guest::{self, Mix, Until, random};
 use crate::image;
-use crate::limit;
 use crate::measure::{Outcome, Sample};
 use crate::side::Side;
 
@@ -76,7 +75,6 @@ pub fn rows() -> Vec<Row> {
     };
     let remote = |name, about, command: &'static str| {
         Row::one(name, about, ("s", Target::Ratio(2.0)), move |bench, side| remote(bench, side, command))
-            .limited_by(|bench| limit::send(bench, bench.size(GIB)))
     };
     vec![
         guest("mirrored", "guest 50/50, depth 8, under a converged mirror, by idle", 1.5, "background"),
