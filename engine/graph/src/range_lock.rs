@@ -144,6 +144,7 @@ mod tests {
         assert!(poll(late.as_mut()).is_ready());
         assert!(!lock.is_busy(range(0, 100)));
     }
+
     /// Each conflicts with its neighbours only, and every third one gives up before its turn comes. Who goes through
     /// all pairs for each of them does not come to an end.
     #[test]
